@@ -1,0 +1,182 @@
+"""The anatomy of a decoder, read off its tensors' names: which layer, which weight type.
+
+No table of families: a name such as `model.layers.17.self_attn.q_proj.weight` falls into a stack (`model.layers.`), a
+layer index (17) and a weight type (`self_attn.q_proj.weight`), and any family whose names do so works. What a type
+is (matrix or vector, an expert's, a router, stored transposed) follows from shapes and names.
+
+What cannot be expanded soundly says so in one line: several stacks (encoder-decoders, vision towers), layers that
+differ in their tensors or shapes, depth that disagrees with the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry
+from lesa_ray.errors import UserError
+
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Configuration keys that hold the number of layers, in the order in which they are looked for."""
+
+_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<type>.+)$")
+_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
+_CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+Kind = Literal["matrix", "vector", "router", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightType:
+    """One tensor that every layer has. `shape`, `dtype` are those in the files."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    transposed: bool = False
+    """Whether the files hold (in_features, out_features), as transformers' Conv1D does (GPT-2)."""
+
+    @property
+    def d1(self) -> int:
+        """Output features: rows of W in y = W x."""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
+    def d2(self) -> int:
+        """Input features: columns of W."""
+        return self.shape[0] if self.transposed else self.shape[1]
+
+    @property
+    def is_expert(self) -> bool:
+        return _EXPERT.search(self.name) is not None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A stack of `layers` equal layers, and the tensors outside it. Picklable, holds no weights."""
+
+    family: str
+    stack: str
+    layers: int
+    types: dict[str, WeightType]
+    outside: tuple[str, ...]
+
+    def name(self, layer: int, weight_type: str) -> str:
+        """The tensor's name in the files."""
+        return f"{self.stack}{layer}.{weight_type}"
+
+    @property
+    def matrices(self) -> tuple[WeightType, ...]:
+        """The 2-D weight types, routers left out: what a method makes anew."""
+        return tuple(t for t in self.types.values() if t.kind == "matrix")
+
+    @property
+    def vectors(self) -> tuple[WeightType, ...]:
+        return tuple(t for t in self.types.values() if t.kind == "vector")
+
+
+def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:
+    """The key that holds the number of layers and its value, or None."""
+    for key in DEPTH_KEYS:
+        if isinstance(config.get(key), int):
+            return key, config[key]
+    return None
+
+
+def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
+    """Find the stack of layers of a checkpoint.
+
+    Raises: UserError, one line, if there is none, more than one, or its layers are not alike.
+    """
+    base = checkpoint.base
+    stacks: dict[str, dict[int, dict[str, TensorEntry]]] = {}
+    outside = []
+    for entry in checkpoint.tensors.values():
+        match = _LAYER.match(entry.name)
+        if match is None:
+            outside.append(entry.name)
+            continue
+        layers = stacks.setdefault(match["stack"], {})
+        layers.setdefault(int(match["index"]), {})[match["type"]] = entry
+    if not stacks:
+        raise UserError(f"BASE {base}: no layers found; tensors named like {_sample(outside)} are not a known layout")
+    if len(stacks) > 1:
+        names = ", ".join(f"{stack}*" for stack in sorted(stacks))
+        raise UserError(f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported")
+    stack, layers = next(iter(stacks.items()))
+    _check_alike(base, stack, layers)
+    depth = config_depth(checkpoint.config)
+    if depth is None:
+        raise UserError(f"BASE {base}: config.json has none of {', '.join(DEPTH_KEYS)}")
+    if depth[1] != len(layers):
+        raise UserError(f"BASE {base}: config.json says {depth[0]} = {depth[1]}, the files hold {len(layers)} layers")
+    family = str(checkpoint.config.get("model_type", "unknown"))
+    conv1d = _uses_conv1d(family, layers[0])
+    types = {name: _weight_type(entry, name, layers[0], conv1d) for name, entry in layers[0].items()}
+    return Anatomy(family=family, stack=stack, layers=len(layers), types=types, outside=tuple(outside))
+
+
+def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]]) -> None:
+    missing = sorted(set(range(max(layers) + 1)) - set(layers))
+    if missing:
+        raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(layers)}")
+    first = layers[0]
+    for index in range(1, len(layers)):
+        layer = layers[index]
+        for name in sorted(first.keys() ^ layer.keys()):
+            have, lack = (0, index) if name in first else (index, 0)
+            raise UserError(
+                f"BASE {base}: layers are not alike: {stack}{have}.{name} has no counterpart in layer {lack}; "
+                "models whose layers differ are not supported"
+            )
+        for name, entry in layer.items():
+            if (entry.shape, entry.dtype) != (first[name].shape, first[name].dtype):
+                raise UserError(
+                    f"BASE {base}: layers are not alike: {entry.name} is {entry.dtype} {list(entry.shape)}, "
+                    f"in layer 0 it is {first[name].dtype} {list(first[name].shape)}"
+                )
+
+
+def _uses_conv1d(family: str, layer: dict[str, TensorEntry]) -> bool:
+    """Whether weights named c_attn, c_proj, c_fc are stored (in, out). Their biases, as long as the outputs, tell."""
+    for name, entry in layer.items():
+        bias = layer.get(f"{name.removesuffix('.weight')}.bias")
+        module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if bias is not None and module in _CONV1D_MODULES and len(entry.shape) == 2 and entry is not bias:
+            rows, columns = entry.shape
+            if rows != columns:
+                return bias.shape == (columns,)
+    return family in ("gpt2", "openai-gpt")
+
+
+def _weight_type(entry: TensorEntry, name: str, layer: dict[str, TensorEntry], conv1d: bool) -> WeightType:
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if not entry.is_float:
+        kind: Kind = "other"
+    elif len(entry.shape) == 2:
+        kind = "router" if _is_router(name, entry, layer) else "matrix"
+    elif len(entry.shape) == 1:
+        kind = "vector"
+    else:
+        kind = "other"
+    transposed = kind == "matrix" and conv1d and module in _CONV1D_MODULES
+    return WeightType(name, entry.shape, entry.dtype, kind, transposed)
+
+
+def _is_router(name: str, entry: TensorEntry, layer: dict[str, TensorEntry]) -> bool:
+    """A matrix beside `experts` with one row per expert: it chooses among them, and their order is its own."""
+    if _EXPERT.search(name):
+        return False
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    prefix = f"{parent}.experts." if parent else "experts."
+    experts = {other[len(prefix) :].split(".", 1)[0] for other in layer if other.startswith(prefix)}
+    if experts and all(expert.isdigit() for expert in experts):
+        return entry.shape[0] == len(experts)
+    fused = [item for other, item in layer.items() if other.startswith(prefix) and len(item.shape) == 3]
+    return bool(fused) and entry.shape[0] == fused[0].shape[0]
+
+
+def _sample(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:2])

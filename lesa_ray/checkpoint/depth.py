@@ -1,0 +1,108 @@
+"""The configuration of a deeper model: every key that follows depth, changed along.
+
+Besides the number of layers these are lists with one value for each layer (`layer_types`, …), lists of layer indices
+(`mlp_only_layers`, …) and `max_window_layers`. Each old layer keeps its own values; a new one takes those of the layer below it. Many
+configurations leave such a list to a rule by index (Gemma 2: every second layer attends to a window). In a deeper model the rule
+would hit other layers, so the list is spelled out, as transformers' own configuration class completes it (no remote code
+is run). A list that looks like one value per layer and is not known is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lesa_ray.checkpoint.anatomy import config_depth
+from lesa_ray.errors import UserError
+
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
+"""Lists with one value for each layer."""
+LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices")
+"""Lists of the indices of the layers that are special."""
+_BY_INDEX = (
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+    "global_attn_every_n_layers",
+    "full_attention_interval",
+    "attn_layer_period",
+    "interleave_moe_layer_step",
+)
+"""Rules by index. They are safe where transformers spells them out in a list, else they must be 1 or absent."""
+_NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens")
+_NO_LISTS = ("llama", "mistral", "gpt2", "gpt_neox", "opt", "bert", "mixtral")
+"""Families without any per-layer setting: the import of transformers (2 to 3 s) is saved."""
+
+
+def deeper_config(
+    raw: dict[str, Any], origins: list[int], base_layers: int, base: str, dtype: str | None = None
+) -> dict[str, Any]:
+    """The result's config.json.
+
+    raw: the base's; origins: for each layer of the result the base layer whose settings it takes.
+    dtype: the element type of the result if it changes.
+    Raises: UserError naming the key that cannot be changed soundly.
+    """
+    depth = config_depth(raw)
+    assert depth is not None
+    config = {**copy.deepcopy(raw), **_spelled_out(raw, base_layers, base)}
+    for key, value in config.items():
+        if key in PER_LAYER and isinstance(value, list):
+            if len(value) != base_layers:
+                raise UserError(f"BASE {base}: config.json: {key} has {len(value)} entries for {base_layers} layers")
+            config[key] = [value[origin] for origin in origins]
+        elif key in LAYER_INDICES and isinstance(value, list):
+            config[key] = [index for index, origin in enumerate(origins) if origin in value]
+        elif key == "max_window_layers" and isinstance(value, int):
+            config[key] = sum(origin < value for origin in origins) + max(value - base_layers, 0)
+        elif key == "attention_types" or (key not in _NOT_PER_LAYER and _looks_per_layer(value, base_layers)):
+            raise UserError(
+                f"BASE {base}: config.json: {key} seems to hold one value for each of the {base_layers} layers, "
+                "and how it should grow is not known; please report this model"
+            )
+    for key in ("num_hidden_layers", depth[0]):
+        if key in config:
+            config[key] = len(origins)
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    return config
+
+
+def _spelled_out(raw: dict[str, Any], base_layers: int, base: str) -> dict[str, list[Any]]:
+    """The per-layer lists that the base's config.json leaves to its configuration class."""
+    family = raw.get("model_type")
+    if family in _NO_LISTS:
+        return {}
+    full = completed_config(raw, base)
+    if full is None:
+        for key in _BY_INDEX:
+            if raw.get(key) not in (None, 0, 1) and not any(name in raw for name in PER_LAYER):
+                raise UserError(
+                    f"BASE {base}: config.json: {key} = {raw[key]} chooses layers by index, and {family} is not known "
+                    "to transformers, so which layers it chose cannot be spelled out"
+                )
+        return {}
+    return {
+        key: list(full[key])
+        for key in PER_LAYER
+        if isinstance(full.get(key), list) and len(full[key]) == base_layers and raw.get(key) is None
+    }
+
+
+def completed_config(raw: dict[str, Any], base: str) -> dict[str, Any] | None:
+    """config.json as transformers' own class completes it; None for families it does not know.
+
+    Raises: UserError if the class refuses the values.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        return None
+    try:
+        full: dict[str, Any] = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw)).to_dict()
+    except Exception as error:  # each family validates in its own way
+        raise UserError(f"BASE {base}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})") from error
+    return full
+
+
+def _looks_per_layer(value: object, base_layers: int) -> bool:
+    return isinstance(value, list) and len(value) == base_layers and all(isinstance(v, str | int | float) for v in value)

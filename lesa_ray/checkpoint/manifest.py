@@ -1,0 +1,58 @@
+"""`expansion.json`, the manifest: what was done, from what, with which layers new.
+
+It holds only what follows from the inputs and the seed (no times, no host, no paths but the base as it was named), so that the same expansion
+gives the same bytes anywhere. Training reads from it which layers to train.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, TypedDict
+
+from lesa_ray.checkpoint.storage import Storage
+
+MANIFEST_FILE = "expansion.json"
+FORMAT = 1
+
+
+class LayerRecord(TypedDict):
+    """One layer of the result. `base_layers`: the layers of the base it descends from; `neighbours`: result indices."""
+
+    index: int
+    kind: Literal["old", "copy", "new"]
+    base_layers: list[int]
+    neighbours: list[int]
+
+
+class Manifest(TypedDict):
+    """The content of `expansion.json`."""
+
+    format: int
+    fingerprint: str
+    base: str
+    family: str
+    method: str
+    paper: str
+    identity: dict[str, Any]
+    layers: list[LayerRecord]
+    zeroed: list[str]
+    """Weight types that are zero in the new layers."""
+    train: Literal["new", "all"]
+    """What the method's paper trains afterwards: `new_layers`, or everything."""
+    new_layers: list[int]
+    parameters: dict[str, int]
+    fit: dict[str, Any]
+    """What the units reported, by unit; for lesa the quality of each weight type's predictor."""
+
+
+def read_manifest(storage: Storage) -> Manifest | None:
+    """The manifest in a folder, or None if there is none (or none that can be read)."""
+    try:
+        manifest: Manifest = json.loads(storage.read(MANIFEST_FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()

@@ -1,0 +1,263 @@
+"""Read a safetensors checkpoint: headers first, then only the bytes that are needed.
+
+Opening a checkpoint costs one small read per shard (the header: names, dtypes, shapes, offsets), whatever its size. A tensor
+is then one range read. Nothing is memory-mapped, so what a process holds is what it asked for. Every way in which a
+folder can be broken or unsuitable (missing or truncated shard, index that disagrees, pickled or quantised weights)
+is found here, before any work.
+
+The file format: 8 bytes little-endian header length, a JSON header, the tensors' bytes without gaps
+(https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lesa_ray.checkpoint.storage import Storage, resolve_base
+from lesa_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Element sizes in bytes of the float types that weights may have."""
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FORMAT_NAMES = {name: key for key, name in TORCH_NAMES.items()}
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+_FIRST_READ = 128 * 1024
+_MAX_HEADER = 100 * 2**20  # the format's own bound
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` bytes at `offset` (from the start) of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its configuration and where each tensor lies. Holds no weights; picklable."""
+
+    base: str
+    storage: Storage
+    files: dict[str, int]
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all float tensors (tied embeddings count once, buffers of integers not)."""
+        return sum(entry.elements for entry in self.tensors.values() if entry.is_float)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @cached_property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One float tensor, in the dtype and shape it is stored in, on the CPU."""
+        import torch
+
+        entry = self.tensors[name]
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        if self.storage.is_local:
+            with open(self.storage.path(entry.file), "rb", buffering=0) as file:
+                file.seek(entry.offset)
+                done = 0
+                while done < entry.nbytes:
+                    count = file.readinto(view[done : done + 2**30])
+                    if not count:
+                        raise UserError(f"{entry.file}: ends inside tensor {name}; the file changed or is truncated")
+                    done += count
+        else:
+            view[:] = self.storage.read(entry.file, entry.offset, entry.offset + entry.nbytes)
+        return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
+
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """What identifies each shard without reading it whole: its size and a digest.
+
+        The digest is the storage's own ETag where there is one, else a SHA-256 over the header and 16 samples of 4 KiB
+        spread evenly over the file: weights that were trained on differ in every sample.
+        """
+
+        def digest(file: str) -> dict[str, Any]:
+            size = self.files[file]
+            tag = None if self.storage.is_local else self.storage.etag(file)
+            if tag is None:
+                sha = hashlib.sha256(_raw_header(self.storage, file, size))
+                for sample in range(_SAMPLES):
+                    start = (size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
+                    sha.update(self.storage.read(file, max(start, 0), max(start, 0) + _SAMPLE_BYTES))
+                tag = f"sha256-sampled:{sha.hexdigest()}"
+            return {"bytes": size, "digest": tag}
+
+        with ThreadPoolExecutor(8) as pool:
+            return dict(zip(self.shards, pool.map(digest, self.shards), strict=True))
+
+
+def open_checkpoint(base: str) -> Checkpoint:
+    """Open a checkpoint by its headers alone.
+
+    base: a local folder, a Hugging Face repo id (`org/name`, `org/name@revision`) or an fsspec URL.
+    Raises: UserError, with one line that says what is wrong with which file and what to do.
+    """
+    storage = Storage(resolve_base(base))
+    files = _list(base, storage)
+    if "config.json" not in files:
+        raise UserError(f"BASE {base}: not a checkpoint, there is no config.json in it")
+    config = _read_json(storage, "config.json")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise UserError(f"BASE {base}: is quantised ({method}); expand the unquantised checkpoint, quantise the result")
+    weight_map = _weight_map(base, storage, files)
+    shards = sorted(set(weight_map.values())) if weight_map else [_single_file(base, files)]
+    for shard in shards:
+        if shard not in files:
+            raise UserError(f"BASE {base}: {INDEX_FILE} names {shard}, which is not there; download it again")
+    with ThreadPoolExecutor(16) as pool:
+        headers = list(pool.map(lambda shard: _read_header(base, storage, shard, files[shard]), shards))
+    found = {entry.name: entry for header in headers for entry in header}
+    for name, shard in weight_map.items():
+        if name not in found or found[name].file != shard:
+            raise UserError(f"BASE {base}: {shard} lacks the tensor {name}, which {INDEX_FILE} places in it")
+    tensors = {name: entry for name, entry in found.items() if not weight_map or name in weight_map}
+    if not tensors:
+        raise UserError(f"BASE {base}: its safetensors files hold no tensor")
+    for entry in tensors.values():
+        if not entry.is_float and len(entry.shape) == 2 and entry.name.endswith(".weight"):
+            raise UserError(
+                f"BASE {base}: tensor {entry.name} has dtype {entry.dtype}, so the checkpoint is quantised; "
+                f"expand one in {', '.join(TORCH_NAMES.values())}"
+            )
+    return Checkpoint(base=base, storage=storage, files=files, config=config, tensors=tensors)
+
+
+def read_entries(storage: Storage, file: str) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in the order of their bytes. Raises: UserError if it is damaged."""
+    return _read_header(storage.url, storage, file, storage.size(file) or 0)
+
+
+def _list(base: str, storage: Storage) -> dict[str, int]:
+    try:
+        files = storage.list()
+    except UserError:
+        raise
+    except Exception as error:  # each backend has its own classes for "no such repository" and "no network"
+        hub = storage.url.startswith("hf://")
+        hint = "is it a folder, and is the network up?" if hub else "check the address and the credentials"
+        raise UserError(f"BASE {base}: cannot be listed ({_first_line(error)}); {hint}") from error
+    if not files:
+        raise UserError(f"BASE {base}: there is nothing at {storage.url}")
+    return files
+
+
+def _weight_map(base: str, storage: Storage, files: dict[str, int]) -> dict[str, str]:
+    if INDEX_FILE not in files:
+        return {}
+    weight_map = _read_json(storage, INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"BASE {base}: {INDEX_FILE} has no weight_map")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or "/" in shard or shard.startswith(".."):
+            raise UserError(f"BASE {base}: {INDEX_FILE} names the shard {shard!r}, which is not a file of this folder")
+    return weight_map
+
+
+def _single_file(base: str, files: dict[str, int]) -> str:
+    candidates = [name for name in sorted(files) if name.endswith(".safetensors")]
+    if SINGLE_FILE in candidates:
+        return SINGLE_FILE
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise UserError(f"BASE {base}: {len(candidates)} safetensors files but no {INDEX_FILE}; add the index")
+    pickled = [name for name in sorted(files) if name.endswith(_PICKLED)]
+    if pickled:
+        raise UserError(
+            f"BASE {base}: only {pickled[0]} and no safetensors; load it once with transformers and save_pretrained() it"
+        )
+    raise UserError(f"BASE {base}: there is no safetensors file in it")
+
+
+def _raw_header(storage: Storage, file: str, size: int) -> bytes:
+    """The header's JSON bytes. Raises: ValueError if the file cannot hold one."""
+    head = storage.read(file, 0, min(size, _FIRST_READ))
+    if len(head) < 8:
+        raise ValueError(f"has {size} bytes")
+    length = int.from_bytes(head[:8], "little")
+    if length > _MAX_HEADER or 8 + length > size:
+        raise ValueError(f"says its header has {length} bytes, the file has {size}")
+    return head[8 : 8 + length] if 8 + length <= len(head) else storage.read(file, 8, 8 + length)
+
+
+def _read_header(base: str, storage: Storage, file: str, size: int) -> list[TensorEntry]:
+    where = f"BASE {base}: {file}"
+    try:
+        raw = _raw_header(storage, file, size)
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        data = 8 + len(raw)
+        entries = [
+            TensorEntry(
+                name=name,
+                dtype=item["dtype"],
+                shape=tuple(item["shape"]),
+                file=file,
+                offset=data + item["data_offsets"][0],
+                nbytes=item["data_offsets"][1] - item["data_offsets"][0],
+            )
+            for name, item in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: is not a whole safetensors file ({_first_line(error)}); download it again") from error
+    end = max((entry.offset + entry.nbytes for entry in entries), default=data)
+    if end != size:
+        raise UserError(f"{where}: is truncated or damaged ({size} bytes, its header needs {end}); download it again")
+    for entry in entries:
+        if entry.is_float and entry.elements * FLOAT_BYTES[entry.dtype] != entry.nbytes:
+            raise UserError(f"{where}: tensor {entry.name} has {entry.nbytes} bytes, not those of {entry.shape}")
+    return sorted(entries, key=lambda entry: entry.offset)
+
+
+def _read_json(storage: Storage, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(storage.read(name))
+    except ValueError as error:
+        raise UserError(f"{storage.url}/{name}: is not JSON ({_first_line(error)})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{storage.url}/{name}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,184 @@
+"""One door to storage: a local folder, `s3://…`, `hf://…` or any other fsspec URL.
+
+Everything the tool reads or writes lies in a folder of some storage, so a `Storage` is a folder and names are relative
+to it. Two promises hold on every backend: a file appears whole or not at all (local files are written beside
+their place, synced and renamed; object stores publish an object when its upload completes), and a listing is
+never served from a cache, as other processes write here too. Paths are `str`: `pathlib` collapses `s3://`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any
+
+import fsspec
+
+from lesa_ray.errors import MachineError, UserError
+
+WORK_DIR = ".lesa-ray"
+"""Folder inside OUT that holds unfinished work; it goes when the result is complete."""
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
+
+
+def resolve_base(base: str) -> str:
+    """Turn BASE into a URL: an existing local folder wins, then a URL as it is, then a Hugging Face repo id.
+
+    Raises: UserError if it is none of these.
+    """
+    if "://" in base:
+        return base
+    if os.path.isdir(base):
+        return os.path.abspath(base)
+    if os.path.exists(base):
+        raise UserError(f"BASE {base}: is a file; give the folder that holds config.json and the weights")
+    if _HUB_ID.match(base) and not base.startswith((".", "~")):
+        return f"hf://{base}"
+    raise UserError(f"BASE {base}: no such folder; give a folder, a Hugging Face repo id or a URL such as s3://…")
+
+
+class Storage:
+    """A folder on any filesystem. Picklable by its URL, so tasks can carry it to other machines."""
+
+    def __init__(self, url: str) -> None:
+        """url: a local path or an fsspec URL. Raises: UserError if no filesystem is installed for it."""
+        local = "://" not in url
+        self.url = os.path.abspath(url) if local else url.rstrip("/")
+        try:
+            self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{url}: {error}") from error
+        self.root: str = root.rstrip("/")
+        self.is_local: bool = "file" in _protocols(self.fs)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self.url,)
+
+    def path(self, name: str = "") -> str:
+        """The filesystem's own path of a file in this folder."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def list(self) -> dict[str, int]:
+        """Names of the files directly in this folder and their sizes in bytes; empty if there is no such folder."""
+        try:
+            fresh = {} if self.is_local else {"refresh": True}
+            entries = self.fs.ls(self.root, detail=True, **fresh)
+        except FileNotFoundError:
+            return {}
+        except NotADirectoryError:
+            raise UserError(f"{self.url}: is a file; give a folder") from None
+        return {
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0)
+            for entry in entries
+            if entry["type"] == "file" and entry["name"].rstrip("/") != self.root
+        }
+
+    def is_empty(self) -> bool:
+        """Whether nothing at all, folders included, lies here."""
+        try:
+            return not [e for e in self.fs.ls(self.root, detail=False) if e.rstrip("/") != self.root]
+        except FileNotFoundError:
+            return True
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def size(self, name: str) -> int | None:
+        """Bytes in a file, or None if it is not there."""
+        try:
+            return int(self.fs.info(self.path(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file; the whole file by default."""
+        if self.is_local:
+            with open(self.path(name), "rb") as file:
+                file.seek(start)
+                return file.read(-1 if end is None else end - start)
+        data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
+        return data
+
+    def etag(self, name: str) -> str | None:
+        """What the object store says identifies this content (ETag or the hub's blob id), if it says anything."""
+        info = self.fs.info(self.path(name))
+        tag = info.get("ETag") or info.get("blob_id") or info.get("etag")
+        return str(tag).strip('"') if tag else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file; it appears whole or not at all."""
+        with self.create(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a new file for writing. It takes its name when the block ends well; otherwise it never existed."""
+        if not self.is_local:
+            file = self.fs.open(self.path(name), "wb", block_size=32 * 2**20)
+            try:
+                yield file
+            except BaseException:
+                file.discard() if hasattr(file, "discard") else None
+                file.closed = True  # close() would publish the part written so far
+                raise
+            file.close()
+            return
+        target = self.path(name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(temporary, "wb") as local_file:
+                yield local_file
+                local_file.flush()
+                os.fsync(local_file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
+    def remove_tree(self, name: str = "") -> None:
+        """Remove a folder below this one (or this one) with all that is in it, if it is there."""
+        if self.is_local:
+            shutil.rmtree(self.path(name), ignore_errors=True)
+        elif self.fs.exists(self.path(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half-written in this folder."""
+        if self.is_local:
+            for name in self.list():
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self.remove(name)
+
+    def free_bytes(self) -> int | None:
+        """Free space in bytes where this folder is or will be; None where storage has no such bound."""
+        if not self.is_local:
+            return None
+        folder = self.root
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        return shutil.disk_usage(folder).free
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what the machine or the storage refused."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the device ({error.filename or 'while writing'})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {text}"

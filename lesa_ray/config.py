@@ -1,0 +1,143 @@
+"""Every setting of the tool, with its type, unit, default and the source of the default.
+
+The models read from and write to YAML; a setting that is not known is an error, never ignored.
+`None` for a setting that a method decides (position, vectors, zero_init) means "as the method was published".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lesa_ray.errors import UserError
+
+SvdRoute = Literal["auto", "exact", "gram", "randomized", "none"]
+VectorRule = Literal["lower", "mean", "first"]
+Recipe = Literal["paper", "released-code"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LesaSettings(Settings):
+    """LESA's spectral step and predictor (arXiv 2502.13794; released notebooks: github.com/yangyifei729/LESA)."""
+
+    svd: SvdRoute = "auto"
+    """How the common basis U Σ is found; `none` is the paper's ablation without SVD (coefficients = weights)."""
+    rank: int | None = Field(default=None, ge=1)
+    """Singular directions kept; None keeps all min(d1, layers·d2) of them (the paper)."""
+    oversampling: int = Field(default=10, ge=0)
+    """Extra random directions of the randomised route (Halko, Martinsson, Tropp 2011, section 4.2)."""
+    power_iterations: int = Field(default=2, ge=0)
+    """Power iterations of the randomised route; 2 suffice for slowly decaying spectra (ibid., section 4.5)."""
+    hidden: int = Field(default=256, ge=1)
+    """Width of both hidden layers of the predictor (paper, section 4.1)."""
+    epochs: int = Field(default=5, ge=1)
+    """Passes over the training rows: 5 in the paper, 10 in the released code."""
+    norm_weight: float = Field(default=5e-5, ge=0, le=1)
+    """λ of (1-λ)·MSE + λ·norm loss: 5e-5 in the paper, 5e-4 in the released code."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """AdamW learning rate (released code; the paper does not say)."""
+    batch_size: int = Field(default=64, ge=1)
+    """Rows in a batch (released code)."""
+    holdout: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the layer triples kept out of training for the held-out figures (120/30 split of the paper).
+    0 trains on all of them and reports no held-out figures."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, **changes: object) -> LesaSettings:
+        """The paper's values, or those of the released notebooks where they differ, with `changes` on top."""
+        published = {"epochs": 10, "norm_weight": 5e-4} if recipe == "released-code" else {}
+        return cls.model_validate({**published, **changes})
+
+
+class ExpandConfig(Settings):
+    """One expansion: a base checkpoint, where new layers go, and how they are filled."""
+
+    base: str
+    """Checkpoint to grow: a folder, a Hugging Face repo id, or an fsspec URL."""
+    out: str
+    """Where the expanded checkpoint goes: a folder or an fsspec URL."""
+    method: str = "lesa"
+    """A name of the method registry (`lesa_ray.expansion.registry`)."""
+    factor: float | None = None
+    """Layers afterwards over layers before; 1.5 (the papers' 32 → 48) if neither `layers` nor a list of gaps is given."""
+    layers: int | None = None
+    """Layers afterwards; instead of `factor`."""
+    position: str | None = None
+    """top | middle | bottom | ends | uniform, or gaps as in `15-30` or `1,5,9`; None: the method's published one."""
+    zero_init: bool | None = None
+    """Zero every projection through which a new layer writes into the residual stream; None: as published."""
+    vectors: VectorRule | None = None
+    """Where the 1-D tensors (norms, biases) of a new layer come from; None: as published."""
+    recipe: Recipe = "paper"
+    """Where a paper and its released code differ: the paper's choice, or the code's."""
+    lesa: LesaSettings = LesaSettings()
+    variants: tuple[str, ...] = ()
+    """Other checkpoints of the same shape whose layer triples join LESA's training rows (paper, section 4.4)."""
+    seed: int = 0
+    shard_size: str = "5GB"
+    """Largest size of one file of the result, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)."""
+    dtype: DtypeName | None = None
+    """Element type of the result; None keeps each tensor's own."""
+    gpus_per_task: float | None = Field(default=None, ge=0)
+    """GPUs one unit of work asks Ray for; None: one where the cluster has GPUs, else none."""
+    cpus_per_task: int = Field(default=1, ge=1)
+    """CPU cores and threads of one unit. It is part of the result's identity: sums over threads round differently."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_recipe(cls, data: object) -> object:
+        """Fill the LESA settings that were not given from the recipe that was."""
+        if isinstance(data, dict) and data.get("recipe") == "released-code":
+            given = data.get("lesa") or {}
+            if isinstance(given, dict):
+                data = {**data, "lesa": LesaSettings.from_recipe("released-code", **given)}
+        return data
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ExpandConfig:
+        if self.factor is not None and self.layers is not None:
+            raise ValueError("give factor or layers, not both")
+        return self
+
+
+def load_config(path: str, **overrides: object) -> ExpandConfig:
+    """Read an `ExpandConfig` from a YAML file; `overrides` that are not None replace its values.
+
+    Raises: UserError if the file cannot be read, is not a mapping, or holds an unknown or wrong setting.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"config {path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
+    return make_config(data, where=f"config {path}", **overrides)
+
+
+def make_config(data: dict[str, object], where: str = "settings", **overrides: object) -> ExpandConfig:
+    """Build an `ExpandConfig` from plain values. A `lesa` override is merged key by key.
+
+    Raises: UserError naming the first setting that is wrong.
+    """
+    merged = dict(data)
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            inner = merged.get(key) or {}
+            merged[key] = {**(inner if isinstance(inner, dict) else {}), **value}
+        elif value is not None:
+            merged[key] = value
+    try:
+        return ExpandConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from error

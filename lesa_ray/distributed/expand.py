@@ -1,0 +1,125 @@
+"""`lesa_ray.expand`: the main job from start to end.
+
+    open the base ▸ plan ▸ (rehearse, where the function is to be kept) ▸ units ▸ shards ▸ manifest, card, config.json
+
+This is the same on a laptop and on a cluster; what differs is the runner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from lesa_ray.checkpoint.manifest import Manifest, read_manifest
+from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.config import ExpandConfig
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
+from lesa_ray.expansion.prepare import Expansion, check_out, prepare
+from lesa_ray.expansion.rehearsal import rehearse
+from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
+from lesa_ray.expansion.workbench import finished_record
+from lesa_ray.report.model_card import model_card
+
+_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx")
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """What an expansion gave. `seconds` and `peak_memory` are of this run; a reused result took next to nothing."""
+
+    out: str
+    layers: int
+    parameters: int
+    seconds: float
+    peak_memory: int
+    """Largest resident set in bytes of any process that worked."""
+    reused: bool
+    """OUT was complete already."""
+    resumed: bool
+    """An interrupted run was taken up."""
+    manifest: Manifest
+
+
+def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listener | None = None) -> Expanded:
+    """Grow a checkpoint deeper.
+
+    runner: who does the work; by default Ray, or this process where there is nothing to compute.
+    Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call goes on.
+    """
+    listener = listener or Silent()
+    begin = time.monotonic()
+    check_out(config.base, config.out)
+    listener.phase("reading the headers of the base", 0)
+    expansion = prepare(config)
+    storage = Storage(config.out)
+    state = _reach(config.out, lambda: out_state(expansion))
+    if state == "done":
+        manifest = read_manifest(storage)
+        assert manifest is not None
+        storage.remove_tree(".lesa-ray")
+        return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
+    if expansion.job.zero_init and state == "fresh":
+        listener.phase("trying on a miniature that the function is kept", 0)
+        rehearse(expansion)
+    _reach(config.out, lambda: claim(expansion, state))
+    try:
+        records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
+        units = [unit for unit in expansion.units if unit.name not in records]
+        runner = runner or _default_runner(bool(units), listener)
+        if units:
+            listener.phase(f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units)))
+            records.update(runner.run_units(expansion, units, listener))
+        shards = missing_shards(expansion)
+        listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))
+        runner.write_shards(expansion, shards, listener)
+        manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
+        finish(expansion, manifest, model_card(expansion, manifest))
+    except UserError:
+        abandon(expansion)
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+            raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
+        raise
+    return _expanded(expansion, manifest, begin, runner, resumed=state == "resume")
+
+
+def _default_runner(computes: bool, listener: Listener) -> Runner:
+    if not computes and not os.environ.get("RAY_ADDRESS"):
+        return InlineRunner()
+    try:
+        from lesa_ray.distributed.ray_runner import RayRunner
+    except ImportError:
+        import torch
+
+        return InlineRunner("cuda" if torch.cuda.is_available() else "cpu")
+    listener.phase("starting Ray", 0)
+    return RayRunner()
+
+
+def _reach(out: str, call: Any) -> Any:
+    """Run the first call that touches OUT; a store that cannot be reached is the user's to mend."""
+    try:
+        return call()
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        raise UserError(f"OUT {out}: cannot be written ({explain(error)}); check the address and the credentials") from error
+
+
+def _expanded(
+    expansion: Expansion, manifest: Manifest, begin: float, runner: Runner, *, reused: bool = False, resumed: bool = False
+) -> Expanded:
+    return Expanded(
+        out=expansion.job.config.out,
+        layers=expansion.job.plan.layers,
+        parameters=expansion.parameters,
+        seconds=time.monotonic() - begin,
+        peak_memory=runner.peak_memory(),
+        reused=reused,
+        resumed=resumed,
+        manifest=manifest,
+    )

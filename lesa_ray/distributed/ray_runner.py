@@ -1,0 +1,173 @@
+"""Units and shards as Ray tasks.
+
+Each unit is a task with its own CPUs, GPU and memory; the largest starts first, one starts as soon as those it reads from are
+done. A task leaves its tensors in storage and returns a record of a few hundred bytes, so nothing large travels. When a worker dies Ray
+starts the task again, on the same or another machine: a unit's file appears only when it is whole, and the same
+seed gives the same bytes.
+
+Ray is the running cluster's where there is one (RAY_ADDRESS, `ray start`, a submitted job), else an embedded local one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.writer import Shard, write_shard
+from lesa_ray.errors import MachineError
+from lesa_ray.expansion.method import Unit
+from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
+from lesa_ray.expansion.workbench import run_unit
+
+_POLL_SECONDS = 0.5
+_RETRIES = 3
+_INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
+
+
+def start_ray() -> None:
+    """Connect to the running cluster, or start an embedded local Ray. Does nothing if Ray is up in this process."""
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise MachineError(f"Ray cluster {os.environ['RAY_ADDRESS']}: cannot be reached") from None
+        ray.init(address="local", include_dashboard=False, **quiet)
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Keeps how far each unit is, for the driver to look at."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, tuple[str, float]] = {}
+
+    def put(self, unit: str, phase: str, share: float) -> None:
+        self._state[unit] = (phase, share)
+
+    def get(self) -> dict[str, tuple[str, float]]:
+        return self._state
+
+
+def _unit_task(expansion: Expansion, unit: Unit, threads: int, board: Any) -> tuple[dict[str, Any], int]:
+    import torch
+
+    last = 0.0
+
+    def progress(phase: str, share: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > _POLL_SECONDS:
+            last = time.monotonic()
+            board.put.remote(unit.name, phase, share)
+
+    record = run_unit(
+        expansion.job,
+        unit,
+        expansion.made_in,
+        expansion.checkpoint,
+        expansion.job.config.out,
+        device="cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu",
+        threads=threads,
+        progress=progress,
+    )
+    return record, own_peak_memory()
+
+
+def _shard_task(out: str, shard: Shard) -> int:
+    write_shard(Storage(out), shard)
+    return own_peak_memory()
+
+
+class RayRunner:
+    """Runs the work of an expansion on Ray."""
+
+    def __init__(self) -> None:
+        start_ray()
+        self._peak = own_peak_memory()
+        resources = ray.cluster_resources()
+        self._gpus = resources.get("GPU", 0)
+        self._node_memory = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        self._node_cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+
+    def run_units(self, expansion: Expansion, units: list[Unit], listener: Listener) -> dict[str, Any]:
+        config = expansion.job.config
+        if config.cpus_per_task > self._node_cpus:
+            raise MachineError(f"a unit asks for {config.cpus_per_task} CPUs; the largest node has {self._node_cpus:g}")
+        gpus = config.gpus_per_task if config.gpus_per_task is not None else (1 if self._gpus else 0)
+        if gpus > self._gpus:
+            raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
+        shared = ray.put(expansion)
+        board = _Board.remote()
+        waiting = sorted(units, key=lambda unit: -unit.flops)
+        here = {unit.name for unit in units}
+        running: dict[Any, Unit] = {}
+        records: dict[str, Any] = {}
+        try:
+            while waiting or running:
+                for unit in [u for u in waiting if all(n in records or n not in here for n in u.after)]:
+                    waiting.remove(unit)
+                    task = ray.remote(_unit_task).options(
+                        name=f"unit {unit.name}",
+                        num_cpus=config.cpus_per_task,
+                        num_gpus=gpus,
+                        memory=min(unit.memory + _INTERPRETER_BYTES, int(self._node_memory * 0.9)),
+                        max_retries=_RETRIES,
+                        retry_exceptions=[ConnectionError, TimeoutError],
+                    )
+                    running[task.remote(shared, unit, config.cpus_per_task, board)] = unit
+                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+                for reference in done:
+                    unit = running.pop(reference)
+                    records[unit.name], peak = _get(reference, f"unit {unit.name}")
+                    self._peak = max(self._peak, peak)
+                self._tell(listener, units, records, board)
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+            ray.kill(board)
+        return records
+
+    def _tell(self, listener: Listener, units: list[Unit], records: dict[str, Any], board: Any) -> None:
+        state = ray.get(board.get.remote(), timeout=60)
+        shares = {unit.name: 1.0 if unit.name in records else state.get(unit.name, ("", 0.0))[1] for unit in units}
+        under_way = [f"{u.name}: {state[u.name][0]}" for u in units if u.name in state and u.name not in records]
+        listener.progress(sum(weight_of(unit) * shares[unit.name] for unit in units), ", ".join(under_way[:2]))
+
+    def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
+        task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[ConnectionError, TimeoutError])
+        running = {task.remote(expansion.job.config.out, shard): shard for shard in shards}
+        written = 0
+        try:
+            while running:
+                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+                for reference in done:
+                    shard = running.pop(reference)
+                    self._peak = max(self._peak, _get(reference, shard.file))
+                    written += shard.nbytes
+                listener.progress(written, ", ".join(shard.file for shard in list(running.values())[:2]))
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+    def peak_memory(self) -> int:
+        return max(self._peak, own_peak_memory())
+
+
+def _get(reference: Any, what: str) -> Any:
+    """A task's result. Raises: the task's own error, or MachineError if its workers were lost."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause if error.cause is not None else error from None
+    except RayError as error:
+        raise MachineError(f"{what}: lost after {_RETRIES} retries ({explain(error)[:200]})") from error

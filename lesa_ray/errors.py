@@ -1,0 +1,14 @@
+"""Two ways a command can fail, and what each promises.
+
+`UserError`: the input is wrong. One line says what, where and what to do; exit code 2; nothing is left behind.
+`MachineError`: the machine failed (disk full, storage unreachable, a worker lost for good). One line; exit code 1;
+what was finished stays, and the same command goes on from there.
+"""
+
+
+class UserError(ValueError):
+    """Wrong input: exit code 2, nothing written."""
+
+
+class MachineError(RuntimeError):
+    """A fault of the machine: exit code 1, the same command resumes."""

@@ -1,0 +1,185 @@
+"""What a method is, and the job it works on.
+
+A method decides where new layers go by default, which of their tensors are copies, and how the others are made, split into
+units: pieces of work that can run on different machines, each of which reads tensors and makes tensors. It knows nothing
+of files, Ray or S3; the workbench hands it tensors. Three settings combine with any method and are therefore decided here, in
+`Job.content`, not in one: positions, the rule for vectors, and zero-initialised output projections.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
+from lesa_ray.checkpoint.residual import residual_writers
+from lesa_ray.config import ExpandConfig
+from lesa_ray.errors import UserError
+from lesa_ray.expansion.plan import New, Plan, between, target_layers
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, float], None]
+"""Told the name of the phase a unit is in and the share of the unit that is done, 0 … 1."""
+
+VectorSource = Literal["lower", "mean", "first", "fused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The bytes of the same weight type in a layer of the base."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """Zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Made by a unit of the method."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a method's work. `makes` holds (slot id, weight type) in the order in which they are written."""
+
+    name: str
+    makes: tuple[tuple[int, str], ...]
+    flops: float
+    """Rough arithmetic: the largest unit starts first."""
+    memory: int
+    """Rough peak in bytes beside the interpreter."""
+    after: tuple[str, ...] = ()
+    """Units whose tensors this one reads: slots of an earlier round."""
+
+    @property
+    def file(self) -> str:
+        return re.sub(r"[^\w.-]", "_", self.name) + ".safetensors"
+
+
+class Tensors(Protocol):
+    """Where a unit gets its tensors and leaves them. Matrices are (d1, d2) = (out_features, in_features)."""
+
+    def read(self, layer: int, weight_type: str, variant: int | None = None) -> torch.Tensor:
+        """The tensor of a base layer or of a slot made earlier (by id), as stored; `variant`: of another checkpoint."""
+
+    def write(self, slot: int, weight_type: str, tensor: torch.Tensor) -> None:
+        """Leave one of the tensors that the unit makes; they come in the order of `Unit.makes`."""
+
+    def name(self, layer: int, weight_type: str) -> str:
+        """The tensor's name for messages."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An expansion with everything decided: picklable, holds no weights."""
+
+    config: ExpandConfig
+    anatomy: Anatomy
+    plan: Plan
+    method: Method
+    zero_init: bool
+    vectors: VectorSource
+
+    @cached_property
+    def zeroed(self) -> frozenset[str]:
+        """Weight types that are zero in new layers."""
+        return frozenset(residual_writers(self.anatomy)) if self.zero_init else frozenset()
+
+    @cached_property
+    def neighbours(self) -> frozenset[int]:
+        """Slots from which later slots are made, so that all their tensors are needed, zeroed ones too."""
+        used = {n for slot in self.plan.slots for n in (slot.lower, slot.upper) if n is not None}
+        return frozenset(n for n in used if n >= self.plan.base_layers)
+
+    def content(self, slot: New, weight_type: WeightType) -> Copy | Zero | Made:
+        """What a tensor of a new layer is in the result."""
+        return Zero() if weight_type.name in self.zeroed else self.substance(slot, weight_type)
+
+    def substance(self, slot: New, weight_type: WeightType) -> Copy | Made:
+        """The same before output projections are zeroed."""
+        if weight_type.kind == "matrix" and not self.method.copies:
+            return Made()
+        if weight_type.kind == "vector" and self.vectors in ("mean", "fused"):
+            return Made()
+        if weight_type.kind == "vector" and self.vectors == "first":
+            return Copy(0)
+        return Copy(self.plan.origin(slot.lower))
+
+    def must_make(self, slot: New, weight_type: WeightType) -> bool:
+        """Whether a unit has to write this tensor: for the result, or for a later slot."""
+        if isinstance(self.content(slot, weight_type), Made):
+            return True
+        return slot.id in self.neighbours and isinstance(self.substance(slot, weight_type), Made)
+
+    def makes(self, slots: tuple[New, ...], types: tuple[WeightType, ...]) -> tuple[tuple[int, str], ...]:
+        return tuple((slot.id, t.name) for slot in slots for t in types if self.must_make(slot, t))
+
+
+class Method(ABC):
+    """One way to fill slots. Adding one is a file with a subclass and a line in the registry."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    position: ClassVar[str]
+    """Where new layers go as published; shown to users."""
+    zero_init: ClassVar[bool]
+    vectors: ClassVar[VectorSource]
+    copies: ClassVar[bool] = False
+    """Whether new layers are copies of an old one, so that there is nothing to compute."""
+    trains: ClassVar[Literal["new", "all"]] = "new"
+    """What the paper trains afterwards."""
+    minimum_layers: ClassVar[int] = 2
+
+    def plan(self, base_layers: int, layers: int, position: str | None) -> Plan:
+        """Where the new layers go. Raises: UserError."""
+        return between(base_layers, layers, position or self.position)
+
+    @abstractmethod
+    def units(self, job: Job) -> list[Unit]:
+        """The pieces of work; none where all is copied."""
+
+    def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
+        """Do one unit's work and return what is worth reporting: plain JSON, the same for the same inputs and seed."""
+        raise NotImplementedError(f"{self.name} has no units")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the place where a unit runs gives it."""
+
+    device: str = "cpu"
+    scratch_dir: str | None = None
+    memory_budget: int | None = None
+    progress: Progress | None = None
+
+
+def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method) -> Job:
+    """Decide everything about an expansion. Raises: UserError for settings that do not fit the base or the method."""
+    if anatomy.layers < method.minimum_layers:
+        raise UserError(f"{method.name}: needs at least {method.minimum_layers} layers, the base has {anatomy.layers}")
+    if config.variants and method.name != "lesa":
+        raise UserError(f"--variants: {method.name} trains no predictor, so it has no use for them; lesa has")
+    layers = target_layers(anatomy.layers, config.factor, config.layers, config.position)
+    return Job(
+        config=config,
+        anatomy=anatomy,
+        plan=method.plan(anatomy.layers, layers, config.position),
+        method=method,
+        zero_init=method.zero_init if config.zero_init is None else config.zero_init,
+        vectors=config.vectors or ("first" if _first_vectors(config) else method.vectors),
+    )
+
+
+def _first_vectors(config: ExpandConfig) -> bool:
+    """LESA's released code deep-copies layer 0 for whatever is not predicted (load_LESA.ipynb)."""
+    return config.recipe == "released-code" and config.method == "lesa"

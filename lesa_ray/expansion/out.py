@@ -1,0 +1,140 @@
+"""The life of OUT: claimed, filled, valid at one moment.
+
+While an expansion is under way OUT holds `.lesa-ray/run.json` (whose work this is) and no `config.json`; so nothing can mistake it
+for a checkpoint. Shards take their names when they are whole. Then come the tokenizer and the like, the
+model card, the index and the manifest, and `config.json` last: from that moment OUT is a checkpoint. A run that finds its own
+fingerprint goes on where the last one stopped; any other content is left alone and refused.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
+from lesa_ray.checkpoint.reader import INDEX_FILE
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.checkpoint.writer import Shard, index_bytes
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.plan import Old
+from lesa_ray.expansion.prepare import Expansion
+
+RUN_FILE = f"{WORK_DIR}/run.json"
+CARD_FILE = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_MARGIN = 64 * 2**20
+
+State = Literal["fresh", "resume", "done"]
+
+
+def out_state(expansion: Expansion) -> State:
+    """What OUT is to this expansion. Raises: UserError if it holds anything else."""
+    out = expansion.job.config.out
+    storage = Storage(out)
+    if storage.is_empty():
+        return "fresh"
+    if storage.exists("config.json"):
+        manifest = read_manifest(storage)
+        if manifest is not None and manifest["fingerprint"] == expansion.fingerprint:
+            return "done"
+        what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
+        raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")
+    if storage.exists(RUN_FILE):
+        if json.loads(storage.read(RUN_FILE))["fingerprint"] == expansion.fingerprint:
+            return "resume"
+        raise UserError(
+            f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or remove the folder"
+        )
+    raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
+
+
+def claim(expansion: Expansion, state: State) -> None:
+    """Mark OUT as this expansion's. Raises: MachineError if the disk has no room for the result; then nothing is written."""
+    storage = Storage(expansion.job.config.out)
+    if state == "resume":
+        return
+    free, needed = storage.free_bytes(), expansion.nbytes + expansion.scratch_bytes + _MARGIN
+    if free is not None and free < needed:
+        raise MachineError(
+            f"OUT {expansion.job.config.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room"
+        )
+    content = {"fingerprint": expansion.fingerprint, "base": expansion.job.config.base}
+    storage.write(RUN_FILE, (json.dumps(content) + "\n").encode())
+
+
+def missing_shards(expansion: Expansion) -> list[Shard]:
+    """The files of the result that are not there yet."""
+    sizes = Storage(expansion.job.config.out).list()
+    return [shard for shard in expansion.shards if sizes.get(shard.file) != shard.nbytes]
+
+
+def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
+    """Add what a checkpoint has beside its shards; OUT is valid from the last write on."""
+    storage = Storage(expansion.job.config.out)
+    copy_side_files(expansion, storage)
+    storage.write(CARD_FILE, card.encode())
+    if len(expansion.shards) > 1:
+        storage.write(INDEX_FILE, index_bytes(list(expansion.shards)))
+    storage.write(MANIFEST_FILE, manifest_bytes(manifest))
+    storage.write("config.json", (json.dumps(expansion.config, indent=2, ensure_ascii=False) + "\n").encode())
+    storage.remove_tree(WORK_DIR)
+    storage.remove_leftovers()
+
+
+def copy_side_files(expansion: Expansion, storage: Storage) -> None:
+    """Copy the tokenizer, generation settings, chat template, modelling code: whatever is neither weights nor remade."""
+    base = expansion.checkpoint.storage
+    remade = {CARD_FILE, MANIFEST_FILE, "config.json", INDEX_FILE}
+    names = [n for n in expansion.checkpoint.files if n not in remade and not n.endswith(_WEIGHTS) and n[0] != "."]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: storage.write(name, base.read(name)), names))
+
+
+def abandon(expansion: Expansion) -> None:
+    """Remove what this expansion wrote (and OUT itself, if nothing else is in it): the input turned out to be wrong."""
+    storage = Storage(expansion.job.config.out)
+    storage.remove_tree(WORK_DIR)
+    for shard in expansion.shards:
+        storage.remove(shard.file)
+    storage.remove_leftovers()
+    if storage.is_local and storage.exists() and storage.is_empty():
+        storage.remove_tree()
+
+
+def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
+    """reports: what each unit reported, by its name."""
+    job = expansion.job
+    index_of = {output.id: index for index, output in enumerate(job.plan.outputs)}
+    layers: list[LayerRecord] = []
+    for index, output in enumerate(job.plan.outputs):
+        if isinstance(output, Old):
+            layers.append(LayerRecord(index=index, kind="old", base_layers=[output.id], neighbours=[]))
+            continue
+        above = [] if job.method.copies or output.upper is None else [output.upper]
+        sources = [output.lower, *above]
+        layers.append(
+            LayerRecord(
+                index=index,
+                kind="copy" if job.method.copies else "new",
+                base_layers=[job.plan.origin(source) for source in sources],
+                neighbours=[index_of[source] for source in sources],
+            )
+        )
+    return Manifest(
+        format=FORMAT,
+        fingerprint=expansion.fingerprint,
+        base=job.config.base,
+        family=job.anatomy.family,
+        method=job.method.name,
+        paper=job.method.paper,
+        identity=expansion.identity,
+        layers=layers,
+        zeroed=sorted(job.zeroed),
+        train=job.method.trains,
+        new_layers=[layer["index"] for layer in layers if layer["kind"] != "old"],
+        parameters={"base": expansion.checkpoint.parameters, "result": expansion.parameters},
+        fit={name: report for name, report in sorted(reports.items()) if report},
+    )
+
+

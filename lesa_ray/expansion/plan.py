@@ -1,0 +1,188 @@
+"""The plan: which layers the result has, in order, and where each comes from.
+
+A layer of the base has the id it had there (0 … L-1). New layers get the ids L, L+1, … in the order in which they can
+be made, so a slot refers only to smaller ids. When there are more new layers than gaps, every gap is filled and the rest
+are placed, by the same rule, on the sequence grown so far: 3× and more work.
+
+Published positions: LESA fills the last gaps (32 → 48: after layers 15 … 30, `range(15, 31)` in the released code);
+LLaMA Pro copies the last layer of each of T-L groups; SOLAR stacks [0, L-m) and [m, L), m = L - T/2.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lesa_ray.errors import UserError
+
+POSITIONS = ("top", "middle", "bottom", "ends", "uniform")
+_GAPS = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """A layer of the base, unchanged."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """A slot: a new layer between the layers `lower` and `upper` (ids; upper is None above the last layer)."""
+
+    id: int
+    lower: int
+    upper: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`outputs` are the result's layers, from the embedding to the head."""
+
+    base_layers: int
+    outputs: tuple[Old | New, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def slots(self) -> tuple[New, ...]:
+        """The new layers in the order in which they can be made."""
+        return tuple(sorted((o for o in self.outputs if isinstance(o, New)), key=lambda slot: slot.id))
+
+    def origin(self, layer: int) -> int:
+        """The base layer from which a layer (by id) descends through its lower neighbours."""
+        lower = {slot.id: slot.lower for slot in self.slots}
+        while layer >= self.base_layers:
+            layer = lower[layer]
+        return layer
+
+    @property
+    def origins(self) -> list[int]:
+        """For each layer of the result, the base layer whose settings in the configuration it takes."""
+        return [self.origin(output.id) for output in self.outputs]
+
+
+def target_layers(base_layers: int, factor: float | None, layers: int | None, position: str | None) -> int:
+    """How many layers the result has. Raises: UserError if that is no growth."""
+    if layers is None and factor is None and position is not None and position not in POSITIONS:
+        return base_layers + len(parse_gaps(position, base_layers))
+    if layers is None:
+        factor = 1.5 if factor is None else factor
+        if not factor > 1:
+            raise UserError(f"--factor {factor:g}: must be greater than 1")
+        layers = int(base_layers * factor + 0.5)
+        if layers <= base_layers:
+            raise UserError(f"--factor {factor:g}: adds no layer to {base_layers}; use --layers {base_layers + 1} or more")
+    if layers <= base_layers:
+        raise UserError(f"--layers {layers}: the base has {base_layers} already; give more")
+    if layers > 64 * base_layers:
+        raise UserError(f"--layers {layers}: more than 64 times the base's {base_layers} layers")
+    return layers
+
+
+def parse_gaps(position: str, base_layers: int) -> list[int]:
+    """Gaps named by the layer below each: `15-30` or `1,5,9`. Raises: UserError."""
+    if not _GAPS.match(position):
+        raise UserError(
+            f"--position {position}: unknown; use {', '.join(POSITIONS)}, or gaps such as 15-30 or 1,5,9"
+        )
+    gaps: list[int] = []
+    for part in position.split(","):
+        first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise UserError(f"--position {position}: the range {part} runs backwards")
+        if int(last or first) > base_layers - 2:
+            raise UserError(
+                f"--position {position}: gap {last or first} is out of range; a gap i lies between layers i and i+1, "
+                f"so with {base_layers} layers they run from 0 to {base_layers - 2}"
+            )
+        gaps.extend(range(int(first), int(last or first) + 1))
+    if len(set(gaps)) != len(gaps):
+        raise UserError(f"--position {position}: names a gap twice; each can take one layer in a round")
+    return sorted(gaps)
+
+
+def choose_gaps(position: str, count: int, gaps: int) -> list[int]:
+    """`count` of the gaps 0 … gaps-1, ascending; count ≤ gaps.
+
+    top: the last ones; bottom: the first; middle: centred; ends: half at either end, the odd one on top; uniform: spread.
+    """
+    if position == "top":
+        return list(range(gaps - count, gaps))
+    if position == "bottom":
+        return list(range(count))
+    if position == "middle":
+        start = (gaps - count) // 2
+        return list(range(start, start + count))
+    if position == "ends":
+        return [*range(count // 2), *range(gaps - (count - count // 2), gaps)]
+    assert position == "uniform", position
+    return [(2 * index + 1) * gaps // (2 * count) for index in range(count)]
+
+
+def between(base_layers: int, layers: int, position: str) -> Plan:
+    """New layers in the gaps that `position` names, in rounds if there are more of them than gaps.
+
+    Raises: UserError if the position names gaps and not as many as layers are to be added, or there is no gap at all.
+    """
+    if base_layers < 2:
+        raise UserError(f"the base has {base_layers} layer; a new layer needs two to lie between")
+    outputs: list[Old | New] = [Old(i) for i in range(base_layers)]
+    named = None if position in POSITIONS else parse_gaps(position, base_layers)
+    if named is not None and len(named) != layers - base_layers:
+        raise UserError(
+            f"--position {position}: names {len(named)} gaps, {base_layers} → {layers} layers needs "
+            f"{layers - base_layers}; leave out --factor and --layers to fill just these"
+        )
+    while len(outputs) < layers:
+        gaps = len(outputs) - 1
+        count = min(layers - len(outputs), gaps)
+        chosen = set(named if named is not None else choose_gaps(position, count, gaps))
+        grown: list[Old | New] = []
+        next_id = max(output.id for output in outputs) + 1
+        for index, output in enumerate(outputs):
+            grown.append(output)
+            if index in chosen:
+                grown.append(New(next_id, output.id, outputs[index + 1].id))
+                next_id += 1
+        outputs = grown
+    return Plan(base_layers, tuple(outputs))
+
+
+def after_groups(base_layers: int, layers: int) -> Plan:
+    """LLaMA Pro: layers split into as many groups as layers are added, a new one after each group's last layer.
+
+    Where L is divisible by T-L these are the released script's positions, (i+1) mod (L/(T-L)) = 0; elsewhere the groups
+    differ by one layer, and with more groups than layers a layer is followed by several.
+    """
+    added = layers - base_layers
+    ends = [max((group + 1) * base_layers // added - 1, 0) for group in range(added)]
+    outputs: list[Old | New] = []
+    next_id = base_layers
+    for index in range(base_layers):
+        outputs.append(Old(index))
+        for _ in range(ends.count(index)):
+            outputs.append(New(next_id, index, index + 1 if index + 1 < base_layers else None))
+            next_id += 1
+    return Plan(base_layers, tuple(outputs))
+
+
+def stacked(base_layers: int, layers: int) -> Plan:
+    """SOLAR: the first ⌈T/2⌉ layers, then the last ⌊T/2⌋. Layers that come a second time are new layers, copies.
+
+    Raises: UserError if that is more than twice the base.
+    """
+    if layers > 2 * base_layers:
+        raise UserError(f"solar: {layers} layers are more than twice the base's {base_layers}; two stacks cannot give them")
+    first, second = (layers + 1) // 2, layers // 2
+    outputs: list[Old | New] = [Old(i) for i in range(first)]
+    next_id = base_layers
+    for index in range(base_layers - second, base_layers):
+        if index < first:
+            outputs.append(New(next_id, index, None))
+            next_id += 1
+        else:
+            outputs.append(Old(index))
+    return Plan(base_layers, tuple(outputs))

@@ -1,0 +1,207 @@
+"""From settings to a laid-out expansion: everything that can be decided, or refused, before any work.
+
+`prepare` opens the base by its headers, reads its anatomy, plans the layers, splits the method's work into units and lays out every
+file of the result to the byte. It writes nothing; `inspect` and `--dry-run` show what it returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
+from lesa_ray.checkpoint.depth import deeper_config
+from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, TensorEntry, open_checkpoint
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, header_bytes, plan_shards
+from lesa_ray.config import ExpandConfig
+from lesa_ray.errors import UserError
+from lesa_ray.expansion.method import Copy, Job, Unit, Zero, make_job
+from lesa_ray.expansion.methods.slots import vectors_unit
+from lesa_ray.expansion.plan import New, Old
+from lesa_ray.expansion.registry import get_method
+from lesa_ray.expansion.workbench import made_name, result_dtype, unit_tensors, units_storage
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PLACEMENT_SETTINGS = {"base", "out", "gpus_per_task"}
+"""Settings that do not count for what the result is."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """An expansion, decided and laid out. Picklable, holds no weights."""
+
+    job: Job
+    checkpoint: Checkpoint
+    units: tuple[Unit, ...]
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    """config.json of the result."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all float tensors of the result."""
+        return sum(
+            tensor.nbytes // FLOAT_BYTES[tensor.dtype]
+            for shard in self.shards
+            for tensor in shard.tensors
+            if tensor.dtype in FLOAT_BYTES
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that units leave below OUT until the result is assembled."""
+        return sum(t.nbytes for unit in self.units for t in unit_tensors(self.job, unit))
+
+    @property
+    def made_in(self) -> dict[str, str]:
+        """For each tensor that a unit makes, the unit's file."""
+        return {made_name(*made): unit.file for unit in self.units for made in unit.makes}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything the result's bytes depend on: settings that count, the base, the variants, the code's version."""
+        settings = self.job.config.model_dump(mode="json", exclude=_PLACEMENT_SETTINGS)
+        variants = {variant: open_checkpoint(variant).digests() for variant in self.job.config.variants}
+        raw_config = self.checkpoint.storage.read("config.json")
+        return {
+            "lesa_ray": version("lesa-ray"),
+            "settings": settings,
+            "base": self.checkpoint.digests(),
+            "base_config": hashlib.sha256(raw_config).hexdigest(),
+            "variants": variants,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of `identity`: two runs with the same one give the same bytes."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(config: ExpandConfig) -> Expansion:
+    """Decide and lay out an expansion from the headers of its base. Raises: UserError."""
+    limit = parse_size(config.shard_size)
+    method = get_method(config.method)
+    checkpoint = open_checkpoint(config.base)
+    anatomy = read_anatomy(checkpoint)
+    for variant in config.variants:
+        _check_variant(config.base, anatomy, variant)
+    job = make_job(config, anatomy, method)
+    _check_supported(job)
+    units = list(method.units(job))
+    if (vectors := vectors_unit(job)) is not None:
+        units.append(vectors)
+    groups = [_old_tensors(job, checkpoint), _new_tensors(job, checkpoint, units)]
+    return Expansion(
+        job=job,
+        checkpoint=checkpoint,
+        units=tuple(units),
+        shards=tuple(plan_shards(groups, limit)),
+        config=deeper_config(checkpoint.config, job.plan.origins, anatomy.layers, config.base, config.dtype),
+    )
+
+
+def check_out(base: str, out: str) -> None:
+    """Raises: UserError if OUT is BASE, or lies inside it, or is a file."""
+    if "://" in out or not os.path.isdir(base):
+        if "://" in out and (out.rstrip("/") + "/").startswith(base.rstrip("/") + "/"):
+            raise UserError(f"OUT {out}: lies inside BASE; give a place of its own")
+    else:
+        inner, outer = os.path.realpath(out), os.path.realpath(base)
+        if os.path.commonpath([inner, outer]) == outer:
+            raise UserError(f"OUT {out}: lies inside BASE; give a folder of its own")
+    if os.path.isfile(out):
+        raise UserError(f"OUT {out}: is a file; give a folder that is empty or not there yet")
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as `5GB`, `500MiB` or `1000000`. Raises: UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"--shard-size {text}: give bytes or a size such as 500MB, 5GB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _check_variant(base: str, anatomy: Anatomy, variant: str) -> None:
+    other = read_anatomy(open_checkpoint(variant))
+    mine = {name: t.shape for name, t in anatomy.types.items()}
+    theirs = {name: t.shape for name, t in other.types.items()}
+    if other.layers != anatomy.layers:
+        raise UserError(f"--variants {variant}: has {other.layers} layers, BASE {base} has {anatomy.layers}")
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            found, expected = (list(s) if s else "absent" for s in (theirs.get(name), mine.get(name)))
+            raise UserError(f"--variants {variant}: {name} is {found}, in BASE {base} it is {expected}")
+    if other.stack != anatomy.stack:
+        raise UserError(f"--variants {variant}: names its layers {other.stack}*, BASE {base} {anatomy.stack}*")
+
+
+def _check_supported(job: Job) -> None:
+    if job.zero_init and not job.zeroed:
+        raise UserError(
+            f"{job.method.name}: cannot tell which tensors of a {job.anatomy.family} layer write into the residual stream, "
+            "so they cannot be zeroed; use --no-zero-init if the new layers may change the function"
+        )
+    if job.method.copies:
+        return
+    for weight_type in job.anatomy.types.values():
+        if weight_type.kind == "other" and len(weight_type.shape) == 3 and weight_type.dtype in FLOAT_BYTES:
+            raise UserError(
+                f"{job.method.name}: {weight_type.name} holds the experts in one 3-D tensor {list(weight_type.shape)}, "
+                "which only llama-pro and solar can expand; save the checkpoint with one matrix for each expert"
+            )
+
+
+def _old_tensors(job: Job, checkpoint: Checkpoint) -> list[OutTensor]:
+    """The base's tensors under their names in the result, in the order of their bytes in the base."""
+    renamed = {
+        job.anatomy.name(output.id, name): job.anatomy.name(index, name)
+        for index, output in enumerate(job.plan.outputs)
+        if isinstance(output, Old)
+        for name in job.anatomy.types
+    }
+    entries = sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.offset))
+    return [_copied(job, checkpoint, entry, renamed.get(entry.name, entry.name), check=True) for entry in entries]
+
+
+def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[OutTensor]:
+    """The new layers' tensors, layer by layer, with the place of their bytes: base, unit's file, or nowhere (zeros)."""
+    made: dict[str, Span] = {}
+    for unit in units:
+        planned = unit_tensors(job, unit)
+        offset = len(header_bytes(planned))
+        for tensor in planned:
+            url = units_storage(job.config.out).url
+            made[tensor.name] = Span(url, unit.file, offset, tensor.nbytes, tensor.dtype, tensor.name)
+            offset += tensor.nbytes
+    tensors = []
+    for index, output in enumerate(job.plan.outputs):
+        if not isinstance(output, New):
+            continue
+        for weight_type in job.anatomy.types.values():
+            name = job.anatomy.name(index, weight_type.name)
+            content = job.content(output, weight_type)
+            if isinstance(content, Copy):
+                entry = checkpoint.tensors[job.anatomy.name(content.layer, weight_type.name)]
+                tensors.append(_copied(job, checkpoint, entry, name, check=False))
+                continue
+            source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name)]
+            tensors.append(OutTensor(name, result_dtype(job, weight_type.dtype), weight_type.shape, source))
+    return tensors
+
+
+def _copied(job: Job, checkpoint: Checkpoint, entry: TensorEntry, name: str, *, check: bool) -> OutTensor:
+    source = Span(
+        checkpoint.storage.url, entry.file, entry.offset, entry.nbytes, entry.dtype, entry.name, check and entry.is_float
+    )
+    return OutTensor(name, result_dtype(job, entry.dtype), entry.shape, source)

@@ -1,0 +1,151 @@
+"""Where one unit is worked on: tensors come in from the base or from earlier units, and go out to the unit's own file.
+
+The workbench is the only place that knows both methods and files. It turns matrices the way methods want them (outputs
+× inputs), looks for NaN and Inf in what comes in, and finishes a unit by writing its record after its tensors: a unit
+whose record is there is done, whoever asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from lesa_ray.checkpoint.anatomy import read_anatomy
+from lesa_ray.checkpoint.finite import assert_finite
+from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_entries
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
+from lesa_ray.expansion.method import Copy, Job, Progress, RunContext, Unit
+from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+UNITS_DIR = f"{WORK_DIR}/units"
+
+
+def units_storage(out: str) -> Storage:
+    """The folder below OUT where units leave their files."""
+    return Storage(f"{Storage(out).url}/{UNITS_DIR}")
+
+
+def made_name(slot: int, weight_type: str) -> str:
+    """The name of a slot's tensor in its unit's file."""
+    return f"{slot}.{weight_type}"
+
+
+def unit_tensors(job: Job, unit: Unit) -> tuple[OutTensor, ...]:
+    """What a unit's file holds, in order: in the base's shapes, in the dtype of the result."""
+    planned = []
+    for slot, name in unit.makes:
+        weight_type = job.anatomy.types[name]
+        planned.append(OutTensor(made_name(slot, name), result_dtype(job, weight_type.dtype), weight_type.shape, None))
+    return tuple(planned)
+
+
+def result_dtype(job: Job, dtype: str) -> str:
+    """The dtype (as safetensors spells it) that a tensor of the base has in the result."""
+    from lesa_ray.checkpoint.reader import FLOAT_BYTES, FORMAT_NAMES
+
+    return FORMAT_NAMES[job.config.dtype] if job.config.dtype and dtype in FLOAT_BYTES else dtype
+
+
+def finished_record(job: Job, unit: Unit, out: str) -> dict[str, Any] | None:
+    """The record of a unit that is done, or None."""
+    storage = units_storage(out)
+    if not storage.exists(record_file(unit)):
+        return None
+    record: dict[str, Any] = json.loads(storage.read(record_file(unit)))
+    return record if storage.size(unit.file) == record["bytes"] else None
+
+
+def record_file(unit: Unit) -> str:
+    return unit.file.removesuffix(".safetensors") + ".json"
+
+
+def run_unit(
+    job: Job,
+    unit: Unit,
+    units: dict[str, str],
+    checkpoint: Checkpoint,
+    out: str,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Work on one unit from start to end and return its record.
+
+    units: for each tensor that an earlier unit made (`made_name`), the file it is in.
+    threads: cores used; part of what determines the bytes of the result, as sums over threads round differently.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    storage = units_storage(out)
+    with storage.create(unit.file) as file:
+        writer = TensorFileWriter(file, unit_tensors(job, unit))
+        tensors = _Bench(job, checkpoint, storage, units, writer)
+        if unit.name == VECTORS_UNIT:
+            report: dict[str, Any] = {}
+            run_vectors(unit, job, tensors)
+        else:
+            context = RunContext(
+                device=device,
+                scratch_dir=os.environ.get("LESA_RAY_SCRATCH", tempfile.gettempdir()),
+                memory_budget=memory_budget,
+                progress=progress,
+            )
+            report = job.method.run(unit, job, tensors, context)
+        writer.finish()
+    record = {"unit": unit.name, "bytes": storage.size(unit.file), "report": report}
+    storage.write(record_file(unit), (json.dumps(record, allow_nan=False) + "\n").encode())
+    return record
+
+
+class _Bench:
+    """Implements `lesa_ray.expansion.method.Tensors` on files."""
+
+    def __init__(
+        self, job: Job, checkpoint: Checkpoint, storage: Storage, units: dict[str, str], writer: TensorFileWriter
+    ) -> None:
+        self._job, self._checkpoint, self._storage, self._units, self._writer = job, checkpoint, storage, units, writer
+        self._variants: dict[int, Checkpoint] = {}
+        self._made: dict[str, dict[str, TensorEntry]] = {}
+
+    def read(self, layer: int, weight_type: str, variant: int | None = None) -> torch.Tensor:
+        name = self.name(layer, weight_type)
+        if variant is not None:
+            tensor = self._variant(variant).read(name)
+        elif layer < self._job.plan.base_layers:
+            tensor = self._checkpoint.read(name)
+        else:
+            slot = self._job.plan.slots[layer - self._job.plan.base_layers]
+            substance = self._job.substance(slot, self._job.anatomy.types[weight_type])
+            if isinstance(substance, Copy):
+                return self.read(substance.layer, weight_type)
+            tensor = self._read_made(made_name(layer, weight_type))
+        assert_finite(tensor, name if variant is None else f"{name} of {self._job.config.variants[variant]}")
+        return tensor.T.contiguous() if self._job.anatomy.types[weight_type].transposed else tensor
+
+    def write(self, slot: int, weight_type: str, tensor: torch.Tensor) -> None:
+        stored = tensor.T if self._job.anatomy.types[weight_type].transposed else tensor
+        self._writer.write(made_name(slot, weight_type), stored)
+
+    def name(self, layer: int, weight_type: str) -> str:
+        return self._job.anatomy.name(layer, weight_type)
+
+    def _variant(self, index: int) -> Checkpoint:
+        if index not in self._variants:
+            self._variants[index] = open_checkpoint(self._job.config.variants[index])
+            read_anatomy(self._variants[index])
+        return self._variants[index]
+
+    def _read_made(self, name: str) -> torch.Tensor:
+        file = self._units[name]
+        if file not in self._made:
+            self._made[file] = {entry.name: entry for entry in read_entries(self._storage, file)}
+        return Checkpoint("", self._storage, {}, {}, self._made[file]).read(name)

@@ -1,0 +1,35 @@
+"""The model card (README.md) of an expanded checkpoint: what it is, how it was made, how to load and train it."""
+
+from __future__ import annotations
+
+from lesa_ray.checkpoint.manifest import Manifest
+from lesa_ray.expansion.prepare import Expansion
+
+
+def model_card(expansion: Expansion, manifest: Manifest) -> str:
+    """Markdown with the metadata block of the Hugging Face hub. It follows from the manifest alone."""
+    job = expansion.job
+    base = manifest["base"].rstrip("/").rsplit("/", 1)[-1] if "://" in manifest["base"] else manifest["base"]
+    hub = base if base.count("/") == 1 and not base.startswith((".", "/")) else None
+    trained = "its new layers" if manifest["train"] == "new" else "all layers"
+    kept = job.zero_init
+    lines = ["---"]
+    if hub:
+        lines += [f"base_model: {hub}", "base_model_relation: finetune"]
+    lines += ["library_name: transformers", "tags:", "- depth-up-scaling", f"- {job.method.name}", "---", ""]
+    lines += [
+        f"# {base.rsplit('/', 1)[-1]}, {job.plan.base_layers} → {job.plan.layers} layers",
+        "",
+        f"`{base}` ({job.anatomy.family}) grown deeper with [{job.method.title}]({job.method.paper}): "
+        f"{manifest['parameters']['base'] / 1e6:,.1f} M → {manifest['parameters']['result'] / 1e6:,.1f} M parameters. "
+        f"**It has not been trained since**; the method's paper goes on to train {trained}.",
+        "",
+        "The output projections of the new layers are zero, so it computes exactly what its base computes."
+        if kept
+        else "The new layers change what the model computes: measure it before you use it.",
+        "",
+        f"New layers: {', '.join(map(str, manifest['new_layers']))}. `expansion.json` says where each layer comes from"
+        + (" and how well each weight type was predicted." if manifest["fit"] else "."),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""Settings of the corpus and of pre-training: type, unit, default, and where the default comes from.
+
+The defaults are those of the demo's base: the best held-out loss found for about three minutes on two CPU cores.
+All of them are part of what a run is: a checkpoint made under other settings is never taken up by mistake.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lesa_ray.config import Settings
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class CorpusSettings(Settings):
+    """The standard-library corpus and its tokenizer."""
+
+    vocab_size: int = Field(default=4096, ge=300, le=2**16)
+    """Entries of the BPE vocabulary: 256 bytes, one end-of-text token, the rest merges. At 4096 a token is about
+    3.5 characters of Python; doubling it would double the cost of the output head, already a fifth of a step."""
+    holdout_every: int = Field(default=20, ge=2)
+    """One file in so many (by a hash of its path) is held out of training, tokenizer included."""
+
+
+class PretrainSettings(Settings):
+    """A small Llama and how it is pre-trained, in one process."""
+
+    layers: int = Field(default=8, ge=1)
+    """Decoder layers: LESA's predictor learns from triples of layers, so depth is worth more here than width."""
+    width: int = Field(default=192, ge=2)
+    """Hidden size d."""
+    mlp_width: int = Field(default=512, ge=1)
+    """Inner size of the gated MLP: 8/3 of the hidden size (Llama)."""
+    heads: int = Field(default=3, ge=1)
+    """Query heads; 64 dimensions each, as in Llama: on a CPU few wide heads cost half of many narrow ones."""
+    kv_heads: int = Field(default=1, ge=1)
+    """Key-value heads (grouped-query attention); divides `heads`."""
+    tied: bool = True
+    """Output head = embedding: at a million tokens most rows of a separate head would be barely trained."""
+    context: int = Field(default=256, ge=2)
+    """Tokens a sequence; also the model's `max_position_embeddings`."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences a step."""
+    steps: int = Field(default=800, ge=1)
+    """Optimizer steps."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak of AdamW's learning rate."""
+    warmup: int = Field(default=50, ge=0)
+    """Steps of linear rise from zero to the peak."""
+    decay_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps, the last ones, over which the rate falls linearly to zero (warm-up, stable, decay)."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's, on matrices only (GPT-3, Llama)."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient (GPT-3, Llama)."""
+    precision: Precision = "auto"
+    """Matrix products in bfloat16 (autocast) or float32; `auto`: bfloat16 where the CPU has AMX tiles, where it was
+    measured to be faster."""
+    threads: int = Field(default=2, ge=1)
+    """CPU threads. Part of what the run is: sums over threads round differently."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints: what a killed run loses at most."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> PretrainSettings:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"width {self.width} does not split into {self.heads} heads of an even size")
+        return self
