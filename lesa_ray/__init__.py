@@ -1,7 +1,7 @@
 """Grow a pretrained language model deeper, on a Ray cluster.
 
-    from lesa_ray import ExpandConfig, expand
-    expand(ExpandConfig(base="meta-llama/Llama-3.1-8B", out="llama-12b", method="lesa", factor=1.5))
+from lesa_ray import ExpandConfig, expand
+expand(ExpandConfig(base="meta-llama/Llama-3.1-8B", out="llama-12b", method="lesa", factor=1.5))
 """
 
 from lesa_ray.config import ExpandConfig, LesaSettings

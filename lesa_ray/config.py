@@ -67,7 +67,8 @@ class ExpandConfig(Settings):
     method: str = "lesa"
     """A name of the method registry (`lesa_ray.expansion.registry`)."""
     factor: float | None = None
-    """Layers afterwards over layers before; 1.5 (the papers' 32 → 48) if neither `layers` nor a list of gaps is given."""
+    """Layers afterwards over layers before; 1.5 (the papers' 32 → 48) if neither `layers` nor a list of gaps is
+    given."""
     layers: int | None = None
     """Layers afterwards; instead of `factor`."""
     position: str | None = None

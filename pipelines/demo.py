@@ -1,14 +1,15 @@
 """The whole story on one small machine, without a network: `python -m pipelines.demo`.
 
-Pre-trains a small Llama on the source of Python's standard library, grows it 1.5× with every method of the registry,
-and measures each result's perplexity on files it has not seen. Everything goes under `--out` (default `demo/`):
-`corpus/`, `base/`, a folder per method, `results.json`.
+Pre-trains a small Llama on the source of Python's standard library, grows it 1.5× with every method of the
+registry, and measures each result's perplexity on files it has not seen. Everything goes under `--out`
+(default `demo/`): `corpus/`, `base/`, a folder per method, `results.json`.
 
 Decides
-- What is there is reused, what was interrupted goes on; a second run only reads. `results.json` holds what the first
-  run measured, each entry under a hash of what made it (base, method, factor, held-out text).
-- Steps: 800, or as many as fit into `--minutes` at the pace of a few throw-away steps, if that is fewer. They are
-  written to `plan.json` before training begins, so the clock has no say in a run that is taken up again.
+- What is there is reused, what was interrupted goes on; a second run only reads. `results.json` holds what
+  the first run measured, each entry under a hash of what made it (base, method, factor, held-out text).
+- Steps: 800, or as many as fit into `--minutes` at the pace of a few throw-away steps, if that is fewer.
+  They are written to `plan.json` before training begins, so the clock has no say in a run that is taken up
+  again.
 - torch and transformers are imported where they are needed, so that the first line appears at once.
 """
 
@@ -20,8 +21,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -30,8 +33,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from lesa_ray.config import ExpandConfig
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray import ExpandConfig, MachineError, UserError, expand
 
 if TYPE_CHECKING:
     from lesa_ray.training.corpus import Corpus
@@ -64,7 +66,9 @@ def run(out: str, minutes: float, steps: int | None) -> list[Row]:
     with console.status("loading the expansion methods"):
         from lesa_ray.expansion.registry import METHODS
     rows = [measure_base(out, base, corpus)]
-    rows += [grow(out, method, corpus) for method in METHODS]
+    # A process of its own, so that the peak memory is that of expanding, not of the training and measuring done here.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as expander:
+        rows += [grow(out, method, corpus, expander) for method in METHODS]
     console.print(table(rows))
     console.print(reading(rows))
     console.print(
@@ -84,8 +88,8 @@ def make_corpus(out: str) -> Corpus:
 
         corpus = build_corpus(folder)
     console.print(
-        f"{'reusing' if reused else 'made'} {folder}: {corpus.train_files} files, {len(corpus.train):,} tokens to train "
-        f"on; {corpus.heldout_files} files, {len(corpus.heldout):,} tokens held out"
+        f"{'reusing' if reused else 'made'} {folder}: {len(corpus.train):,} tokens of {corpus.train_files} files to "
+        f"train on, {len(corpus.heldout):,} of {corpus.heldout_files} held out"
     )
     return corpus
 
@@ -126,7 +130,8 @@ def plan_base(out: str, corpus: Corpus, minutes: float, steps: int | None) -> Pr
 
 
 def steps_within(minutes: float, corpus: Corpus, timed: int = 7) -> int:
-    """As many steps as fit, in tens, at most the default; the pace is the median of a few steps of a model thrown away."""
+    """As many steps as fit, in tens, at most the default; the pace is the median of a few steps of a model
+    thrown away."""
     from lesa_ray.training import pretrain as engine
     from lesa_ray.training.settings import PretrainSettings
 
@@ -157,14 +162,12 @@ def measure_base(out: str, base: PretrainResult, corpus: Corpus) -> Row:
     return row
 
 
-def grow(out: str, method: str, corpus: Corpus) -> Row:
+def grow(out: str, method: str, corpus: Corpus, expander: Executor) -> Row:
     """Step 3, for one method: expand the base, measure the result."""
-    import lesa_ray
-
     folder = os.path.join(out, method)
     config = ExpandConfig(base=os.path.join(out, "base"), out=folder, method=method, factor=FACTOR)
     with console.status(f"expanding into {folder}"):
-        result = lesa_ray.expand(config)
+        result = expander.submit(expand, config).result()
     console.print(f"{'reusing' if result.reused else 'made'} {folder}")
     key = key_of(out, corpus, method)
     known = read_json(os.path.join(out, "results.json"))
@@ -210,11 +213,7 @@ def reading(rows: list[Row]) -> str:
     same = [row.name for row in grown if abs(row.loss - base.loss) <= SAME]
     moved = sorted((row for row in grown if row.name not in same), key=lambda row: row.loss)
     changes = ", ".join(f"{row.name} {100 * (row.perplexity / base.perplexity - 1):+.2g} %" for row in moved)
-    kept = (
-        f"{' and '.join(same)} keep the base's function exactly"
-        if same
-        else "no method keeps the base's function"
-    )
+    kept = f"{' and '.join(same)} keep the base's function exactly" if same else "no method keeps the base's function"
     return (
         f"Reading: {kept}; perplexity moves with {changes or 'none'}. This is where further training starts from, "
         f"not where it ends, on one {base.layers}-layer base: too few layers for LESA's predictor to learn much from."
@@ -283,9 +282,7 @@ def counter(title: str) -> Iterator[Callable[..., None]]:
 def main(
     out: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "demo",
     minutes: Annotated[float, typer.Option(min=0.0, help="Longest time for pre-training the base.")] = 3.5,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Pre-training steps, instead of --minutes.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Pre-training steps, instead of --minutes.")] = None,
 ) -> None:
     """Pre-train a small model on this machine, grow it with every method, compare."""
     console.print(f"lesa-ray demo, everything goes to {out}/")

@@ -104,7 +104,9 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
         raise UserError(f"BASE {base}: no layers found; tensors named like {_sample(outside)} are not a known layout")
     if len(stacks) > 1:
         names = ", ".join(f"{stack}*" for stack in sorted(stacks))
-        raise UserError(f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported")
+        raise UserError(
+            f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported"
+        )
     stack, layers = next(iter(stacks.items()))
     _check_alike(base, stack, layers)
     depth = config_depth(checkpoint.config)

@@ -1,11 +1,11 @@
 """The configuration of a deeper model: every key that follows depth, changed along.
 
 Besides the number of layers these are lists with one value for each layer (`layer_types`, …), lists of layer indices
-(`mlp_only_layers`, …) and `max_window_layers`. Each old layer keeps its own values; a new one takes those of the layer below it. Many
-configurations leave such a list to a rule by index (Gemma 2: every second layer attends to a window). In a deeper model the rule
-would hit other layers, so the list is spelled out, as transformers' own configuration class completes it (no remote code
-is run). A list that looks like one value per layer and is not known is an error, never a guess.
-"""
+(`mlp_only_layers`, …) and `max_window_layers`. Each old layer keeps its own values; a new one takes those of the
+layer below it. Many configurations leave such a list to a rule by index (Gemma 2: every second layer attends to a
+window). In a deeper model the rule would hit other layers, so the list is spelled out, as transformers' own
+configuration class completes it (no remote code is run). A list that looks like one value per layer and is not known
+is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -100,9 +100,13 @@ def completed_config(raw: dict[str, Any], base: str) -> dict[str, Any] | None:
     try:
         full: dict[str, Any] = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw)).to_dict()
     except Exception as error:  # each family validates in its own way
-        raise UserError(f"BASE {base}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"BASE {base}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"
+        ) from error
     return full
 
 
 def _looks_per_layer(value: object, base_layers: int) -> bool:
-    return isinstance(value, list) and len(value) == base_layers and all(isinstance(v, str | int | float) for v in value)
+    return (
+        isinstance(value, list) and len(value) == base_layers and all(isinstance(v, str | int | float) for v in value)
+    )

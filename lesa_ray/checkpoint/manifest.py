@@ -1,8 +1,7 @@
 """`expansion.json`, the manifest: what was done, from what, with which layers new.
 
-It holds only what follows from the inputs and the seed (no times, no host, no paths but the base as it was named), so that the same expansion
-gives the same bytes anywhere. Training reads from it which layers to train.
-"""
+It holds only what follows from the inputs and the seed (no times, no host, no paths but the base as it was named), so
+that the same expansion gives the same bytes anywhere. Training reads from it which layers to train."""
 
 from __future__ import annotations
 

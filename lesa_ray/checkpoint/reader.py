@@ -1,9 +1,9 @@
 """Read a safetensors checkpoint: headers first, then only the bytes that are needed.
 
-Opening a checkpoint costs one small read per shard (the header: names, dtypes, shapes, offsets), whatever its size. A tensor
-is then one range read. Nothing is memory-mapped, so what a process holds is what it asked for. Every way in which a
-folder can be broken or unsuitable (missing or truncated shard, index that disagrees, pickled or quantised weights)
-is found here, before any work.
+Opening a checkpoint costs one small read per shard (the header: names, dtypes, shapes, offsets), whatever its size. A
+tensor is then one range read. Nothing is memory-mapped, so what a process holds is what it asked for. Every way in
+which a folder can be broken or unsuitable (missing or truncated shard, index that disagrees, pickled or quantised
+weights) is found here, before any work.
 
 The file format: 8 bytes little-endian header length, a JSON header, the tensors' bytes without gaps
 (https://huggingface.co/docs/safetensors, "Format").
@@ -87,7 +87,7 @@ class Checkpoint:
 
         entry = self.tensors[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         if self.storage.is_local:
             with open(self.storage.path(entry.file), "rb", buffering=0) as file:
                 file.seek(entry.offset)
@@ -203,7 +203,7 @@ def _single_file(base: str, files: dict[str, int]) -> str:
     pickled = [name for name in sorted(files) if name.endswith(_PICKLED)]
     if pickled:
         raise UserError(
-            f"BASE {base}: only {pickled[0]} and no safetensors; load it once with transformers and save_pretrained() it"
+            f"BASE {base}: only {pickled[0]} and no safetensors; load it with transformers and save_pretrained() it"
         )
     raise UserError(f"BASE {base}: there is no safetensors file in it")
 
@@ -238,7 +238,9 @@ def _read_header(base: str, storage: Storage, file: str, size: int) -> list[Tens
             for name, item in header.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: is not a whole safetensors file ({_first_line(error)}); download it again") from error
+        raise UserError(
+            f"{where}: is not a whole safetensors file ({_first_line(error)}); download it again"
+        ) from error
     end = max((entry.offset + entry.nbytes for entry in entries), default=data)
     if end != size:
         raise UserError(f"{where}: is truncated or damaged ({size} bytes, its header needs {end}); download it again")

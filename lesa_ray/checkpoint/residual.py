@@ -1,17 +1,15 @@
 """Through which tensors does a layer write into the residual stream?
 
 A new layer whose every such tensor is zero adds nothing: the deeper model computes what the base computes (LLaMA Pro,
-arXiv 2401.02415, section 3.2). They are the output projections of attention and feed-forward, each expert's included, and
-their biases; what they are called differs from family to family. The names below were read off transformers' model
-files. A missed one would silently change the function, so whoever relies on them also rehearses the expansion on a miniature of the
-same architecture and compares logits (`lesa_ray.expansion.rehearsal`).
-"""
+arXiv 2401.02415, section 3.2). They are the output projections of attention and feed-forward, each expert's included,
+and their biases; what they are called differs from family to family. The names below were read off transformers'
+model files. A missed one would silently change the function, so whoever relies on them also rehearses the expansion
+on a miniature of the same architecture and compares logits (`lesa_ray.expansion.rehearsal`)."""
 
 from __future__ import annotations
 
 import re
-
-from lesa_ray.checkpoint.anatomy import Anatomy
+from collections.abc import Iterable
 
 _WRITERS = (
     "o_proj",  # llama, mistral, qwen, gemma, phi3 …: attention
@@ -28,6 +26,7 @@ _WRITERS = (
 _WRITER = re.compile(rf"(?:^|\.)(?:{'|'.join(_WRITERS)})(?:[._](?:weight|bias))?$")
 
 
-def residual_writers(anatomy: Anatomy) -> tuple[str, ...]:
-    """The weight types (biases included) through which a layer writes into the residual stream; empty if none is known."""
-    return tuple(name for name in anatomy.types if _WRITER.search(name))
+def residual_writers(types: Iterable[str]) -> tuple[str, ...]:
+    """The weight types (biases included) through which a layer writes into the residual stream; empty if none is
+    known."""
+    return tuple(name for name in types if _WRITER.search(name))

@@ -1,11 +1,11 @@
 """Write safetensors files whose layout is planned before there is anything to write.
 
-A shard's header follows from names, dtypes and shapes alone, so the place of every byte is known ahead and tensors can be
-copied in from where they lie, without being parsed or held: within a local filesystem by the kernel (`copy_file_range`,
-which shares extents where the filesystem can), elsewhere in chunks of 16 MiB.
+A shard's header follows from names, dtypes and shapes alone, so the place of every byte is known ahead and tensors
+can be copied in from where they lie, without being parsed or held: within a local filesystem by the kernel
+(`copy_file_range`, which shares extents where the filesystem can), elsewhere in chunks of 16 MiB.
 
-Old tensors keep the order they had in the base, so neighbours in a file stay neighbours and one copy moves many tensors.
-"""
+Old tensors keep the order they had in the base, so neighbours in a file stay neighbours and one copy moves many
+tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from lesa_ray.checkpoint.finite import FiniteCheck
-from lesa_ray.checkpoint.reader import FLOAT_BYTES, INDEX_FILE, SINGLE_FILE, TORCH_NAMES
+from lesa_ray.checkpoint.reader import FLOAT_BYTES, SINGLE_FILE, TORCH_NAMES
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 
@@ -142,8 +142,10 @@ class TensorFileWriter:
         assert (planned.name, planned.shape) == (name, tuple(tensor.shape)), (planned, name, tensor.shape)
         narrow = tensor.detach().to("cpu", getattr(torch, TORCH_NAMES[planned.dtype])).contiguous()
         if not torch.isfinite(narrow).all():
-            raise UserError(f"the new tensor {name} holds NaN or Inf in {TORCH_NAMES[planned.dtype]}; try --dtype float32")
-        self._out.write(memoryview(narrow.view(-1).view(torch.uint8).numpy()))
+            raise UserError(
+                f"the new tensor {name} holds NaN or Inf in {TORCH_NAMES[planned.dtype]}; try --dtype float32"
+            )
+        self._out.write(narrow.view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         assert next(self._expected, None) is None, "not all planned tensors were written"
@@ -258,5 +260,7 @@ def _convert(out: IO[bytes], tensor: OutTensor, readers: _Readers) -> None:
     for chunk in readers.chunks(source, source.offset, source.offset + source.nbytes):
         values = torch.frombuffer(bytearray(chunk), dtype=wide).to(narrow)
         if not torch.isfinite(values).all():
-            raise UserError(f"tensor {source.name} holds NaN or Inf, or values too large for {TORCH_NAMES[tensor.dtype]}")
-        out.write(memoryview(values.view(torch.uint8).numpy()))
+            raise UserError(
+                f"tensor {source.name} holds NaN or Inf, or values too large for {TORCH_NAMES[tensor.dtype]}"
+            )
+        out.write(values.view(torch.uint8).numpy().data)

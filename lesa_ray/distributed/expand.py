@@ -46,9 +46,8 @@ class Expanded:
 def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listener | None = None) -> Expanded:
     """Grow a checkpoint deeper.
 
-    runner: who does the work; by default Ray, or this process where there is nothing to compute.
-    Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call goes on.
-    """
+    runner: who does the work; by default Ray, or this process where there is nothing to compute. Raises: UserError
+    for wrong input, with nothing left behind; MachineError for a fault, after which the same call goes on."""
     listener = listener or Silent()
     begin = time.monotonic()
     check_out(config.base, config.out)
@@ -70,7 +69,9 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         units = [unit for unit in expansion.units if unit.name not in records]
         runner = runner or _default_runner(bool(units), listener)
         if units:
-            listener.phase(f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units)))
+            listener.phase(
+                f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units))
+            )
             records.update(runner.run_units(expansion, units, listener))
         shards = missing_shards(expansion)
         listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))
@@ -107,11 +108,19 @@ def _reach(out: str, call: Any) -> Any:
     except (UserError, MachineError):
         raise
     except Exception as error:
-        raise UserError(f"OUT {out}: cannot be written ({explain(error)}); check the address and the credentials") from error
+        raise UserError(
+            f"OUT {out}: cannot be written ({explain(error)}); check the address and the credentials"
+        ) from error
 
 
 def _expanded(
-    expansion: Expansion, manifest: Manifest, begin: float, runner: Runner, *, reused: bool = False, resumed: bool = False
+    expansion: Expansion,
+    manifest: Manifest,
+    begin: float,
+    runner: Runner,
+    *,
+    reused: bool = False,
+    resumed: bool = False,
 ) -> Expanded:
     return Expanded(
         out=expansion.job.config.out,

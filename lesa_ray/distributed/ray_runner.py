@@ -1,9 +1,9 @@
 """Units and shards as Ray tasks.
 
-Each unit is a task with its own CPUs, GPU and memory; the largest starts first, one starts as soon as those it reads from are
-done. A task leaves its tensors in storage and returns a record of a few hundred bytes, so nothing large travels. When a worker dies Ray
-starts the task again, on the same or another machine: a unit's file appears only when it is whole, and the same
-seed gives the same bytes.
+Each unit is a task with its own CPUs, GPU and memory; the largest starts first, one starts as soon as those it reads
+from are done. A task leaves its tensors in storage and returns a record of a few hundred bytes, so nothing large
+travels. When a worker dies Ray starts the task again, on the same or another machine: a unit's file appears only when
+it is whole, and the same seed gives the same bytes.
 
 Ray is the running cluster's where there is one (RAY_ADDRESS, `ray start`, a submitted job), else an embedded local one.
 """
@@ -45,7 +45,6 @@ def start_ray() -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
 
 
-@ray.remote(num_cpus=0)
 class _Board:
     """Keeps how far each unit is, for the driver to look at."""
 
@@ -96,7 +95,9 @@ class RayRunner:
         self._peak = own_peak_memory()
         resources = ray.cluster_resources()
         self._gpus = resources.get("GPU", 0)
-        self._node_memory = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        self._node_memory = max(
+            (node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0
+        )
         self._node_cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
 
     def run_units(self, expansion: Expansion, units: list[Unit], listener: Listener) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class RayRunner:
         if gpus > self._gpus:
             raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
         shared = ray.put(expansion)
-        board = _Board.remote()
+        board = ray.remote(num_cpus=0)(_Board).remote()
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
         running: dict[Any, Unit] = {}
@@ -144,7 +145,9 @@ class RayRunner:
         listener.progress(sum(weight_of(unit) * shares[unit.name] for unit in units), ", ".join(under_way[:2]))
 
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
-        task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[ConnectionError, TimeoutError])
+        task = ray.remote(_shard_task).options(
+            num_cpus=1, max_retries=_RETRIES, retry_exceptions=[ConnectionError, TimeoutError]
+        )
         running = {task.remote(expansion.job.config.out, shard): shard for shard in shards}
         written = 0
         try:

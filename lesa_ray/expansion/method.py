@@ -1,9 +1,9 @@
 """What a method is, and the job it works on.
 
-A method decides where new layers go by default, which of their tensors are copies, and how the others are made, split into
-units: pieces of work that can run on different machines, each of which reads tensors and makes tensors. It knows nothing
-of files, Ray or S3; the workbench hands it tensors. Three settings combine with any method and are therefore decided here, in
-`Job.content`, not in one: positions, the rule for vectors, and zero-initialised output projections.
+A method decides where new layers go by default, which of their tensors are copies, and how the others are made, split
+into units: pieces of work that can run on different machines, each of which reads tensors and makes tensors. It knows
+nothing of files, Ray or S3; the workbench hands it tensors. Three settings combine with any method and are therefore
+decided here, in `Job.content`, not in one: positions, the rule for vectors, and zero-initialised output projections.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Job:
     @cached_property
     def zeroed(self) -> frozenset[str]:
         """Weight types that are zero in new layers."""
-        return frozenset(residual_writers(self.anatomy)) if self.zero_init else frozenset()
+        return frozenset(residual_writers(self.anatomy.types)) if self.zero_init else frozenset()
 
     @cached_property
     def neighbours(self) -> frozenset[int]:

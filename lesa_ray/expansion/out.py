@@ -1,10 +1,9 @@
 """The life of OUT: claimed, filled, valid at one moment.
 
-While an expansion is under way OUT holds `.lesa-ray/run.json` (whose work this is) and no `config.json`; so nothing can mistake it
-for a checkpoint. Shards take their names when they are whole. Then come the tokenizer and the like, the
-model card, the index and the manifest, and `config.json` last: from that moment OUT is a checkpoint. A run that finds its own
-fingerprint goes on where the last one stopped; any other content is left alone and refused.
-"""
+While an expansion is under way OUT holds `.lesa-ray/run.json` (whose work this is) and no `config.json`; so nothing
+can mistake it for a checkpoint. Shards take their names when they are whole. Then come the tokenizer and the like,
+the model card, the index and the manifest, and `config.json` last: from that moment OUT is a checkpoint. A run that
+finds its own fingerprint goes on where the last one stopped; any other content is left alone and refused."""
 
 from __future__ import annotations
 
@@ -44,20 +43,21 @@ def out_state(expansion: Expansion) -> State:
         if json.loads(storage.read(RUN_FILE))["fingerprint"] == expansion.fingerprint:
             return "resume"
         raise UserError(
-            f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or remove the folder"
+            f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or remove it"
         )
     raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
 
 
 def claim(expansion: Expansion, state: State) -> None:
-    """Mark OUT as this expansion's. Raises: MachineError if the disk has no room for the result; then nothing is written."""
+    """Mark OUT as this expansion's. Raises: MachineError if the disk has no room for the result; then nothing is
+    written."""
     storage = Storage(expansion.job.config.out)
     if state == "resume":
         return
     free, needed = storage.free_bytes(), expansion.nbytes + expansion.scratch_bytes + _MARGIN
     if free is not None and free < needed:
         raise MachineError(
-            f"OUT {expansion.job.config.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room"
+            f"OUT {expansion.job.config.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
         )
     content = {"fingerprint": expansion.fingerprint, "base": expansion.job.config.base}
     storage.write(RUN_FILE, (json.dumps(content) + "\n").encode())
@@ -83,7 +83,8 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
 
 
 def copy_side_files(expansion: Expansion, storage: Storage) -> None:
-    """Copy the tokenizer, generation settings, chat template, modelling code: whatever is neither weights nor remade."""
+    """Copy the tokenizer, generation settings, chat template, modelling code: whatever is neither weights nor
+    remade."""
     base = expansion.checkpoint.storage
     remade = {CARD_FILE, MANIFEST_FILE, "config.json", INDEX_FILE}
     names = [n for n in expansion.checkpoint.files if n not in remade and not n.endswith(_WEIGHTS) and n[0] != "."]
@@ -136,5 +137,3 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
         parameters={"base": expansion.checkpoint.parameters, "result": expansion.parameters},
         fit={name: report for name, report in sorted(reports.items()) if report},
     )
-
-

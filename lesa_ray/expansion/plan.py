@@ -1,8 +1,8 @@
 """The plan: which layers the result has, in order, and where each comes from.
 
 A layer of the base has the id it had there (0 … L-1). New layers get the ids L, L+1, … in the order in which they can
-be made, so a slot refers only to smaller ids. When there are more new layers than gaps, every gap is filled and the rest
-are placed, by the same rule, on the sequence grown so far: 3× and more work.
+be made, so a slot refers only to smaller ids. When there are more new layers than gaps, every gap is filled and the
+rest are placed, by the same rule, on the sequence grown so far: 3× and more work.
 
 Published positions: LESA fills the last gaps (32 → 48: after layers 15 … 30, `range(15, 31)` in the released code);
 LLaMA Pro copies the last layer of each of T-L groups; SOLAR stacks [0, L-m) and [m, L), m = L - T/2.
@@ -74,7 +74,9 @@ def target_layers(base_layers: int, factor: float | None, layers: int | None, po
             raise UserError(f"--factor {factor:g}: must be greater than 1")
         layers = int(base_layers * factor + 0.5)
         if layers <= base_layers:
-            raise UserError(f"--factor {factor:g}: adds no layer to {base_layers}; use --layers {base_layers + 1} or more")
+            raise UserError(
+                f"--factor {factor:g}: adds no layer to {base_layers}; use --layers {base_layers + 1} or more"
+            )
     if layers <= base_layers:
         raise UserError(f"--layers {layers}: the base has {base_layers} already; give more")
     if layers > 64 * base_layers:
@@ -85,9 +87,7 @@ def target_layers(base_layers: int, factor: float | None, layers: int | None, po
 def parse_gaps(position: str, base_layers: int) -> list[int]:
     """Gaps named by the layer below each: `15-30` or `1,5,9`. Raises: UserError."""
     if not _GAPS.match(position):
-        raise UserError(
-            f"--position {position}: unknown; use {', '.join(POSITIONS)}, or gaps such as 15-30 or 1,5,9"
-        )
+        raise UserError(f"--position {position}: unknown; use {', '.join(POSITIONS)}, or gaps such as 15-30 or 1,5,9")
     gaps: list[int] = []
     for part in position.split(","):
         first, _, last = part.partition("-")
@@ -107,8 +107,8 @@ def parse_gaps(position: str, base_layers: int) -> list[int]:
 def choose_gaps(position: str, count: int, gaps: int) -> list[int]:
     """`count` of the gaps 0 … gaps-1, ascending; count ≤ gaps.
 
-    top: the last ones; bottom: the first; middle: centred; ends: half at either end, the odd one on top; uniform: spread.
-    """
+    top: the last ones; bottom: the first; middle: centred; ends: half at either end, the odd one on top; uniform:
+    spread."""
     if position == "top":
         return list(range(gaps - count, gaps))
     if position == "bottom":
@@ -175,7 +175,9 @@ def stacked(base_layers: int, layers: int) -> Plan:
     Raises: UserError if that is more than twice the base.
     """
     if layers > 2 * base_layers:
-        raise UserError(f"solar: {layers} layers are more than twice the base's {base_layers}; two stacks cannot give them")
+        raise UserError(
+            f"solar: {layers} layers are more than twice the base's {base_layers}; two stacks cannot give them"
+        )
     first, second = (layers + 1) // 2, layers // 2
     outputs: list[Old | New] = [Old(i) for i in range(first)]
     next_id = base_layers

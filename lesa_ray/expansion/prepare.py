@@ -1,8 +1,7 @@
 """From settings to a laid-out expansion: everything that can be decided, or refused, before any work.
 
-`prepare` opens the base by its headers, reads its anatomy, plans the layers, splits the method's work into units and lays out every
-file of the result to the byte. It writes nothing; `inspect` and `--dry-run` show what it returns.
-"""
+`prepare` opens the base by its headers, reads its anatomy, plans the layers, splits the method's work into units and
+lays out every file of the result to the byte. It writes nothing; `inspect` and `--dry-run` show what it returns."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ from typing import Any
 from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
 from lesa_ray.checkpoint.depth import deeper_config
 from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, TensorEntry, open_checkpoint
-from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, header_bytes, plan_shards
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
@@ -149,8 +147,8 @@ def _check_variant(base: str, anatomy: Anatomy, variant: str) -> None:
 def _check_supported(job: Job) -> None:
     if job.zero_init and not job.zeroed:
         raise UserError(
-            f"{job.method.name}: cannot tell which tensors of a {job.anatomy.family} layer write into the residual stream, "
-            "so they cannot be zeroed; use --no-zero-init if the new layers may change the function"
+            f"{job.method.name}: cannot tell which tensors of a {job.anatomy.family} layer write into the residual "
+            "stream, so they cannot be zeroed; use --no-zero-init if the new layers may change the function"
         )
     if job.method.copies:
         return
@@ -202,6 +200,12 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
 
 def _copied(job: Job, checkpoint: Checkpoint, entry: TensorEntry, name: str, *, check: bool) -> OutTensor:
     source = Span(
-        checkpoint.storage.url, entry.file, entry.offset, entry.nbytes, entry.dtype, entry.name, check and entry.is_float
+        checkpoint.storage.url,
+        entry.file,
+        entry.offset,
+        entry.nbytes,
+        entry.dtype,
+        entry.name,
+        check and entry.is_float,
     )
     return OutTensor(name, result_dtype(job, entry.dtype), entry.shape, source)

@@ -7,9 +7,10 @@ from lesa_ray.expansion.method import Method
 from lesa_ray.expansion.methods.avg_deus import AvgDeus
 from lesa_ray.expansion.methods.lesa import Lesa
 from lesa_ray.expansion.methods.llama_pro import LlamaPro
+from lesa_ray.expansion.methods.opt_deus import OptDeus
 from lesa_ray.expansion.methods.solar import Solar
 
-METHODS: dict[str, Method] = {method.name: method for method in (Lesa(), LlamaPro(), Solar(), AvgDeus())}
+METHODS: dict[str, Method] = {method.name: method for method in (Lesa(), LlamaPro(), Solar(), AvgDeus(), OptDeus())}
 
 
 def get_method(name: str) -> Method:

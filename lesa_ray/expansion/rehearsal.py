@@ -1,11 +1,10 @@
 """Does zeroing these tensors really keep the function? Try it on a miniature of the same architecture.
 
 Names alone can mislead: an output projection under an unexpected name, or a norm after the addition (BERT), and the
-function is silently lost. So before a method that promises to keep it touches a checkpoint, a model of the same class and settings
-but two layers, a small vocabulary and narrow feed-forward is made with random weights, expanded by the code that expands the
-real one, loaded, and the logits before and after are compared: they must be equal to the last bit. It costs 5 to 10 s, most of it
-the import of transformers, and no weight of the base is read.
-"""
+function is silently lost. So before a method that promises to keep it touches a checkpoint, a model of the same class
+and settings but two layers, a small vocabulary and narrow feed-forward is made with random weights, expanded by the
+code that expands the real one, loaded, and the logits before and after are compared: they must be equal to the last
+bit. It costs 5 to 10 s, most of it the import of transformers, and no weight of the base is read."""
 
 from __future__ import annotations
 
@@ -40,14 +39,15 @@ _SMALLER = {  # settings that shrink the miniature and leave its structure
 
 
 def rehearse(expansion: Expansion) -> None:
-    """Raises: UserError if a zero-initialised expansion of this architecture changes its function, or cannot be tried."""
+    """Raises: UserError if a zero-initialised expansion of this architecture changes its function, or cannot be
+    tried."""
     job = expansion.job
     full = completed_config(expansion.checkpoint.config, job.config.base)
     hint = "use --no-zero-init if the new layers may change the function"
     if full is None:
         raise UserError(
-            f"{job.method.name}: {job.anatomy.family} is not known to transformers, so it cannot be tried whether zeroed "
-            f"output projections keep its function; {hint}"
+            f"{job.method.name}: {job.anatomy.family} is not known to transformers, so it cannot be tried whether "
+            f"zeroed output projections keep its function; {hint}"
         )
     with tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, _quiet_transformers():
         try:
@@ -56,13 +56,13 @@ def rehearse(expansion: Expansion) -> None:
             raise
         except Exception as error:  # a miniature of an unusual architecture can fail in ways of its own
             raise UserError(
-                f"{job.method.name}: a miniature of {job.anatomy.family} could not be built to try whether its function is "
-                f"kept ({type(error).__name__}: {' '.join(str(error).split())[:160]}); {hint}"
+                f"{job.method.name}: a miniature of {job.anatomy.family} could not be built to try whether its "
+                f"function is kept ({type(error).__name__}: {' '.join(str(error).split())[:160]}); {hint}"
             ) from error
     if difference != 0:
         raise UserError(
-            f"{job.method.name}: zero-initialised layers do not keep the function of {job.anatomy.family}: its layers do more than "
-            f"add to the residual stream (outputs of a miniature differ by {difference:.2g}); {hint}"
+            f"{job.method.name}: zero-initialised layers do not keep the function of {job.anatomy.family}: its layers "
+            f"do more than add to the residual stream (outputs of a miniature differ by {difference:.2g}); {hint}"
         )
 
 

@@ -1,8 +1,8 @@
 """Who does the work of an expansion: the runner's interface, and the one that needs no Ray.
 
-`InlineRunner` works unit after unit in this process. It serves where there is nothing to compute (copying methods on a local disk: starting Ray
-would cost more than the copy), where Ray is not installed, and in the tests as the yardstick for the others.
-"""
+`InlineRunner` works unit after unit in this process. It serves where there is nothing to compute (copying methods on
+a local disk: starting Ray would cost more than the copy), where Ray is not installed, and in the tests as the
+yardstick for the others."""
 
 from __future__ import annotations
 

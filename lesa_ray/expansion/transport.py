@@ -161,9 +161,7 @@ def fuse_layer(
     return Fused({name: fused[name] for name in roles}, solves)
 
 
-_ALIGNED = frozenset(
-    {Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_INPUT, Role.MLP_OUTPUT, Role.OTHER_MATRIX}
-)
+_ALIGNED = frozenset({Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_INPUT, Role.MLP_OUTPUT, Role.OTHER_MATRIX})
 
 
 @torch.no_grad()
@@ -195,9 +193,7 @@ def transport_map(plan: Tensor) -> Tensor:
     return plan / plan.sum(dim=0, keepdim=True)
 
 
-def _solve(
-    cost: Tensor, solver: str, reg: float, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Solve]:
+def _solve(cost: Tensor, solver: str, reg: float, max_iterations: int, tolerance: float) -> tuple[Tensor, Solve]:
     """One run of POT's Sinkhorn, judged by the marginals of the plan that comes back."""
     rows, columns = cost.shape
     a = cost.new_full((rows,), 1 / rows)
@@ -236,7 +232,5 @@ def _bias_of(name: str) -> str:
 def _fitting(mapping: Tensor, name: str, tensor: Tensor) -> Tensor:
     """`mapping` (n, m), if the last axis of `tensor` has n entries."""
     if tensor.shape[-1:] != mapping.shape[:1]:
-        raise ValueError(
-            f"{name}: last axis of {tuple(tensor.shape)} does not fit a map of {mapping.shape[0]} rows"
-        )
+        raise ValueError(f"{name}: last axis of {tuple(tensor.shape)} does not fit a map of {mapping.shape[0]} rows")
     return mapping

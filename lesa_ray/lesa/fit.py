@@ -68,6 +68,8 @@ def fit_weight_type(
     if layers < 3:
         raise UserError(f"LESA learns from three layers in a row; the base has {layers}")
     clock = _Clock()
+    report = progress or (lambda phase, share: None)
+    report("decomposing", 0.0)
     with torch.no_grad():
         with clock.phase("spectral"):
             parts = decompose(
@@ -89,7 +91,7 @@ def fit_weight_type(
 
         with clock.phase("train"):
             predictor = Predictor(d2, settings.hidden, coefficients.dtype, device, seed)
-            losses = train(predictor, coefficients, training, settings, seed, progress)
+            losses = train(predictor, coefficients, training, settings, seed, _between(report, 0.1, 0.9))
 
         with clock.phase("yardsticks"):
             skipped = yardsticks.why_no_ridge(d2, device)
@@ -107,7 +109,7 @@ def fit_weight_type(
             on_training, on_held_out = scores(training), scores(held_out) if held_out else None
 
         with clock.phase("predict"):
-            ratio = _fill(slots, layers, predictor, parts, coefficients, store, progress)
+            ratio = _fill(slots, layers, predictor, parts, coefficients, store, _between(report, 0.9, 1.0))
 
     return FitReport(
         d1=parts.shape[0],
@@ -153,7 +155,7 @@ def _fill(
     parts: Decomposition,
     coefficients: Tensor,
     store: Callable[[int, Tensor], None],
-    progress: Progress | None,
+    progress: Progress,
 ) -> float | None:
     """Predict and store each slot; return the mean ratio of its norm to its neighbours'.
 
@@ -181,9 +183,13 @@ def _fill(
         store(slot, weight.float().cpu())
         made[slot] = predicted
         made = {layer: kept for layer, kept in made.items() if last_use.get(layer, -1) > at}
-        if progress is not None:
-            progress("predicting new layers", (at + 1) / len(slots))
+        progress("predicting new layers", (at + 1) / len(slots))
     return sum(ratios) / len(ratios) if ratios else None
+
+
+def _between(progress: Progress, start: float, end: float) -> Progress:
+    """Progress of one step, which takes the unit from share `start` to share `end`."""
+    return lambda phase, share: progress(phase, start + share * (end - start))
 
 
 def _on_device(coefficients: Tensor, device: str) -> Tensor:

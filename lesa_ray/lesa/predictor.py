@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.optim.adamw import adamw
 
 from lesa_ray.config import LesaSettings
@@ -63,17 +64,10 @@ class Predictor:
         """Coefficients of the layer between two: (rows, d2) each, on any device, to (rows, d2) on the
         predictor's."""
         x = torch.cat([lower.to(self.flat), upper.to(self.flat)], dim=1)
-        for weight, bias in self.layers[:-1]:
-            x = torch.addmm(bias, x, weight.T).relu_()
-        weight, bias = self.layers[-1]
-        output: Tensor = torch.addmm(bias, x, weight.T)
-        return output
-
-
-def batch_loss(output: Tensor, target: Tensor, norm_weight: float) -> Tensor:
-    """(1−λ)·MSE + λ·(‖output‖ − ‖target‖)² of one batch (rows, d2), as a tensor without dimensions."""
-    gap = torch.linalg.vector_norm(output) - torch.linalg.vector_norm(target)
-    return (1 - norm_weight) * (output - target).square().mean() + norm_weight * gap.square()
+        (w1, b1), (w2, b2), (w3, b3) = self.layers
+        x = linear(x, w1, b1).relu_()
+        x = linear(x, w2, b2).relu_()
+        return linear(x, w3, b3)
 
 
 def loss_and_gradient(
@@ -91,7 +85,7 @@ def loss_and_gradient(
     norm = torch.linalg.vector_norm(output)
     gap = norm - torch.linalg.vector_norm(y)
     mse = torch.linalg.vector_norm(error).square() / error.numel()  # no temporary, unlike square().mean()
-    loss = (1 - norm_weight) * mse + norm_weight * gap.square()
+    loss: Tensor = (1 - norm_weight) * mse + norm_weight * gap.square()
     # d‖Ŷ‖/dŶ = Ŷ/‖Ŷ‖, taken as 0 at Ŷ = 0 as autograd does.
     d_out = error.mul_((1 - norm_weight) * 2 / error.numel())
     d_out.addcmul_(output, 2 * norm_weight * gap / norm.clamp_min(torch.finfo(norm.dtype).tiny))

@@ -1,15 +1,15 @@
 """Pre-train a small Llama on a row of token ids, in one process, so that a killed run goes on where it was.
 
 Decides
-- The batch of a step is a pure function of (ids, settings, step), so a checkpoint is weights, optimizer and the step
-  alone, and a resumed run ends in the same bits as one that was never stopped. Sequences come in an order shuffled
-  anew each epoch, without replacement: under one epoch no text is seen twice.
+- The batch of a step is a pure function of (ids, settings, step), so a checkpoint is weights, optimizer and
+  the step alone, and a resumed run ends in the same bits as one that was never stopped. Sequences come in an
+  order shuffled anew each epoch, without replacement: under one epoch no text is seen twice.
 - Warm-up, a constant rate, then a linear decay to zero (Hägele et al. 2024, arXiv 2405.18392).
 - Weights and optimizer state in float32; matrix products in bfloat16 where the CPU has AMX (autocast).
-- A checkpoint is one file, `OUT.partial/state.pt`, replaced at one moment (about 3× the model's size, 0.1 s here).
-  `OUT` itself appears by a rename, complete: weights, config, generation config, tokenizer, `pretrain.json`.
-  Both carry the run's identity (settings and a digest of the ids); of another identity, `OUT` is refused and
-  `OUT.partial` is begun again.
+- A checkpoint is one file, `OUT.partial/state.pt`, replaced at one moment (about 3× the model's size, 0.1 s
+  here). `OUT` itself appears by a rename, complete: weights, config, generation config, tokenizer,
+  `pretrain.json`. Both carry the run's identity (settings and a digest of the ids); of another identity,
+  `OUT` is refused and `OUT.partial` is begun again.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ def pretrain(
     sequence, or if the loss is no longer a number.
     """
     if len(ids) <= settings.context:
-        raise UserError(
-            f"{len(ids)} token ids: too few for one sequence of {settings.context} and its last target"
-        )
+        raise UserError(f"{len(ids)} token ids: too few for one sequence of {settings.context} and its last target")
     identity = run_identity(ids, settings)
     if os.path.exists(out):
         return load_result(out, identity)
@@ -125,10 +123,8 @@ def train_step(
         logits = model(input_ids=inputs, use_cache=False).logits  # (B, T, vocabulary)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     if not torch.isfinite(loss):
-        raise UserError(
-            f"loss is {loss.item()} at step {step}: lower learning_rate ({settings.learning_rate})"
-        )
-    loss.backward()
+        raise UserError(f"loss is {loss.item()} at step {step}: lower learning_rate ({settings.learning_rate})")
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, settings)
@@ -214,9 +210,7 @@ def cpu_threads(threads: int) -> Iterator[None]:
 def run_identity(ids: Ids, settings: PretrainSettings) -> str:
     """What the trained bits depend on, as a hash: the ids, the settings that count and the resolved precision."""
     counted = settings.model_dump(exclude={"checkpoint_every", "precision"})
-    text = json.dumps(
-        [counted, in_bfloat16(settings), hashlib.sha256(ids.tobytes()).hexdigest()], sort_keys=True
-    )
+    text = json.dumps([counted, in_bfloat16(settings), hashlib.sha256(ids.tobytes()).hexdigest()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -291,11 +285,7 @@ def load_result(out: str, identity: str) -> PretrainResult:
         with open(os.path.join(out, "pretrain.json"), encoding="utf-8") as file:
             record = json.load(file)
     except OSError as error:
-        raise UserError(
-            f"{out}: exists but was not made by pre-training (no pretrain.json); name another"
-        ) from error
+        raise UserError(f"{out}: exists but was not made by pre-training (no pretrain.json); name another") from error
     if record["identity"] != identity:
         raise UserError(f"{out}: holds a base of other settings or other text; remove it or name another")
-    return PretrainResult(
-        out, record["parameters"], record["steps"], record["tokens"], record["seconds"], reused=True
-    )
+    return PretrainResult(out, record["parameters"], record["steps"], record["tokens"], record["seconds"], reused=True)

@@ -1,7 +1,8 @@
 """Settings of the corpus and of pre-training: type, unit, default, and where the default comes from.
 
-The defaults are those of the demo's base: the best held-out loss found for about three minutes on two CPU cores.
-All of them are part of what a run is: a checkpoint made under other settings is never taken up by mistake.
+The defaults are those of the demo's base: the best held-out loss found for about three minutes on two CPU
+cores. All of them are part of what a run is: a checkpoint made under other settings is never taken up by
+mistake.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ class CorpusSettings(Settings):
     """The standard-library corpus and its tokenizer."""
 
     vocab_size: int = Field(default=4096, ge=300, le=2**16)
-    """Entries of the BPE vocabulary: 256 bytes, one end-of-text token, the rest merges. At 4096 a token is about
-    3.5 characters of Python; doubling it would double the cost of the output head, already a fifth of a step."""
+    """Entries of the BPE vocabulary: 256 bytes, one end-of-text token, the rest merges. At 4096 a token is
+    about 3.5 characters of Python; doubling it would double the cost of the output head, already a fifth of
+    a step."""
     holdout_every: int = Field(default=20, ge=2)
     """One file in so many (by a hash of its path) is held out of training, tokenizer included."""
 
@@ -57,8 +59,8 @@ class PretrainSettings(Settings):
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient (GPT-3, Llama)."""
     precision: Precision = "auto"
-    """Matrix products in bfloat16 (autocast) or float32; `auto`: bfloat16 where the CPU has AMX tiles, where it was
-    measured to be faster."""
+    """Matrix products in bfloat16 (autocast) or float32; `auto`: bfloat16 where the CPU has AMX tiles, where
+    it was measured to be faster."""
     threads: int = Field(default=2, ge=1)
     """CPU threads. Part of what the run is: sums over threads round differently."""
     checkpoint_every: int = Field(default=100, ge=1)

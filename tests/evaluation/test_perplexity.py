@@ -46,7 +46,7 @@ def by_hand(checkpoint: Path, window: int, stride: int) -> float:
             start += stride
         start = max(0, min(start, len(IDS) - 1 - window))  # … unless it would hang over the end
         with torch.no_grad():
-            logits = model(torch.tensor([IDS[start:position]])).logits[0, -1]
+            logits = model(torch.from_numpy(IDS[None, start:position])).logits[0, -1]
         total -= torch.log_softmax(logits, -1)[IDS[position]].item()
     return total / (len(IDS) - 1)
 
@@ -68,11 +68,8 @@ def test_context_counts_and_batches_do_not(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 9, 10, 11, 57, 64])
-@pytest.mark.parametrize("window", [1, 4, 9, 100])
-@pytest.mark.parametrize("stride", [1, 3, 4, 9])
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (4, 1), (4, 3), (4, 4), (9, 3), (9, 4), (9, 9), (100, 9)])
 def test_every_token_but_the_first_is_scored_once(tokens: int, window: int, stride: int) -> None:
-    if stride > window:
-        pytest.skip("refused by perplexity()")
     length = min(window, tokens - 1)
     scored: list[int] = []
     for one in plan_windows(tokens, window, stride):

@@ -6,6 +6,8 @@ predictor (`lesa_ray.lesa.fit`). Types whose new tensors would all be zero are n
 
 from __future__ import annotations
 
+import functools
+import zlib
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
@@ -49,10 +51,10 @@ class Lesa(Method):
             [(slot.id, slot.lower, slot.upper) for slot in job.plan.slots if slot.upper is not None],
             store,
             job.config.lesa,
-            seed=job.config.seed,
+            seed=_seed(job.config.seed, weight_type),
             device=context.device,
             variants=[
-                lambda layer, variant=variant: tensors.read(layer, weight_type, variant)
+                functools.partial(tensors.read, weight_type=weight_type, variant=variant)
                 for variant in range(len(job.config.variants))
             ],
             scratch_dir=context.scratch_dir,
@@ -60,6 +62,11 @@ class Lesa(Method):
             progress=context.progress,
         )
         return report.to_dict()
+
+
+def _seed(seed: int, weight_type: str) -> int:
+    """A seed for each weight type, so that types of one shape do not share their random numbers."""
+    return (seed * 1_000_003 + zlib.crc32(weight_type.encode())) % 2**31
 
 
 def _cost(weight_type: WeightType, job: Job) -> tuple[float, int]:

@@ -16,7 +16,12 @@ VECTORS_UNIT = "vectors"
 
 
 def slot_units(
-    job: Job, types: tuple[WeightType, ...], *, flops_per_element: float, tensors_in_memory: int
+    job: Job,
+    types: tuple[WeightType, ...],
+    *,
+    flops_per_element: float,
+    tensors_in_memory: int,
+    extra_bytes: int = 0,
 ) -> list[Unit]:
     """One unit for each slot with something to make, ordered after the units of the slots it lies between."""
     units: list[Unit] = []
@@ -34,7 +39,7 @@ def slot_units(
                 name=_unit_name(slot.id),
                 makes=makes,
                 flops=flops_per_element * elements,
-                memory=4 * tensors_in_memory * largest,
+                memory=4 * tensors_in_memory * largest + extra_bytes,
                 after=after,
             )
         )

@@ -1,8 +1,7 @@
 """SOLAR: depth up-scaling by stacking (arXiv 2312.15166, section 2).
 
-The result is layers [0, L-m) followed by [m, L), with m = L - T/2; everything is trained afterwards. A layer that comes a
-second time counts as new. Nothing is computed: it costs the copying of the files.
-"""
+The result is layers [0, L-m) followed by [m, L), with m = L - T/2; everything is trained afterwards. A layer that
+comes a second time counts as new. Nothing is computed: it costs the copying of the files."""
 
 from __future__ import annotations
 

