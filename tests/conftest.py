@@ -33,7 +33,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     return base
 
 
-@pytest.fixture()
+@pytest.fixture
 def grow(tmp_path: Path) -> Callable[..., Expanded]:
     """Expand in this process: `grow(base, method="lesa", …)`; OUT is a new folder below `tmp_path`."""
 

@@ -254,9 +254,7 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
 def layer_tensors(folder: str | Path, name: str, layer: int) -> dict[str, Tensor]:
     """The tensors of one layer, by what follows the layer's index in their names."""
     prefix = f"{FAMILIES[name].layer_prefix}{layer}."
-    return {
-        key.removeprefix(prefix): value for key, value in tensors(folder).items() if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): value for key, value in tensors(folder).items() if key.startswith(prefix)}
 
 
 def matches(suffix: str, patterns: tuple[str, ...]) -> bool:

@@ -28,15 +28,11 @@ def test_files_name_writes_and_norms_and_no_parameter_is_trivial(name: str, tmp_
         assert tensor.ndim == 0 or tensor.float().std() > 0.01, f"{key} is constant"
     suffixes = layer_tensors(folder, name, layer=1).keys()
     for pattern in (*family.writes, *family.norms):
-        assert any(matches(suffix, (pattern,)) for suffix in suffixes), (
-            f"{pattern} is not in {sorted(suffixes)}"
-        )
+        assert any(matches(suffix, (pattern,)) for suffix in suffixes), f"{pattern} is not in {sorted(suffixes)}"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_layer_that_writes_nothing_is_the_identity_where_the_family_says_so(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_layer_that_writes_nothing_is_the_identity_where_the_family_says_so(name: str, tmp_path: Path) -> None:
     """Four layers, the last with its writes at zero, against the three below it."""
     family = FAMILIES[name]
     three = logits(load_strict(make(name, tmp_path / "three", layers=3), name), tokens())
@@ -79,9 +75,7 @@ def test_experts_are_stored_one_by_one(name: str, expert: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_bfloat16_is_float32_rounded_and_a_deeper_model_begins_with_the_shallower(
-    name: str, tmp_path: Path
-) -> None:
+def test_bfloat16_is_float32_rounded_and_a_deeper_model_begins_with_the_shallower(name: str, tmp_path: Path) -> None:
     shallow = tensors(make(name, tmp_path / "float32", layers=2))
     deep = tensors(make(name, tmp_path / "bfloat16", layers=4, dtype=torch.bfloat16))
     for key, tensor in shallow.items():

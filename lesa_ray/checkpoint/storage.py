@@ -51,7 +51,7 @@ class Storage:
         local = "://" not in url
         self.url = os.path.abspath(url) if local else url.rstrip("/")
         try:
-            self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+            self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False, **_options(self.url))
         except (ValueError, ImportError) as error:
             raise UserError(f"{url}: {error}") from error
         self.root: str = root.rstrip("/")
@@ -170,6 +170,23 @@ class Storage:
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         return shutil.disk_usage(folder).free
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Options of the filesystem behind a URL.
+
+    S3: some servers (rclone's among them) send the whole object's checksum with a range of it, which botocore would
+    compare with the range and refuse; so checksums are compared only where the protocol requires them.
+    """
+    if url.split("://", 1)[0] not in ("s3", "s3a"):
+        return {}
+    return {
+        "config_kwargs": {
+            "response_checksum_validation": "when_required",
+            "request_checksum_calculation": "when_required",
+            "retries": {"mode": "standard", "max_attempts": 6},
+        }
+    }
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -32,17 +32,23 @@ _INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
 
 
 def start_ray() -> None:
-    """Connect to the running cluster, or start an embedded local Ray. Does nothing if Ray is up in this process."""
+    """Connect to the running cluster, or start an embedded local Ray. Does nothing if Ray is up in this process.
+
+    RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster.
+    """
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise MachineError(f"Ray cluster {os.environ['RAY_ADDRESS']}: cannot be reached") from None
-        ray.init(address="local", include_dashboard=False, **quiet)
+        if address != "local":
+            ray.init(address=address, **quiet)
+            return
+    except ConnectionError as error:
+        if address != "auto":
+            raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]})") from error
+    ray.init(address="local", include_dashboard=False, **quiet)
 
 
 class _Board:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
 from lesa_ray.checkpoint.residual import residual_writers
-from lesa_ray.config import ExpandConfig
+from lesa_ray.config import ExpandConfig, LesaSettings
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.plan import New, Plan, between, target_layers
 
@@ -163,12 +163,21 @@ class RunContext:
     progress: Progress | None = None
 
 
+def check_settings(config: ExpandConfig, method: Method) -> None:
+    """Raises: UserError for settings that the method would not look at."""
+    if method.name == "lesa":
+        return
+    if config.variants:
+        raise UserError(f"--variants: {method.name} trains no predictor, so it has no use for them; lesa has")
+    given = config.lesa.model_dump().items() - LesaSettings.from_recipe(config.recipe).model_dump().items()
+    if given:
+        raise UserError(f"{', '.join(sorted(name for name, _ in given))}: a setting of lesa, {method.name} has no use for it")
+
+
 def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method) -> Job:
     """Decide everything about an expansion. Raises: UserError for settings that do not fit the base or the method."""
     if anatomy.layers < method.minimum_layers:
         raise UserError(f"{method.name}: needs at least {method.minimum_layers} layers, the base has {anatomy.layers}")
-    if config.variants and method.name != "lesa":
-        raise UserError(f"--variants: {method.name} trains no predictor, so it has no use for them; lesa has")
     layers = target_layers(anatomy.layers, config.factor, config.layers, config.position)
     return Job(
         config=config,

@@ -20,7 +20,7 @@ from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, TensorEntry, ope
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, header_bytes, plan_shards
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.method import Copy, Job, Unit, Zero, make_job
+from lesa_ray.expansion.method import Copy, Job, Unit, Zero, check_settings, make_job
 from lesa_ray.expansion.methods.slots import vectors_unit
 from lesa_ray.expansion.plan import New, Old
 from lesa_ray.expansion.registry import get_method
@@ -90,6 +90,7 @@ def prepare(config: ExpandConfig) -> Expansion:
     """Decide and lay out an expansion from the headers of its base. Raises: UserError."""
     limit = parse_size(config.shard_size)
     method = get_method(config.method)
+    check_settings(config, method)
     checkpoint = open_checkpoint(config.base)
     anatomy = read_anatomy(checkpoint)
     for variant in config.variants:

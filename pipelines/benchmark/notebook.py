@@ -74,13 +74,15 @@ class Outcome:
     yardsticks: float
     loss: float
     """Of the trained predictor over all its training rows, in batches of 64 in order."""
+    cpu: float
+    """Processor seconds of the whole, all threads: what a busy machine distorts least."""
     peak_mb: float
     """Peak resident memory of the process so far."""
 
 
 def make_weights(folder: str, layers: int, d_model: int, d_ff: int) -> list[Weights]:
     """Write the layers of the seven weight types of a Llama to `folder`."""
-    shapes = {name: (d_model, d_model) for name in ("q", "k", "v", "o")}
+    shapes = dict.fromkeys(("q", "k", "v", "o"), (d_model, d_model))
     shapes |= {"gate": (d_ff, d_model), "up": (d_ff, d_model), "down": (d_model, d_ff)}
     made = []
     for seed, (name, (d1, d2)) in enumerate(shapes.items()):
@@ -118,7 +120,7 @@ def run_notebook(weights: Weights) -> Outcome:
     load = weights.load()
     layers = [load(i).clone() for i in range(weights.layers)]  # the notebook holds the model in memory
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     concatenated = torch.cat(layers, dim=1)
     u, s, vt = torch.linalg.svd(concatenated, full_matrices=False)
     separate = [vt[:, i * weights.d2 : (i + 1) * weights.d2] for i in range(weights.layers)]
@@ -147,12 +149,12 @@ def run_notebook(weights: Weights) -> Outcome:
     with torch.no_grad():
         predicted = [network(torch.cat([separate[a], separate[b]], dim=1)) for _, a, b in weights.slots]
         rebuilt = [(u * s) @ one for one in predicted]
-    whole = time.perf_counter() - start
+    whole, cpu = time.perf_counter() - start, time.process_time() - cpu
 
     assert len(rebuilt) == len(weights.slots)
     with torch.no_grad():
         final = fit_loss(network(x), y)
-    return Outcome(weights.name, spectral, whole, 0.0, final, peak_mb())
+    return Outcome(weights.name, spectral, whole, 0.0, final, cpu, peak_mb())
 
 
 def fit_loss(output: Tensor, target: Tensor) -> float:
@@ -164,14 +166,15 @@ def fit_loss(output: Tensor, target: Tensor) -> float:
 
 def run_ours(weights: Weights) -> Outcome:
     made: list[Tensor] = []
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     report = fit_weight_type(
         weights.load(), weights.layers, weights.slots, lambda _, weight: made.append(weight), RELEASED, seed=0
     )
-    whole = time.perf_counter() - start
+    whole, cpu = time.perf_counter() - start, time.process_time() - cpu
     seconds = report.seconds
     spectral = seconds["load"] + seconds["spectral"]
-    return Outcome(weights.name, spectral, whole, seconds["yardsticks"], report.trained["predictor"].loss, peak_mb())
+    loss = report.trained["predictor"].loss
+    return Outcome(weights.name, spectral, whole, seconds["yardsticks"], loss, cpu, peak_mb())
 
 
 def run_our_spectral(weights: Weights) -> str:
@@ -187,6 +190,8 @@ class Round:
     ours_spectral: float
     ours_whole: float
     ours_yardsticks: float
+    notebook_cpu: float
+    ours_cpu: float
     notebook_loss: float
     ours_loss: float
     notebook_peak_mb: float
@@ -220,6 +225,8 @@ def measure(units: list[Weights], threads: int) -> tuple[Round, list[Outcome], l
         ours_spectral=spectral,
         ours_whole=whole,
         ours_yardsticks=sum(outcome.yardsticks for outcome in ours) / threads,
+        notebook_cpu=sum(outcome.cpu for outcome in theirs),
+        ours_cpu=sum(outcome.cpu for outcome in ours),
         notebook_loss=statistics.mean(outcome.loss for outcome in theirs),
         ours_loss=statistics.mean(outcome.loss for outcome in ours),
         notebook_peak_mb=max(outcome.peak_mb for outcome in theirs),
@@ -233,12 +240,13 @@ def report(rounds: list[Round]) -> dict[str, float]:
     medians = {name: statistics.median(asdict(one)[name] for one in rounds) for name in asdict(rounds[0])}
     medians["spectral_ratio"] = statistics.median(one.notebook_spectral / one.ours_spectral for one in rounds)
     medians["whole_ratio"] = statistics.median(one.notebook_whole / one.ours_whole for one in rounds)
+    medians["cpu_ratio"] = statistics.median(one.notebook_cpu / one.ours_cpu for one in rounds)
     medians["loss_ratio"] = statistics.median(one.ours_loss / one.notebook_loss for one in rounds)
     print(f"{'median of ' + str(len(rounds)) + ' runs':28}{'notebook':>12}{'ours':>12}{'ratio':>9}")
-    for label, key in (("spectral step, s", "spectral"), ("whole, s", "whole")):
+    for label, key in (("spectral step, s", "spectral"), ("whole, s", "whole"), ("whole, processor s", "cpu")):
         theirs, ours = medians[f"notebook_{key}"], medians[f"ours_{key}"]
         print(f"{label:28}{theirs:12.2f}{ours:12.2f}{medians[f'{key}_ratio']:8.1f}×")
-    print(f"{'  of it yardsticks, s':28}{'–':>12}{medians['ours_yardsticks']:12.2f}")
+    print(f"{'whole: yardsticks in it, s':28}{'–':>12}{medians['ours_yardsticks']:12.2f}")
     print(f"{'final fit loss':28}{medians['notebook_loss']:12.3e}{medians['ours_loss']:12.3e}")
     print(f"{'peak memory, MB':28}{medians['notebook_peak_mb']:12.0f}{medians['ours_peak_mb']:12.0f}")
     return medians

@@ -1,0 +1,31 @@
+# make setup   a virtual environment in .venv, with bin/lesa-ray
+# make demo    set-up, then the main job on a small model made here
+# make test    set-up, then all tests
+# make lint    set-up, then ruff and mypy
+PYTHON ?= python3
+READY := .venv/.ready
+
+.PHONY: setup demo test lint clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lesa-ray needs Python 3.11 or newer; set PYTHON=")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	.venv/bin/python -m pipelines.demo --out demo
+
+test: setup
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv demo

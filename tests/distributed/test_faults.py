@@ -1,0 +1,211 @@
+"""Killed workers, killed drivers, full disks: nothing half-written counts; the same command gives the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray.checkpoint.writer import Shard
+from lesa_ray.distributed.ray_runner import RayRunner
+from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.expansion.runner import InlineRunner, Listener
+
+Bases = Callable[[str], str]
+LESA_RAY = str(Path(sys.executable).parent / "lesa-ray")
+SLOW: dict[str, Any] = {"method": "lesa", "lesa": {"epochs": 60}}  # some seconds a unit
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in Path(folder).iterdir()}
+
+
+def same(one: str, two: str) -> list[str]:
+    a, b = contents(one), contents(two)
+    assert a.keys() == b.keys()
+    return [name for name in a if a[name] != b[name]]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_process_and_four_workers_give_the_same_bytes(bases: Bases, tmp_path: Path) -> None:
+    for method in ("lesa", "opt-deus", "solar"):
+        outs = [str(tmp_path / f"{method}-{runner}") for runner in ("inline", "ray")]
+        expand(ExpandConfig(base=bases("llama"), out=outs[0], method=method), runner=InlineRunner())
+        expand(ExpandConfig(base=bases("llama"), out=outs[1], method=method), runner=RayRunner())
+        assert same(*outs) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(bases: Bases, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    title = (process / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if title.startswith(b"ray::unit mlp.gate_proj"):
+                    time.sleep(0.3)
+                    os.kill(int(process.name), signal.SIGKILL)
+                    killed.append(int(process.name))
+                    return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    disturbed = expand(
+        ExpandConfig.model_validate({"base": bases("llama"), "out": str(tmp_path / "a"), **SLOW}), RayRunner()
+    )
+    killer.join(timeout=60)
+    assert killed
+    expand(ExpandConfig.model_validate({"base": bases("llama"), "out": str(tmp_path / "b"), **SLOW}), InlineRunner())
+    assert same(disturbed.out, str(tmp_path / "b")) == []
+
+
+def test_a_killed_driver_and_the_command_run_again(bases: Bases, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [LESA_RAY, "expand", bases("llama"), str(out), "--epochs", "60", "--json"]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    units = out / ".lesa-ray" / "units"
+    while not list(units.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(timeout=30)
+    done = {f.name for f in units.glob("*.json")}
+    assert 0 < len(done) < 7
+    assert not (out / "config.json").exists()
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["resumed"] is True
+    again = str(tmp_path / "undisturbed")
+    expand(ExpandConfig.model_validate({"base": bases("llama"), "out": again, **SLOW}), runner=InlineRunner())
+    assert same(str(out), again) == []
+
+
+class Dies(InlineRunner):
+    """Is lost (as by SIGKILL, but in this process) after some units or shards."""
+
+    def __init__(self, units: int, shards: int) -> None:
+        super().__init__()
+        self.units, self.shards = units, shards
+
+    def run_units(self, expansion: Expansion, units: list[Any], listener: Listener) -> dict[str, Any]:
+        records = super().run_units(expansion, units[: self.units], listener)
+        if len(records) < len(units):
+            raise KeyboardInterrupt
+        return records
+
+    def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
+        super().write_shards(expansion, shards[: self.shards], listener)
+        if self.shards < len(shards):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["lesa", "opt-deus", "solar"])
+def test_interrupted_anywhere_it_goes_on_and_does_nothing_twice(method: str, bases: Bases, tmp_path: Path) -> None:
+    config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method=method, shard_size="200KB")
+    done: list[str] = []
+
+    class Counts(Dies):
+        def run_units(self, expansion: Expansion, units: list[Any], listener: Listener) -> dict[str, Any]:
+            done.extend(unit.name for unit in units[: self.units])
+            return super().run_units(expansion, units, listener)
+
+        def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
+            done.extend(shard.file for shard in shards[: self.shards])
+            super().write_shards(expansion, shards, listener)
+
+    for _ in range(12):
+        try:
+            result = expand(config, runner=Counts(units=2, shards=2))
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out" / "config.json").exists()
+    else:
+        pytest.fail("never finished")
+    assert result.resumed
+    assert len(done) == len(set(done)) > 5
+    expand(config.model_copy(update={"out": str(tmp_path / "straight")}), runner=InlineRunner())
+    assert same(result.out, str(tmp_path / "straight")) == []
+
+
+def test_other_settings_do_not_touch_an_unfinished_run(bases: Bases, tmp_path: Path) -> None:
+    config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"))
+    with pytest.raises(KeyboardInterrupt):
+        expand(config, runner=Dies(units=3, shards=0))
+    with pytest.raises(UserError, match="unfinished expansion of other inputs or settings"):
+        expand(config.model_copy(update={"seed": 1}), runner=InlineRunner())
+    assert expand(config, runner=InlineRunner()).resumed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A filesystem of 80 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small filesystem")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True, timeout=30)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(bases: Bases, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(60 * 2**20))
+    with pytest.raises(MachineError, match=r"needs .* GB, the disk has .* GB free"):
+        expand(ExpandConfig(base=bases("llama"), out=str(small_disk / "out"), method="solar"))
+    assert [f.name for f in small_disk.iterdir()] == ["filler"]
+
+
+def test_a_disk_that_fills_up_loses_nothing(bases: Bases, small_disk: Path, tmp_path: Path) -> None:
+    filler = small_disk / "filler"
+
+    class Fills(InlineRunner):
+        """Something else takes the disk's room while the work is going on."""
+
+        def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(2**12))
+            super().write_shards(expansion, shards, listener)
+
+    config = ExpandConfig(base=bases("llama"), out=str(small_disk / "out"))
+    with pytest.raises(MachineError, match=r"no space left on the device.*the same command goes on"):
+        expand(config, runner=Fills())
+    assert not (small_disk / "out" / "config.json").exists()
+    filler.unlink()
+    result = expand(config, runner=InlineRunner())
+    assert result.resumed
+    expand(config.model_copy(update={"out": str(tmp_path / "roomy")}), runner=InlineRunner())
+    assert same(result.out, str(tmp_path / "roomy")) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_wrong_input_found_by_a_task_leaves_nothing_behind(bases: Bases, tmp_path: Path) -> None:
+    import shutil
+
+    from tests.test_cli import poison
+
+    base = Path(shutil.copytree(bases("llama"), tmp_path / "base"))
+    poison(base, "model.layers.2.self_attn.v_proj.weight", float("nan"))
+    with pytest.raises(UserError, match=r"model.layers.2.self_attn.v_proj.weight holds NaN or Inf"):
+        expand(ExpandConfig(base=str(base), out=str(tmp_path / "out")), runner=RayRunner())
+    assert not (tmp_path / "out").exists()
