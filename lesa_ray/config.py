@@ -50,6 +50,12 @@ class LesaSettings(Settings):
     """Share of the layer triples kept out of training for the held-out figures (120/30 split of the paper).
     0 trains on all of them and reports no held-out figures."""
 
+    @model_validator(mode="after")
+    def _rank_needs_directions(self) -> LesaSettings:
+        if self.svd == "none" and self.rank is not None:
+            raise ValueError(f"rank {self.rank} with svd none: without a decomposition there are no directions to keep")
+        return self
+
     @classmethod
     def from_recipe(cls, recipe: Recipe, **changes: object) -> LesaSettings:
         """The paper's values, or those of the released notebooks where they differ, with `changes` on top."""

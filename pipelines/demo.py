@@ -1,15 +1,14 @@
 """The whole story on one small machine, without a network: `python -m pipelines.demo`.
 
-Pre-trains a small Llama on the source of Python's standard library, grows it 1.5× with every method of the
-registry, and measures each result's perplexity on files it has not seen. Everything goes under `--out`
-(default `demo/`): `corpus/`, `base/`, a folder per method, `results.json`.
+Pre-trains a small Llama on the source of Python's standard library, grows it 1.5× with every method of the registry,
+and measures each result's perplexity on files it has not seen. Everything goes under `--out` (default `demo/`):
+`corpus/`, `base/`, a folder per method, `results.json`.
 
 Decides
-- What is there is reused, what was interrupted goes on; a second run only reads. `results.json` holds what
-  the first run measured, each entry under a hash of what made it (base, method, factor, held-out text).
-- Steps: 800, or as many as fit into `--minutes` at the pace of a few throw-away steps, if that is fewer.
-  They are written to `plan.json` before training begins, so the clock has no say in a run that is taken up
-  again.
+- What is there is reused, what was interrupted goes on; a second run only reads. `results.json` holds what the first
+  run measured, each entry under a hash of what made it (base, method, factor, held-out text).
+- Steps: 1,500, or as many as fit into `--minutes` at the pace of a few throw-away steps, if that is fewer. They are
+  written to `plan.json` before training begins, so the clock has no say in a run that is taken up again.
 - torch and transformers are imported where they are needed, so that the first line appears at once.
 """
 
@@ -21,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -33,16 +32,17 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray import ExpandConfig, Expanded, MachineError, UserError, expand
+from lesa_ray.report import terminal
+from lesa_ray.training.settings import PretrainSettings
 
 if TYPE_CHECKING:
     from lesa_ray.training.corpus import Corpus
     from lesa_ray.training.pretrain import PretrainResult
-    from lesa_ray.training.settings import PretrainSettings
 
 FACTOR = 1.5
 SAME = 1e-6  # nats: losses closer than this are called equal; sums in another order differ by about 1e-7
-console = Console()
+console = Console(soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,20 @@ class Row:
 
 def run(out: str, minutes: float, steps: int | None) -> list[Row]:
     """Every step, in order; returns the table's rows, the base first."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made: {error.strerror}") from error
     corpus = make_corpus(out)
     base = make_base(out, corpus, minutes, steps)
     with console.status("loading the expansion methods"):
         from lesa_ray.expansion.registry import METHODS
     rows = [measure_base(out, base, corpus)]
-    # A fresh process for each, so that its peak memory is its own, not that of training and measuring here: 3 s each.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as expander:
-        rows += [grow(out, method, corpus, expander) for method in METHODS]
+    rows += [grow(out, method, corpus) for method in METHODS]
     console.print(table(rows))
     console.print(reading(rows))
-    console.print(
-        "Next, your own model:  lesa-ray expand meta-llama/Llama-3.1-8B ./llama-12b --method lesa --factor 1.5",
-        style="bold",
-        soft_wrap=True,
-    )
+    console.print("Next, your own model:")
+    console.print("  lesa-ray expand meta-llama/Llama-3.1-8B ./llama-12b --method lesa --factor 1.5", style="bold")
     return rows
 
 
@@ -116,24 +115,21 @@ def make_base(out: str, corpus: Corpus, minutes: float, steps: int | None) -> Pr
 
 
 def plan_base(out: str, corpus: Corpus, minutes: float, steps: int | None) -> PretrainSettings:
-    """The base's settings: `steps` if given, else the plan made before, else what fits into `minutes`."""
-    from lesa_ray.training.settings import PretrainSettings
-
-    if steps is not None:
-        return PretrainSettings(steps=steps)
-    path = os.path.join(out, "plan.json")
-    plan = read_json(path)
-    if plan.get("minutes") != minutes:
-        plan = {"minutes": minutes, "steps": steps_within(minutes, corpus)}
-        write_json(path, plan)
-    return PretrainSettings(steps=plan["steps"])
+    """The base's settings: `steps` if given, else those of the base or the plan that is there, else what fits."""
+    steps = steps or read_json(os.path.join(out, "base", "pretrain.json")).get("steps")
+    if steps is None:
+        path = os.path.join(out, "plan.json")
+        plan = read_json(path)
+        if plan.get("minutes") != minutes:
+            plan = {"minutes": minutes, "steps": steps_within(minutes, corpus)}
+            write_json(path, plan)
+        steps = plan["steps"]
+    return PretrainSettings(steps=steps)
 
 
 def steps_within(minutes: float, corpus: Corpus, timed: int = 7) -> int:
-    """As many steps as fit, in tens, at most the default; the pace is the median of a few steps of a model
-    thrown away."""
+    """As many steps as fit, in tens, at most the default, at the median pace of a few steps of a throw-away model."""
     from lesa_ray.training import pretrain as engine
-    from lesa_ray.training.settings import PretrainSettings
 
     settings = PretrainSettings()
     model = engine.make_model(settings, len(corpus.tokenizer()), 0)
@@ -150,8 +146,6 @@ def steps_within(minutes: float, corpus: Corpus, timed: int = 7) -> int:
 
 def measure_base(out: str, base: PretrainResult, corpus: Corpus) -> Row:
     """The base's own line."""
-    from lesa_ray.training.settings import PretrainSettings
-
     key = key_of(out, corpus, "base")
     known = read_json(os.path.join(out, "results.json"))
     if key in known:
@@ -162,21 +156,30 @@ def measure_base(out: str, base: PretrainResult, corpus: Corpus) -> Row:
     return row
 
 
-def grow(out: str, method: str, corpus: Corpus, expander: Executor) -> Row:
+def grow(out: str, method: str, corpus: Corpus) -> Row:
     """Step 3, for one method: expand the base, measure the result."""
     folder = os.path.join(out, method)
     config = ExpandConfig(base=os.path.join(out, "base"), out=folder, method=method, factor=FACTOR)
-    with console.status(f"expanding into {folder}"):
-        result = expander.submit(expand, config).result()
-    console.print(f"{'reusing' if result.reused else 'made'} {folder}")
     key = key_of(out, corpus, method)
     known = read_json(os.path.join(out, "results.json"))
-    if result.reused and key in known:
+    if key in known:
+        result = expand_with_progress(config)  # at once, unless the folder was removed
+        console.print(f"{'reusing' if result.reused else 'made'} {folder}")
         return Row(**known[key])
+    console.print(f"expanding into {folder}")
+    # A fresh process, so that its peak memory is its own, not that of the training and measuring done here; 3 s.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        result = fresh.submit(expand_with_progress, config).result()
     loss, perplexity = measure(folder, corpus)
     row = Row(method, result.layers, result.parameters, loss, perplexity, result.seconds, result.peak_memory)
     remember(out, key, row)
     return row
+
+
+def expand_with_progress(config: ExpandConfig) -> Expanded:
+    """`lesa_ray.expand`, showing how far it is."""
+    with terminal.progress_lines() as listener:
+        return expand(config, listener=listener)
 
 
 def measure(folder: str, corpus: Corpus) -> tuple[float, float]:
@@ -195,28 +198,24 @@ def table(rows: list[Row]) -> Table:
     for name in ("layers", "parameters", "perplexity", "seconds", "peak memory"):
         shown.add_column(name, justify="right")
     for row in rows:
-        memory = "–" if row.peak_memory is None else f"{row.peak_memory / 2**20:,.0f} MiB"
+        memory = "–" if row.peak_memory is None else terminal.size(row.peak_memory)
         shown.add_row(
-            row.name,
-            str(row.layers),
-            f"{row.parameters:,}",
-            f"{row.perplexity:.3f}",
-            f"{row.seconds:.1f}",
-            memory,
+            row.name, str(row.layers), f"{row.parameters:,}", f"{row.perplexity:.3f}", f"{row.seconds:.1f}", memory
         )
     return shown
 
 
 def reading(rows: list[Row]) -> str:
-    """One sentence of what the figures say, and what they do not."""
+    """What the figures say, in a few words, and what they do not."""
     base, *grown = rows
     same = [row.name for row in grown if abs(row.loss - base.loss) <= SAME]
     moved = sorted((row for row in grown if row.name not in same), key=lambda row: row.loss)
+    kept = f"the base's function is kept by {', '.join(same) or 'none'}"
     changes = ", ".join(f"{row.name} {100 * (row.perplexity / base.perplexity - 1):+.2g} %" for row in moved)
-    kept = f"{' and '.join(same)} keep the base's function exactly" if same else "no method keeps the base's function"
     return (
-        f"Reading: {kept}; perplexity moves with {changes or 'none'}. This is where further training starts from, "
-        f"not where it ends, on one {base.layers}-layer base: too few layers for LESA's predictor to learn much from."
+        f"Reading: {kept}; perplexity moves with {changes or 'none'}.\n"
+        f"This is where further training starts, not where it ends, and on one {base.layers}-layer base: too few "
+        "layers for LESA's predictor to learn much from."
     )
 
 
@@ -260,16 +259,11 @@ def counter(title: str) -> Iterator[Callable[..., None]]:
             nonlocal last
             if time.monotonic() - last >= 10:
                 last = time.monotonic()
-                console.print(f"{title}  {text or f'{done}/{total}'}", soft_wrap=True)
+                console.print(f"{title}  {text or f'{done}/{total}'}")
 
         yield log
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
     with RichProgress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task(title, total=None, text="loading")
 
@@ -285,13 +279,19 @@ def main(
     steps: Annotated[int | None, typer.Option(min=1, help="Pre-training steps, instead of --minutes.")] = None,
 ) -> None:
     """Pre-train a small model on this machine, grow it with every method, compare."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the demo draws its own
+    # Threads that wait must sleep, not spin: with one other busy process on two cores a training step took 0.4 s
+    # so, and more than 5 s otherwise. Read when torch is imported, hence here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console.print(f"lesa-ray demo, everything goes to {out}/")
     try:
-        os.makedirs(out, exist_ok=True)
         run(out, minutes, steps)
     except (UserError, MachineError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"demo: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        print("demo: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

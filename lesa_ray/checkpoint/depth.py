@@ -10,14 +10,22 @@ is an error, never a guess."""
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import config_depth
 from lesa_ray.errors import UserError
 
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "layers_block_type",
+    "attention_layers",
+    "layer_rope_theta",
+)
 """Lists with one value for each layer."""
-LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices")
+LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the indices of the layers that are special."""
 _BY_INDEX = (
     "sliding_window_pattern",
@@ -28,7 +36,23 @@ _BY_INDEX = (
     "interleave_moe_layer_step",
 )
 """Rules by index. They are safe where transformers spells them out in a list, else they must be 1 or absent."""
-_NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens")
+_FOLLOWS_DEPTH = {
+    "num_kv_shared_layers": "the last layers share one layer's keys and values",
+    "hidden_size_per_layer_input": "each layer has embeddings of its own",
+    "scale_attn_by_inverse_layer_idx": "attention is divided by the layer's index",
+}
+"""Settings that tie a layer to its place: moved there by a new layer below, an old one would compute something else."""
+_NOT_PER_LAYER = (
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "time_step_limit",
+    "mlp_multipliers",
+    "ssm_multipliers",
+)
+_INDICES_NAME = re.compile(r"layer.*(_|\b)(ids|idxs|indices|indexes)$|_layers$")
 _NO_LISTS = ("llama", "mistral", "gpt2", "gpt_neox", "opt", "bert", "mixtral")
 """Families without any per-layer setting: the import of transformers (2 to 3 s) is saved."""
 
@@ -45,6 +69,9 @@ def deeper_config(
     depth = config_depth(raw)
     assert depth is not None
     config = {**copy.deepcopy(raw), **_spelled_out(raw, base_layers, base)}
+    for key, why in _FOLLOWS_DEPTH.items():
+        if config.get(key):
+            raise UserError(f"BASE {base}: config.json: {key} = {config[key]}: {why}, so no layer can be put between")
     for key, value in config.items():
         if key in PER_LAYER and isinstance(value, list):
             if len(value) != base_layers:
@@ -58,6 +85,11 @@ def deeper_config(
             raise UserError(
                 f"BASE {base}: config.json: {key} seems to hold one value for each of the {base_layers} layers, "
                 "and how it should grow is not known; please report this model"
+            )
+        elif _INDICES_NAME.search(key) and _looks_like_indices(value, base_layers):
+            raise UserError(
+                f"BASE {base}: config.json: {key} = {value} seems to name layers by index, "
+                "and what they should become is not known; please report this model"
             )
     for key in ("num_hidden_layers", depth[0]):
         if key in config:
@@ -104,6 +136,10 @@ def completed_config(raw: dict[str, Any], base: str) -> dict[str, Any] | None:
             f"BASE {base}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"
         ) from error
     return full
+
+
+def _looks_like_indices(value: object, base_layers: int) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(v) is int and 0 <= v < base_layers for v in value)
 
 
 def _looks_per_layer(value: object, base_layers: int) -> bool:

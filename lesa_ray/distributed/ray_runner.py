@@ -48,6 +48,7 @@ def start_ray() -> None:
     except ConnectionError as error:
         if address != "auto":
             raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]})") from error
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     ray.init(address="local", include_dashboard=False, **quiet)
 
 

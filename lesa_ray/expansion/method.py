@@ -171,7 +171,8 @@ def check_settings(config: ExpandConfig, method: Method) -> None:
         raise UserError(f"--variants: {method.name} trains no predictor, so it has no use for them; lesa has")
     given = config.lesa.model_dump().items() - LesaSettings.from_recipe(config.recipe).model_dump().items()
     if given:
-        raise UserError(f"{', '.join(sorted(name for name, _ in given))}: a setting of lesa, {method.name} has no use for it")
+        names = ", ".join(sorted(name for name, _ in given))
+        raise UserError(f"{names}: a setting of lesa, {method.name} has no use for it")
 
 
 def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method) -> Job:

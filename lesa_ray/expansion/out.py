@@ -22,6 +22,14 @@ from lesa_ray.expansion.prepare import Expansion
 RUN_FILE = f"{WORK_DIR}/run.json"
 CARD_FILE = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_TRAINING_RECORDS = (
+    "trainer_state.json",
+    "pretrain.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+)
+"""What says how the base came about, which is not true of the result."""
 _MARGIN = 64 * 2**20
 
 State = Literal["fresh", "resume", "done"]
@@ -83,11 +91,10 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
 
 
 def copy_side_files(expansion: Expansion, storage: Storage) -> None:
-    """Copy the tokenizer, generation settings, chat template, modelling code: whatever is neither weights nor
-    remade."""
+    """Copy the tokenizer, generation settings, chat template, modelling code, licence: what still holds."""
     base = expansion.checkpoint.storage
-    remade = {CARD_FILE, MANIFEST_FILE, "config.json", INDEX_FILE}
-    names = [n for n in expansion.checkpoint.files if n not in remade and not n.endswith(_WEIGHTS) and n[0] != "."]
+    left_out = {CARD_FILE, MANIFEST_FILE, "config.json", INDEX_FILE, *_TRAINING_RECORDS}
+    names = [n for n in expansion.checkpoint.files if n not in left_out and not n.endswith(_WEIGHTS) and n[0] != "."]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: storage.write(name, base.read(name)), names))
 

@@ -6,10 +6,9 @@
 4. it is scored beside its yardsticks, on the triples it saw and on those it did not;
 5. slots: a new layer between two layers gets W = U Σ G([V_lower, V_upper]).
 
-Other checkpoints of the same shape (fine-tunes of the base) may add triples, taken in the base's basis
-(paper, section 4.4). Cost at d1 = d2 = d and L layers: about 2·L·d³ for the basis, 30·d·hidden operations per
-row and epoch for G, and one copy of the layers in float32, in memory or in a scratch file. Knows nothing of
-files, names of tensors, or Ray.
+Fine-tunes of the base, of the same shape, may add triples, taken in the base's basis, as the paper's do. Cost at
+d1 = d2 = d and L layers: about 3·L·d³ + 10·d³ operations for the basis, 14·d·hidden per row and epoch for G, 6·L·d³ for
+ridge, and one copy of the layers in float32, in memory or in a scratch file. Knows no files, tensor names or Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +28,6 @@ from lesa_ray.lesa.predictor import Predictor, Progress, train
 from lesa_ray.lesa.report import FitReport, Predict, Score, score
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Load, generator_for
-
-
-class Slot(NamedTuple):
-    """A new layer to fill. Layers 0 … L−1 are the base's; new ones count on from L, in the order they are
-    made, and a neighbour may be a new one that comes earlier."""
-
-    id: int
-    lower: int
-    upper: int
 
 
 def fit_weight_type(
@@ -55,11 +44,13 @@ def fit_weight_type(
     memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> FitReport:
-    """Fit one weight type and hand the weight of each slot, (d1, d2) float32 on the CPU, to `store`, one at a
-    time.
+    """Fit one weight type and hand the weight of each slot, (d1, d2) float32 on the CPU, to `store`, one at a time.
+
+    A slot is (id, lower, upper). Layers 0 … L−1 are the base's; new ones count on from L in the order they are made,
+    and a neighbour may be a new one that comes earlier: its predicted coefficients are then used.
 
     `load(i)` gives layer i of the base, each of `variants` the same of another checkpoint; layers are loaded
-    two or more times. `seed` should differ between weight types. Coefficients above `memory_budget` bytes go
+    two or more times. Coefficients above `memory_budget` bytes go
     to a vanishing file in `scratch_dir`. The same arguments give the same bytes on the same kind of device
     with the same number of threads.
 
@@ -104,7 +95,7 @@ def fit_weight_type(
                 rivals["ridge"] = yardsticks.fit_ridge(coefficients, training, device)
 
             def scores(middles: list[int]) -> dict[str, Score]:
-                return score(rivals, parts, coefficients, middles, settings.norm_weight, settings.batch_size)
+                return score(rivals, parts, coefficients, middles, settings.norm_weight, settings.batch_size, device)
 
             on_training, on_held_out = scores(training), scores(held_out) if held_out else None
 
@@ -119,8 +110,8 @@ def fit_weight_type(
         rank=r,
         route=parts.route,
         captured=parts.captured,
-        sigma_max=float(parts.sigma[0]),
-        sigma_min=float(parts.sigma[-1]),
+        sigma_max=float(parts.sigma.max()),
+        sigma_min=float(parts.sigma.min()),
         triples_trained=len(training),
         triples_held_out=len(held_out),
         rows_trained=len(training) * r,
@@ -135,8 +126,7 @@ def fit_weight_type(
 
 
 def split_triples(checkpoints: int, layers: int, holdout: float, seed: int) -> tuple[list[int], list[int]]:
-    """Middle layers of the training and of the held-out triples, as indices into (checkpoints · layers),
-    ascending.
+    """Middle layers of the training and of the held-out triples, as indices into (checkpoints · layers), ascending.
 
     At least one triple is held out if `holdout` is above 0, and at least one is trained on; a single triple
     is trained on.
@@ -193,14 +183,15 @@ def _between(progress: Progress, start: float, end: float) -> Progress:
 
 
 def _on_device(coefficients: Tensor, device: str) -> Tensor:
-    """The coefficients on a GPU if they take at most half of its free memory, else where they are.
+    """The coefficients on a GPU if they take at most three quarters of its free memory, else where they are.
 
     Where they lie decides the speed of a gather, not a single bit of the result.
     """
     if torch.device(device).type != "cuda":
         return coefficients
+    torch.cuda.empty_cache()  # eigh's workspace, otherwise still counted as taken
     free, _ = torch.cuda.mem_get_info(device)
-    return coefficients.to(device) if coefficients.nbytes <= free // 2 else coefficients
+    return coefficients.to(device) if coefficients.nbytes <= 0.75 * free else coefficients
 
 
 class _Clock:

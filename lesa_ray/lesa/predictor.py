@@ -1,8 +1,7 @@
-"""Step 2 of LESA: the predictor G, which sees the coefficients of two layers and learns those of the layer
-between.
+"""Step 2 of LESA: the predictor G, which sees the coefficients of two layers and learns those of the layer between.
 
 G is an MLP 2·d2 → hidden → hidden → d2 with ReLU; a sample is one singular direction k of one layer triple,
-that is, row k of V_{i−1} and V_{i+1} in and row k of V_i out (arXiv 2502.13794, section 3.2; the released
+that is, row k of V_{i−1} and V_{i+1} in and row k of V_i out (arXiv 2502.13794, section 3; the released
 notebooks take rows as samples). Loss: (1−λ)·MSE + λ·(‖Ŷ‖_F − ‖Y‖_F)², the norms over the whole batch, as in
 the released code. AdamW with torch's defaults besides the learning rate.
 
@@ -42,9 +41,7 @@ class Predictor:
         self.flat = torch.empty(sum(o * i + o for o, i in self.sizes), dtype=dtype)
         generator = generator_for(seed, "init")
         for weight, bias in self.views(self.flat):
-            bound = 1 / math.sqrt(
-                weight.shape[1]
-            )  # nn.Linear's default: kaiming_uniform(a=√5) is U(±1/√fan_in)
+            bound = 1 / math.sqrt(weight.shape[1])  # nn.Linear's default: kaiming_uniform(a=√5) is U(±1/√fan_in)
             weight.uniform_(-bound, bound, generator=generator)
             bias.uniform_(-bound, bound, generator=generator)
         self.flat = self.flat.to(device)
@@ -61,8 +58,7 @@ class Predictor:
         return views
 
     def __call__(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """Coefficients of the layer between two: (rows, d2) each, on any device, to (rows, d2) on the
-        predictor's."""
+        """Coefficients of the layer between two: (rows, d2) each, on any device, to (rows, d2) on the predictor's."""
         x = torch.cat([lower.to(self.flat), upper.to(self.flat)], dim=1)
         (w1, b1), (w2, b2), (w3, b3) = self.layers
         x = linear(x, w1, b1).relu_()

@@ -36,8 +36,7 @@ class Score:
 
 @dataclass(frozen=True)
 class FitReport:
-    """Figures of one weight type. `to_dict` holds only what the same inputs always give; `seconds` is
-    apart."""
+    """Figures of one weight type. `to_dict` holds only what the same inputs always give; `seconds` is apart."""
 
     d1: int
     d2: int
@@ -46,8 +45,7 @@ class FitReport:
     rank: int
     route: SvdRoute
     captured: float
-    """Share of the base's energy in the basis; 1 − captured is the squared relative error of the
-    decomposition."""
+    """Share of the base's energy in the basis; 1 − captured is the squared relative error of the decomposition."""
     sigma_max: float
     sigma_min: float
     triples_trained: int
@@ -81,22 +79,20 @@ def score(
     middles: Sequence[int],
     norm_weight: float,
     batch_size: int,
+    device: str,
 ) -> dict[str, Score]:
-    """Scores of each predictor on the triples (m−1, m, m+1), m in `middles`, of coefficients (layers, r,
-    d2)."""
+    """Scores of each predictor on the triples (m−1, m, m+1), m in `middles`, of coefficients (layers, r, d2)."""
     sums = {name: _Sums() for name in predictors}
-    weights = decomposition.sigma.square().to(coefficients.device)
+    weights = decomposition.sigma.square().to(device)
     squares = decomposition.squares.flatten()
     for m in middles:
-        lower, target, upper = coefficients[m - 1], coefficients[m], coefficients[m + 1]
-        target_rows = _row_dot(target, target)
+        lower, target, upper = (coefficients[i].to(device) for i in (m - 1, m, m + 1))
+        true = _row_dot(target, target)
         for name, predict in predictors.items():
             output = predict(lower, upper)
-            dot, own = _row_dot(output, target.to(output.device)), _row_dot(output, output)
-            local = target_rows.to(output.device)
-            loss = _loss(own - 2 * dot + local, own, local, target.shape[1], norm_weight, batch_size)
-            scale = weights.to(output.device)
-            sums[name].add(loss, float(scale @ dot), float(scale @ own), float(squares[m]))
+            dot, own = _row_dot(output, target), _row_dot(output, output)
+            loss = _loss(own - 2 * dot + true, own, true, target.shape[1], norm_weight, batch_size)
+            sums[name].add(loss, float(weights @ dot), float(weights @ own), float(squares[m]))
     return {name: total.score(len(middles)) for name, total in sums.items()}
 
 

@@ -1,7 +1,7 @@
 """Step 1 of LESA: the basis U Σ that all layers of a weight type share, and each layer's coefficients V_i.
 
 Put side by side, the L matrices W_i (d1, d2) of one weight type are W = [W_1 … W_L] = U Σ [V_1 … V_L] (arXiv
-2502.13794, section 3.1). W is never built but in the route `exact`; the others stream the layers:
+2502.13794, section 3). W is never built but in the route `exact`; the others stream the layers:
 
 exact       torch.linalg.svd of W. The reference, for tests and small models; slower, all layers in memory.
 gram        G = Σ W_i W_iᵀ = U Σ² Uᵀ, eigh in float64. Two passes over the layers; d1² · 8 bytes for G, four
@@ -32,17 +32,14 @@ from lesa_ray.errors import UserError
 from lesa_ray.lesa.streams import Layers, Load, allocate, generator_for, square_norm, working_dtype
 
 GRAM_MEMORY = 32 * 2**30
-"""Bytes that G, its eigenvectors and eigh's workspace (4 · d1² doubles) may take in route `auto`: d1 up to
-32,768."""
+"""Bytes that G, its eigenvectors and eigh's workspace (4 · d1² doubles) may take in route `auto`: d1 up to 32,768."""
 GRAM_ALWAYS = 2048
-"""Up to this d1, eigh takes about two seconds on one core, and its exactness is worth more than a rank's
-saving."""
+"""Up to this d1, eigh takes about two seconds on one core, and its exactness is worth more than a rank's saving."""
 RANK_SHARE = 8
 """`randomized` does (2 + 2·power_iterations + 2) · d1 · rank multiplications per column, `gram` d1² + 2 · d1
 · rank and the cubic eigh: with the default 2 iterations the first is cheaper from rank ≤ d1/8 on."""
-GRAM_ROWS = 512
-"""Rows of G summed at once; only blocks on and below the diagonal are computed, about half of the
-products."""
+GRAM_ROWS = 256
+"""Rows of G summed at once; only blocks on and below the diagonal are computed, about half of the products."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Decomposition:
     left: Tensor | None
     """U: (d1, r), orthonormal columns, on the compute device; None is the identity (route `none`)."""
     sigma: Tensor
-    """Σ: (r,) float64 on the CPU, descending; ones in route `none`."""
+    """Σ: (r,) float64 on the CPU, descending but for rounding; ones in route `none`."""
     coefficients: Tensor
     """V: (checkpoints, L, r, d2) on the CPU, the base first."""
     squares: Tensor
@@ -67,8 +64,7 @@ class Decomposition:
 
     @property
     def captured(self) -> float:
-        """Share of the base's energy ‖W‖²_F that lies in the basis; 1 − captured is the squared relative
-        error."""
+        """Share of the base's energy ‖W‖²_F that lies in the basis; 1 − captured is the squared relative error."""
         if self.left is None:
             return 1.0
         total = float(self.squares[0].sum())
@@ -189,8 +185,8 @@ def add_gram(gram: Tensor, weight: Tensor) -> None:
     """gram += weight · weightᵀ on and below the diagonal, in row blocks.
 
     Half-precision weights on CUDA are multiplied as they are and accumulated in float32: their products are
-    exact there, and tensor cores do them many times faster than float64 units. Everything else is multiplied
-    in float64.
+    exact there, and tensor cores do them many times faster than float64 units. Directions below about 1e-3 of
+    the largest then mix among themselves, which no reconstruction notices. All else is multiplied in float64.
     """
     halves = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
     weight = weight if halves else weight.to(gram.dtype)
@@ -210,9 +206,7 @@ def _leading(gram: Tensor, keep: int) -> Tensor:
     return vectors[:, -keep:].flip(1)
 
 
-def _randomized(
-    base: Layers, keep: int, oversampling: int, iterations: int, seed: int, device: str
-) -> Tensor:
+def _randomized(base: Layers, keep: int, oversampling: int, iterations: int, seed: int, device: str) -> Tensor:
     """Approximate leading `keep` left singular vectors: (d1, keep) float64.
 
     Each iteration is Q ← orth(W Wᵀ Q), both products per layer in one pass, and is orthonormalised, or all

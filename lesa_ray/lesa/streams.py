@@ -1,5 +1,4 @@
-"""What flows into the core and where it is kept: checked layers in, one coefficient tensor, one seed per
-purpose.
+"""What flows into the core and where it is kept: checked layers in, one coefficient tensor, one seed per purpose.
 
 Layers arrive one at a time from a callable, so that a unit of work never holds all of them. The coefficients
 are the only large thing it keeps; above `memory_budget` bytes they live in a file that is mapped into memory
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 
 Load = Callable[[int], Tensor]
 """Layer number → its weight (d1, d2), any float dtype, on the CPU. Called several times per layer."""
@@ -40,8 +39,7 @@ def square_norm(weight: Tensor) -> float:
 
 
 class Layers:
-    """The layers of one checkpoint, checked and streamed: each iteration loads them again; only layer 0 is
-    kept.
+    """The layers of one checkpoint, checked and streamed: each iteration loads them again; only layer 0 is kept.
 
     Raises, while it is read: UserError for a layer that is not a float matrix of the same shape as the others
     or holds NaN or Inf. The line names the layer; who knows the tensor's name wraps `load`.
@@ -51,9 +49,7 @@ class Layers:
         self._load, self._count = load, count
         first = load(0)
         if first.ndim != 2 or not first.is_floating_point():
-            raise UserError(
-                f"layer 0: expected a float matrix, found {first.dtype} of shape {tuple(first.shape)}"
-            )
+            raise UserError(f"layer 0: expected a float matrix, found {first.dtype} of shape {tuple(first.shape)}")
         self.shape: tuple[int, int] = shape or (first.shape[0], first.shape[1])
         self.dtype = first.dtype
         self._first = self._checked(0, first)
@@ -81,28 +77,26 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allocate(
-    shape: tuple[int, ...], dtype: torch.dtype, scratch_dir: str | None, memory_budget: int | None
-) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, scratch_dir: str | None, memory_budget: int | None) -> Tensor:
     """An uninitialised CPU tensor: in memory up to `memory_budget` bytes, above it in a vanishing file.
 
     Without a `scratch_dir` or without a budget it is always in memory.
+
+    Raises: MachineError if the file cannot be made or the disk has no room for it.
     """
     count = math.prod(shape)
     if scratch_dir is None or memory_budget is None or count * dtype.itemsize <= memory_budget:
         return torch.empty(shape, dtype=dtype)
-    handle, path = tempfile.mkstemp(prefix="coefficients-", dir=scratch_dir)
+    size = count * dtype.itemsize
     try:
-        # Blocks are reserved now, so that a full disk is an error here and not a bus error in the middle of
-        # the work.
-        os.posix_fallocate(handle, 0, count * dtype.itemsize)
-        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+        handle, path = tempfile.mkstemp(prefix="coefficients-", dir=scratch_dir)
+        try:
+            # Blocks are reserved now, so that a full disk is an error here and no bus error in the middle of the work.
+            os.posix_fallocate(handle, 0, size)
+            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)
     except OSError as error:
-        raise _disk_error(scratch_dir, count * dtype.itemsize, error) from error
-    finally:
-        os.close(handle)
-        os.unlink(path)
-
-
-def _disk_error(scratch_dir: str, size: int, error: OSError) -> OSError:
-    return OSError(error.errno, f"{size / 1e9:.1f} GB of scratch space: {error.strerror}", scratch_dir)
+        what = f"cannot reserve {size / 1e9:.1f} GB of scratch space"
+        raise MachineError(f"{scratch_dir}: {what}: {error.strerror}") from error

@@ -18,11 +18,9 @@ from torch import Tensor
 
 RIDGE = 1e-3
 """λ, relative to the mean of XᵀX's diagonal: small enough to fit what there is, large enough that two
-identical layers or fewer rows than unknowns leave the system well conditioned (condition number at most 2·d2
-/ λ)."""
+identical layers or fewer rows than unknowns leave the system well conditioned (condition number at most 2·d2 / λ)."""
 RIDGE_FEATURES_CPU = 8192
-"""2·d2 up to which ridge is fitted on a CPU: at 8,192 the system takes 0.5 GB and about 200 GFLOP to
-solve."""
+"""2·d2 up to which ridge is fitted on a CPU: at 8,192 the system takes 0.5 GB and about 200 GFLOP to solve."""
 RIDGE_FEATURES_CUDA = 32768
 """The same on a GPU: 8.6 GB, twice while solving."""
 
@@ -44,8 +42,7 @@ class Ridge:
     def __call__(self, lower: Tensor, upper: Tensor) -> Tensor:
         """(rows, d2) twice → (rows, d2)."""
         d2 = self.solution.shape[1]
-        local = self.solution.to(lower.device)
-        return torch.addmm(lower @ local[:d2], upper, local[d2:])
+        return torch.addmm(lower @ self.solution[:d2], upper, self.solution[d2:])
 
 
 def why_no_ridge(d2: int, device: str) -> str | None:
@@ -59,9 +56,7 @@ def why_no_ridge(d2: int, device: str) -> str | None:
 def fit_ridge(coefficients: Tensor, middles: Sequence[int], device: str) -> Ridge:
     """Ridge on the triples (m−1, m, m+1), m in `middles`, of coefficients (layers, r, d2)."""
     gram, cross = normal_equations(coefficients, middles, device)
-    gram.diagonal().add_(
-        RIDGE * float(gram.diagonal().mean()) or 1.0
-    )  # all-zero layers: any λ, the answer is zero
+    gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)  # all-zero layers: any λ, the answer is zero
     factor = torch.linalg.cholesky(gram)
     return Ridge(torch.cholesky_solve(cross, factor).to(coefficients.dtype))
 

@@ -7,15 +7,15 @@ from lesa_ray.expansion.prepare import Expansion
 
 
 def model_card(expansion: Expansion, manifest: Manifest) -> str:
-    """Markdown with the metadata block of the Hugging Face hub. It follows from the manifest alone."""
+    """Markdown with the metadata block of the Hugging Face hub."""
     job = expansion.job
-    base = manifest["base"].rstrip("/").rsplit("/", 1)[-1] if "://" in manifest["base"] else manifest["base"]
-    hub = base if base.count("/") == 1 and not base.startswith((".", "/")) else None
+    hub = manifest["base"] if expansion.checkpoint.storage.url.startswith("hf://") else None
+    base = hub or expansion.checkpoint.storage.url.rsplit("/", 1)[-1]  # where its folder lies is nobody's business
     trained = "its new layers" if manifest["train"] == "new" else "all layers"
     kept = job.zero_init
     lines = ["---"]
     if hub:
-        lines += [f"base_model: {hub}", "base_model_relation: finetune"]
+        lines += [f"base_model: {hub.removeprefix('hf://').split('@')[0]}", "base_model_relation: finetune"]
     lines += ["library_name: transformers", "tags:", "- depth-up-scaling", f"- {job.method.name}", "---", ""]
     lines += [
         f"# {base.rsplit('/', 1)[-1]}, {job.plan.base_layers} → {job.plan.layers} layers",

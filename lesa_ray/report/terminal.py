@@ -91,7 +91,8 @@ def show_expansion(expansion: Expansion) -> None:
     table.add_row(
         "time",
         f"about {duration(need.seconds_cpu)} on 2 CPU cores, {duration(need.seconds_gpu)} on one GPU "
-        f"(rough: {CPU_FLOPS / 1e9:.0f} GFLOP/s a core, {GPU_FLOPS / 1e12:.0f} TFLOP/s, storage at {DISK_BYTES / 1e9:.1f} GB/s)",
+        f"(rough: {CPU_FLOPS / 1e9:.0f} GFLOP/s a core, {GPU_FLOPS / 1e12:.0f} TFLOP/s, "
+        f"storage at {DISK_BYTES / 1e9:.1f} GB/s)",
     )
     console.print(table)
 

@@ -20,7 +20,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lesa_ray.config import LesaSettings
+from lesa_ray.expansion.runner import own_peak_memory
 from lesa_ray.lesa.fit import fit_weight_type
 from lesa_ray.lesa.spectral import decompose
 from lesa_ray.lesa.streams import Load
@@ -97,10 +97,6 @@ def make_weights(folder: str, layers: int, d_model: int, d_ff: int) -> list[Weig
     return made
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def start_worker(threads: int) -> None:
     """Settle what is not to be measured: threads, and the first call of each library."""
     torch.set_num_threads(threads)
@@ -154,7 +150,7 @@ def run_notebook(weights: Weights) -> Outcome:
     assert len(rebuilt) == len(weights.slots)
     with torch.no_grad():
         final = fit_loss(network(x), y)
-    return Outcome(weights.name, spectral, whole, 0.0, final, cpu, peak_mb())
+    return Outcome(weights.name, spectral, whole, 0.0, final, cpu, own_peak_memory() / 1e6)
 
 
 def fit_loss(output: Tensor, target: Tensor) -> float:
@@ -174,7 +170,7 @@ def run_ours(weights: Weights) -> Outcome:
     seconds = report.seconds
     spectral = seconds["load"] + seconds["spectral"]
     loss = report.trained["predictor"].loss
-    return Outcome(weights.name, spectral, whole, seconds["yardsticks"], loss, cpu, peak_mb())
+    return Outcome(weights.name, spectral, whole, seconds["yardsticks"], loss, cpu, own_peak_memory() / 1e6)
 
 
 def run_our_spectral(weights: Weights) -> str:
@@ -196,6 +192,12 @@ class Round:
     ours_loss: float
     notebook_peak_mb: float
     ours_peak_mb: float
+    """Of the largest worker."""
+    ours_peak_sum_mb: float
+    """At most this much in all workers together."""
+    notebook_share: float
+    """Processor seconds over wall-clock and threads: well below 1, other work on the machine disturbed the run, and the
+    notebook's two threads, which wait for each other, suffer more from it than our two processes."""
 
 
 def measure(units: list[Weights], threads: int) -> tuple[Round, list[Outcome], list[Outcome]]:
@@ -217,7 +219,7 @@ def measure(units: list[Weights], threads: int) -> tuple[Round, list[Outcome], l
         list(pool.map(run_our_spectral, largest_first))
         spectral = time.perf_counter() - start
 
-    # Workers are not told apart in the outcomes: the two largest peaks bound what the workers held at one time.
+    # Outcomes do not say from which worker they come: the largest peaks, one per worker, bound their sum from above.
     peaks = sorted((outcome.peak_mb for outcome in ours), reverse=True)[:threads]
     figures = Round(
         notebook_spectral=sum(outcome.spectral for outcome in theirs),
@@ -230,7 +232,9 @@ def measure(units: list[Weights], threads: int) -> tuple[Round, list[Outcome], l
         notebook_loss=statistics.mean(outcome.loss for outcome in theirs),
         ours_loss=statistics.mean(outcome.loss for outcome in ours),
         notebook_peak_mb=max(outcome.peak_mb for outcome in theirs),
-        ours_peak_mb=sum(peaks),
+        ours_peak_mb=peaks[0],
+        ours_peak_sum_mb=sum(peaks),
+        notebook_share=sum(o.cpu for o in theirs) / sum(o.whole for o in theirs) / threads,
     )
     return figures, theirs, ours
 
@@ -248,7 +252,8 @@ def report(rounds: list[Round]) -> dict[str, float]:
         print(f"{label:28}{theirs:12.2f}{ours:12.2f}{medians[f'{key}_ratio']:8.1f}×")
     print(f"{'whole: yardsticks in it, s':28}{'–':>12}{medians['ours_yardsticks']:12.2f}")
     print(f"{'final fit loss':28}{medians['notebook_loss']:12.3e}{medians['ours_loss']:12.3e}")
-    print(f"{'peak memory, MB':28}{medians['notebook_peak_mb']:12.0f}{medians['ours_peak_mb']:12.0f}")
+    print(f"{'peak MB, largest process':28}{medians['notebook_peak_mb']:12.0f}{medians['ours_peak_mb']:12.0f}")
+    print(f"{'peak MB, all processes':28}{medians['notebook_peak_mb']:12.0f}{medians['ours_peak_sum_mb']:12.0f}")
     return medians
 
 
@@ -263,7 +268,15 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         units = make_weights(folder, options.layers, options.d_model, options.d_ff)
-        measured = [measure(units, options.threads) for _ in range(options.runs)]
+        measured = []
+        for number in range(options.runs):
+            measured.append(measure(units, options.threads))
+            one = measured[-1][0]
+            print(
+                f"run {number + 1}: spectral {one.notebook_spectral:.2f} / {one.ours_spectral:.2f} s, whole "
+                f"{one.notebook_whole:.2f} / {one.ours_whole:.2f} s; notebook got {one.notebook_share:.0%} of its CPU",
+                flush=True,
+            )
     medians = report([figures for figures, _, _ in measured])
     if options.json:
         runs = [

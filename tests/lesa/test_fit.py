@@ -1,4 +1,4 @@
-"""One weight type from start to end. Figures are checked in weight space, with the weights formed, by numpy in float64."""
+"""One weight type from start to end; figures are checked on the formed weights, by numpy in float64."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def coefficient_loss(layers: list[torch.Tensor], pairs: list[tuple[np.ndarray, n
 
 @pytest.mark.parametrize("rank", [None, 20])
 def test_figures_are_those_of_the_weights(rank):
-    """A slot between the outer layers of a triple stores what was predicted for its middle: score that independently."""
+    """A slot between a triple's outer layers stores what was predicted for its middle: score that independently."""
     layers = related_layers(10, 40, 24, decay=0.3)
     settings = QUICK.model_copy(update={"rank": rank, "holdout": 0.25})
     training, held_out = split_triples(1, 10, 0.25, seed=0)
@@ -176,7 +176,9 @@ def test_triples_of_other_checkpoints_join():
     assert (alone.checkpoints, alone.triples_trained + alone.triples_held_out) == (1, 3)
     assert (both.checkpoints, both.triples_trained + both.triples_held_out) == (2, 6)
     assert both.captured == alone.captured
+    _, twice = run(base, [(5, 2, 3)], variants=[lambda i: base[i]])
     assert not torch.equal(without[5], joined[5])
+    assert not torch.equal(twice[5], joined[5])
 
 
 def test_a_report_is_plain_finite_json_without_times():
@@ -228,6 +230,7 @@ def test_progress_rises_to_one():
     shares = [share for _, share in calls]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+    assert max(shares[:-1]) == pytest.approx(0.9)
     assert len({phase for phase, _ in calls}) == 3
 
 

@@ -1,4 +1,4 @@
-"""The predictor's arithmetic against autograd, nn.Linear and torch.optim.AdamW, and its training against a plain loop."""
+"""The predictor against autograd, nn.Linear and torch.optim.AdamW, and its training against a plain loop."""
 
 import math
 

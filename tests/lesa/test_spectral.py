@@ -1,5 +1,6 @@
 """The basis and the coefficients, against numpy's SVD of the concatenation in float64."""
 
+import errno
 import os
 import weakref
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.lesa.spectral import GRAM_ALWAYS, choose_route, decompose
 from tests.lesa.layers import reference_svd, related_layers
 
@@ -192,6 +193,20 @@ def test_a_budget_that_suffices_uses_no_file():
     layers = related_layers(6, 24, 16)
     parts = decompose([loader(layers)], 6, scratch_dir="/nowhere", memory_budget=10**6)
     assert parts.coefficients.shape == (1, 6, 24, 16)
+
+
+def test_scratch_space_that_cannot_be_had_is_a_fault_of_the_machine(tmp_path, monkeypatch):
+    layers = related_layers(6, 24, 16)
+    with pytest.raises(MachineError, match=r"^/nowhere: cannot reserve 0.0 GB of scratch space: No such file"):
+        decompose([loader(layers)], 6, scratch_dir="/nowhere", memory_budget=1000)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MachineError, match="No space left on device"):
+        decompose([loader(layers)], 6, scratch_dir=str(tmp_path), memory_budget=1000)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("route", ROUTES)
