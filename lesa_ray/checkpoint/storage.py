@@ -24,6 +24,10 @@ from lesa_ray.errors import MachineError, UserError
 WORK_DIR = ".lesa-ray"
 """Folder inside OUT that holds unfinished work; it goes when the result is complete."""
 
+_PART = 32 * 2**20
+"""Bytes of one part of an upload: S3 takes 10,000 parts, so files of up to 320 GB."""
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"})
+"""Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
 
@@ -119,28 +123,39 @@ class Storage:
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
         """Open a new file for writing. It takes its name when the block ends well; otherwise it never existed."""
-        if not self.is_local:
-            file = self.fs.open(self.path(name), "wb", block_size=32 * 2**20)
+        target = self.path(name)
+        folder, _, last = target.rpartition("/")
+        temporary = f"{folder}/.{last}.{uuid.uuid4().hex[:8]}.tmp"
+        if self.is_local:
+            os.makedirs(folder, exist_ok=True)
+            try:
+                with open(temporary, "wb") as local_file:
+                    yield local_file
+                    local_file.flush()
+                    os.fsync(local_file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                raise
+            return
+        if _OBJECT_STORES.intersection(_protocols(self.fs)):
+            file = self.fs.open(target, "wb", block_size=_PART)
             try:
                 yield file
             except BaseException:
-                file.discard() if hasattr(file, "discard") else None
+                file.discard()
                 file.closed = True  # close() would publish the part written so far
                 raise
             file.close()
             return
-        target = self.path(name)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with open(temporary, "wb") as local_file:
-                yield local_file
-                local_file.flush()
-                os.fsync(local_file.fileno())
-            os.replace(temporary, target)
+            with self.fs.open(temporary, "wb") as file:
+                yield file
+            self.fs.mv(temporary, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+                self.fs.rm_file(temporary)
             raise
 
     def remove(self, name: str) -> None:

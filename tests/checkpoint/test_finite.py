@@ -1,0 +1,76 @@
+"""NaN and Inf are found in raw bytes wherever they stand, and nothing else is taken for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.finite import FiniteCheck, assert_finite
+
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+BAD = [float("nan"), float("inf"), float("-inf")]
+MANY = 700_001  # more than one block of every type
+
+
+def raw(values: torch.Tensor) -> bytes:
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_every_finite_value_passes(dtype: str) -> None:
+    info = torch.finfo(TYPES[dtype])
+    extremes = [info.max, info.min, info.tiny, -info.tiny, info.tiny / 2, 0.0, -0.0, 1.0]
+    values = torch.tensor(extremes, dtype=TYPES[dtype])
+    assert torch.isfinite(values).all()
+    FiniteCheck.feed([FiniteCheck("w", dtype, len(raw(values)))], raw(values))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_all_65536_patterns_are_judged_as_torch_judges_them(dtype: str) -> None:
+    patterns = torch.from_numpy(np.arange(2**16, dtype=np.uint16)).view(TYPES[dtype])
+    for value, finite in zip(patterns.split(1), torch.isfinite(patterns).tolist(), strict=True):
+        try:
+            FiniteCheck.feed([FiniteCheck("w", dtype, 2)], raw(value))
+            judged = True
+        except UserError:
+            judged = False
+        assert judged == finite, value
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("place", [0, 1, MANY // 2, MANY - 1])
+@pytest.mark.parametrize("dtype", list(TYPES))
+def test_one_bad_value_anywhere_is_found_and_its_tensor_named(
+    dtype: str, place: int, value: float, tmp_path: Path
+) -> None:
+    good, bad = torch.randn(1000).to(TYPES[dtype]), torch.randn(MANY).to(TYPES[dtype])
+    bad[place] = value
+    data = raw(good) + raw(bad)
+
+    def checks() -> list[FiniteCheck]:
+        return [FiniteCheck("good", dtype, len(raw(good))), FiniteCheck("bad", dtype, len(raw(bad)))]
+
+    with pytest.raises(UserError, match="tensor bad holds NaN or Inf"):
+        FiniteCheck.feed(checks(), data)
+    with pytest.raises(UserError, match="tensor bad holds NaN or Inf"):  # in chunks, as they are copied
+        passing = checks()
+        for start in range(0, len(data), 4096):
+            FiniteCheck.feed(passing, data[start : start + 4096])
+    path = tmp_path / "file"
+    path.write_bytes(b"headpart" + data)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(UserError, match="tensor bad holds NaN or Inf"):
+            FiniteCheck.feed_file(checks(), descriptor, 8)
+    finally:
+        os.close(descriptor)
+
+
+def test_integers_are_not_looked_at() -> None:
+    FiniteCheck.feed([FiniteCheck("ids", "I64", 8)], b"\xff" * 8)
+    assert_finite(torch.tensor([-1]), "ids")

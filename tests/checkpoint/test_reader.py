@@ -1,0 +1,73 @@
+"""Headers and ranges, against what the safetensors library reads."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.reader import open_checkpoint
+from tests import families
+
+Bases = Callable[[str], str]
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_every_tensor_is_the_librarys(family: str, bases: Bases) -> None:
+    checkpoint = pickle.loads(pickle.dumps(open_checkpoint(bases(family))))
+    expected = families.tensors(bases(family))
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if checkpoint.tensors[name].is_float:
+            assert torch.equal(checkpoint.read(name), tensor)
+    floats = [t for t in expected.values() if t.is_floating_point()]
+    assert checkpoint.parameters == sum(t.numel() for t in floats)
+    assert checkpoint.nbytes == sum(t.numel() * t.element_size() for t in expected.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_float_type_is_read_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    weight = torch.randn(3, 5).to(dtype)
+    save_file({"w": weight, "scalar": torch.tensor(2.0).to(dtype)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert torch.equal(checkpoint.read("w"), weight)
+    assert checkpoint.read("scalar").item() == 2.0
+
+
+def test_a_header_longer_than_the_first_read(tmp_path: Path) -> None:
+    tensors = {f"{'a-long-name.' * 8}{i}": torch.tensor([float(i)]) for i in range(2000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert len(checkpoint.tensors) == 2000
+    assert all(checkpoint.read(name).item() == tensors[name].item() for name in list(tensors)[::100])
+
+
+def test_digests_tell_trained_weights_apart_and_copies_not(bases: Bases, tmp_path: Path) -> None:
+    base = open_checkpoint(bases("llama"))
+    copy = Path(shutil.copytree(bases("llama"), tmp_path / "copy"))
+    assert open_checkpoint(str(copy)).digests() == base.digests()
+    shard = copy / base.shards[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    changed = open_checkpoint(str(copy)).digests()
+    assert [name for name in changed if changed[name] != base.digests()[name]] == [shard.name]
+
+
+def test_an_index_cannot_point_out_of_the_folder(bases: Bases, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bases("llama"), tmp_path / "copy"))
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text()) if index.exists() else {"weight_map": {"w": ""}}
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "../elsewhere.safetensors")
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not a file of this folder"):
+        open_checkpoint(str(copy))

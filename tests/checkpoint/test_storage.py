@@ -1,0 +1,83 @@
+"""A folder anywhere: files appear whole or not at all, listings are fresh, names resolve as users expect."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.storage import Storage, resolve_base
+
+Place = Callable[[str], Storage]
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A new folder on each kind of storage."""
+    roots = {"local": str(tmp_path), "memory": f"memory://{tmp_path.name}"}
+    root = roots.get(request.param) or f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return lambda name: Storage(f"{root}/{name}")
+
+
+def test_what_is_written_is_read_listed_and_removed(place: Place) -> None:
+    storage = place("folder")
+    assert storage.is_empty()
+    assert storage.list() == {}
+    assert storage.size("a") is None
+    storage.write("a", b"0123456789")
+    storage.write("sub/b", b"x")
+    assert storage.list() == {"a": 10}
+    assert (storage.read("a"), storage.read("a", 2, 5)) == (b"0123456789", b"234")
+    assert (storage.size("a"), storage.exists("a"), storage.exists("c")) == (10, True, False)
+    assert not storage.is_empty()
+    other: Storage = pickle.loads(pickle.dumps(storage))
+    other.write("a", b"newer")
+    assert storage.read("a") == b"newer"
+    assert storage.list() == {"a": 5}
+    storage.remove("a")
+    storage.remove("a")
+    assert storage.list() == {}
+    storage.remove_tree()
+    assert storage.is_empty()
+
+
+def test_a_file_whose_writing_fails_never_was(place: Place) -> None:
+    storage = place("folder")
+    storage.write("kept", b"old")
+    for name in ("kept", "fresh"):
+        with pytest.raises(RuntimeError, match="stop"), storage.create(name) as file:
+            file.write(b"half")
+            raise RuntimeError("stop")
+    assert storage.list() == {"kept": 3}
+    assert storage.read("kept") == b"old"
+    if storage.is_local:
+        assert os.listdir(storage.root) == ["kept"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".model.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
+    (tmp_path / "model.safetensors").write_bytes(b"whole")
+    Storage(str(tmp_path)).remove_leftovers()
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_base_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    assert resolve_base("org/name") == str(tmp_path / "org" / "name")  # a folder that is there wins
+    assert resolve_base("org/other") == "hf://org/other"
+    assert resolve_base("org/other@v1.0") == "hf://org/other@v1.0"
+    assert resolve_base("s3://bucket/model") == "s3://bucket/model"
+    for wrong in ("nowhere", "./org/other", "/not/there", "~/model", "file", "a/b/c"):
+        with pytest.raises(UserError, match=f"BASE {wrong}"):
+            resolve_base(wrong)
+
+
+def test_a_protocol_nobody_knows() -> None:
+    with pytest.raises(UserError, match="nosuch"):
+        Storage("nosuch://bucket")

@@ -1,0 +1,123 @@
+"""Files written from a plan: the bytes are the sources', the layout is safetensors', the size is the planned one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.reader import read_entries
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.writer import (
+    CHUNK,
+    OutTensor,
+    Shard,
+    Span,
+    TensorFileWriter,
+    index_bytes,
+    plan_shards,
+    write_shard,
+)
+
+
+def source(folder: Path, **tensors: torch.Tensor) -> dict[str, Span]:
+    """Save tensors into one file of `folder`; where each lies."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "source.safetensors")
+    storage = Storage(str(folder))
+    return {
+        e.name: Span(storage.url, e.file, e.offset, e.nbytes, e.dtype, e.name, check=True)
+        for e in read_entries(storage, "source.safetensors")
+    }
+
+
+def out_tensor(name: str, span: Span, shape: tuple[int, ...], dtype: str | None = None) -> OutTensor:
+    return OutTensor(name, dtype or span.dtype, shape, span)
+
+
+@pytest.mark.parametrize("target", ["local", "memory"])
+def test_a_shard_holds_its_sources_bytes_and_zeros(target: str, tmp_path: Path) -> None:
+    base = {"a": torch.randn(7, 3), "b": torch.randn(5), "c": torch.randn(CHUNK // 8, 3), "n": torch.arange(4)}
+    spans = source(tmp_path / "in", **base)
+    tensors = tuple(
+        [out_tensor(f"x.{name}", span, tuple(base[name].shape)) for name, span in spans.items()]
+        + [OutTensor("zero", "F32", (1000, 3), None), out_tensor("again.a", spans["a"], (7, 3))]
+    )
+    storage = Storage(str(tmp_path / "out") if target == "local" else "memory://writer")
+    shard = Shard("model.safetensors", tensors)
+    write_shard(storage, shard)
+    assert storage.list() == {"model.safetensors": shard.nbytes}
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(storage.read("model.safetensors"))
+    with safe_open(copy, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == {t.name for t in tensors}
+        for name, tensor in base.items():
+            assert torch.equal(file.get_tensor(f"x.{name}"), tensor)
+        assert torch.equal(file.get_tensor("again.a"), base["a"])
+        assert not file.get_tensor("zero").any()
+        assert file.get_tensor("zero").shape == (1000, 3)
+    storage.remove_tree()
+
+
+def test_zeros_at_the_end_are_there(tmp_path: Path) -> None:
+    shard = Shard("z.safetensors", (OutTensor("zero", "BF16", (3, 5), None),))
+    write_shard(Storage(str(tmp_path)), shard)
+    assert (tmp_path / "z.safetensors").stat().st_size == shard.nbytes
+    assert torch.equal(load_file(tmp_path / "z.safetensors")["zero"], torch.zeros(3, 5, dtype=torch.bfloat16))
+
+
+def test_a_narrower_type_rounds_as_torch_does(tmp_path: Path) -> None:
+    weight = torch.randn(300, 7)
+    span = source(tmp_path / "in", w=weight)["w"]
+    write_shard(Storage(str(tmp_path)), Shard("m.safetensors", (out_tensor("w", span, (300, 7), "BF16"),)))
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["w"], weight.bfloat16())
+
+
+def test_a_value_too_large_for_the_narrower_type_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    span = source(tmp_path / "in", w=torch.tensor([1.0, 70_000.0]))["w"]
+    with pytest.raises(UserError, match="tensor w holds NaN or Inf, or values too large for float16"):
+        write_shard(Storage(str(tmp_path / "out")), Shard("m.safetensors", (out_tensor("w", span, (2,), "F16"),)))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["local", "memory"])
+def test_nan_in_a_source_is_refused_and_leaves_nothing(target: str, tmp_path: Path) -> None:
+    spans = source(tmp_path / "in", a=torch.zeros(9), b=torch.tensor([0.0, float("nan")]))
+    storage = Storage(str(tmp_path / "out") if target == "local" else "memory://writer-nan")
+    shard = Shard("m.safetensors", (out_tensor("a", spans["a"], (9,)), out_tensor("b", spans["b"], (2,))))
+    with pytest.raises(UserError, match="tensor b holds NaN or Inf"):
+        write_shard(storage, shard)
+    assert storage.is_empty()
+
+
+def test_shards_keep_to_the_limit_and_groups_to_files_of_their_own() -> None:
+    def group(prefix: str, *sizes: int) -> list[OutTensor]:
+        return [OutTensor(f"{prefix}{i}", "U8", (size,), None) for i, size in enumerate(sizes)]
+
+    shards = plan_shards([group("old", 40, 60, 1, 150, 10), group("new", 30)], limit=100)
+    held = [[t.name for t in shard.tensors] for shard in shards]
+    assert held == [["old0", "old1"], ["old2"], ["old3"], ["old4"], ["new0"]]
+    assert [shard.file for shard in shards] == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
+    index = json.loads(index_bytes(shards))
+    assert index["metadata"]["total_size"] == 291
+    assert index["weight_map"]["new0"] == "model-00005-of-00005.safetensors"
+    assert list(index["weight_map"]) == sorted(index["weight_map"])
+    assert [s.file for s in plan_shards([group("only", 5)], limit=100)] == ["model.safetensors"]
+
+
+def test_a_unit_writes_what_was_planned_in_that_order_and_finite(tmp_path: Path) -> None:
+    planned = (OutTensor("a", "F16", (2, 2), None), OutTensor("b", "F32", (3,), None))
+    with Storage(str(tmp_path)).create("u.safetensors") as file:
+        writer = TensorFileWriter(file, planned)
+        writer.write("a", torch.full((2, 2), 0.5))
+        writer.write("b", torch.arange(3.0))
+        writer.finish()
+    assert torch.equal(load_file(tmp_path / "u.safetensors")["a"], torch.full((2, 2), 0.5, dtype=torch.float16))
+    with Storage(str(tmp_path)).create("v.safetensors") as file, pytest.raises(UserError, match=r"the new tensor a .*"):
+        TensorFileWriter(file, planned).write("a", torch.full((2, 2), 1e6))
