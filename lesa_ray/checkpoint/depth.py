@@ -13,7 +13,7 @@ import copy
 import re
 from typing import Any
 
-from lesa_ray.checkpoint.anatomy import config_depth
+from lesa_ray.checkpoint.anatomy import DEPTH_KEYS, config_depth
 from lesa_ray.errors import UserError
 
 PER_LAYER = (
@@ -91,8 +91,8 @@ def deeper_config(
                 f"BASE {base}: config.json: {key} = {value} seems to name layers by index, "
                 "and what they should become is not known; please report this model"
             )
-    for key in ("num_hidden_layers", depth[0]):
-        if key in config:
+    for key in DEPTH_KEYS:
+        if config.get(key) == depth[1]:
             config[key] = len(origins)
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype

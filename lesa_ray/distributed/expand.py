@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +62,14 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         assert manifest is not None
         storage.remove_tree(".lesa-ray")
         return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
-    if expansion.job.zero_init and state == "fresh":
-        listener.phase("trying on a miniature that the function is kept", 0)
-        rehearse(expansion)
     _reach(config.out, lambda: claim(expansion, state))
     try:
+        rehearsal = _start_rehearsal(expansion)
         records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
         units = [unit for unit in expansion.units if unit.name not in records]
+        if units and expansion.job.zero_init:
+            listener.phase("trying on a miniature that the function is kept", 0)
+            rehearsal()  # before work that may take hours
         runner = runner or _default_runner(bool(units), listener)
         if units:
             listener.phase(
@@ -76,6 +79,7 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         shards = missing_shards(expansion)
         listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))
         runner.write_shards(expansion, shards, listener)
+        rehearsal()  # a copy of bytes takes no longer than the miniature, so it did not wait for it
         manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
         finish(expansion, manifest, model_card(expansion, manifest))
     except UserError:
@@ -86,6 +90,16 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return _expanded(expansion, manifest, begin, runner, resumed=state == "resume")
+
+
+def _start_rehearsal(expansion: Expansion) -> Callable[[], None]:
+    """Begin trying on a miniature that the function is kept, if that is promised; calling the result waits for it."""
+    if not expansion.job.zero_init:
+        return lambda: None
+    pool = ThreadPoolExecutor(1)
+    verdict = pool.submit(rehearse, expansion)
+    pool.shutdown(wait=False)
+    return verdict.result
 
 
 def _default_runner(computes: bool, listener: Listener) -> Runner:

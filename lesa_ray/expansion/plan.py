@@ -158,7 +158,7 @@ def after_groups(base_layers: int, layers: int) -> Plan:
     differ by one layer, and with more groups than layers a layer is followed by several.
     """
     added = layers - base_layers
-    ends = [max((group + 1) * base_layers // added - 1, 0) for group in range(added)]
+    ends = [-(-(group + 1) * base_layers // added) - 1 for group in range(added)]
     outputs: list[Old | New] = []
     next_id = base_layers
     for index in range(base_layers):

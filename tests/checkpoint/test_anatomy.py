@@ -1,0 +1,93 @@
+"""Layers and weight types read off tensor names, family by family, and the layouts that are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
+from lesa_ray.checkpoint.reader import open_checkpoint
+from tests import families
+
+Bases = Callable[[str], str]
+
+
+def anatomy_of(folder: str | Path) -> Anatomy:
+    return read_anatomy(open_checkpoint(str(folder)))
+
+
+def checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]], **config: object) -> Path:
+    """A checkpoint with these tensors and this configuration."""
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_a_name_is_taken_apart_and_put_together(family: str, bases: Bases) -> None:
+    anatomy = anatomy_of(bases(family))
+    names = set(families.tensors(bases(family)))
+    inside = {anatomy.name(layer, t) for layer in range(anatomy.layers) for t in anatomy.types}
+    assert inside | set(anatomy.outside) == names
+    assert not inside & set(anatomy.outside)
+    assert anatomy.layers == families.LAYERS
+    assert anatomy.stack == families.FAMILIES[family].layer_prefix
+
+
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_matrices_are_linear_layers_with_outputs_times_inputs(family: str, bases: Bases) -> None:
+    """transformers' own modules say how many inputs and outputs each has."""
+    model = families.FAMILIES[family].auto.from_pretrained(bases(family))
+    anatomy = anatomy_of(bases(family))
+    found = 0
+    for name, module in model.named_modules():
+        for weight_type in anatomy.matrices:
+            stem = weight_type.name.removesuffix(".weight")
+            if name.endswith(f".0.{stem}") and hasattr(module, "weight"):
+                if isinstance(module, torch.nn.Linear):
+                    expected = (module.out_features, module.in_features)
+                else:
+                    expected = (module.nf, module.nx)  # Conv1D
+                assert (weight_type.d1, weight_type.d2) == expected, weight_type
+                found += 1
+    experts = any(t.is_expert for t in anatomy.matrices)
+    assert found == len([t for t in anatomy.matrices if not t.is_expert])
+    assert experts == ("moe" in family or family == "mixtral")
+
+
+@pytest.mark.parametrize(("family", "router"), [("mixtral", "gate.weight"), ("qwen3_moe", "mlp.gate.weight")])
+def test_routers_are_no_matrices(family: str, router: str, bases: Bases) -> None:
+    routers = [t.name for t in anatomy_of(bases(family)).types.values() if t.kind == "router"]
+    assert len(routers) == 1
+    assert routers[0].endswith(router)
+
+
+def test_a_square_matrix_beside_no_experts_is_no_router(bases: Bases) -> None:
+    kinds = {t.name: t.kind for t in anatomy_of(bases("llama")).types.values()}
+    assert kinds["mlp.gate_proj.weight"] == "matrix"
+    assert kinds["input_layernorm.weight"] == "vector"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "says"),
+    [
+        ({"embed.weight": (2, 2)}, {}, "no layers found; tensors named like embed.weight"),
+        ({"encoder.layers.0.w": (2, 2), "decoder.layers.0.w": (2, 2)}, {}, "has 2 stacks of layers"),
+        ({"layers.0.w": (2, 2), "layers.2.w": (2, 2)}, {}, r"layer layers.1 is missing, though there is a layer 2"),
+        ({"layers.0.w": (2, 2), "layers.1.v": (2, 2)}, {}, "layers are not alike"),
+        ({"layers.0.w": (2, 2), "layers.1.w": (2, 3)}, {}, r"layers.1.w is F32 \[2, 3\], in layer 0 it is F32 \[2, 2\]"),
+        ({"layers.0.w": (2, 2)}, {}, "config.json has none of num_hidden_layers"),
+        ({"layers.0.w": (2, 2)}, {"n_layer": 2}, "config.json says n_layer = 2, the files hold 1 layers"),
+    ],
+)
+def test_layouts_that_are_refused(
+    shapes: dict[str, tuple[int, ...]], config: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=says):
+        anatomy_of(checkpoint(tmp_path, shapes, **config))
