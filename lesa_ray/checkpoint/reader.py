@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.storage import Storage, resolve_base
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,7 @@ def read_entries(storage: Storage, file: str) -> list[TensorEntry]:
 def _list(base: str, storage: Storage) -> dict[str, int]:
     try:
         files = storage.list()
-    except UserError:
+    except (UserError, MachineError):
         raise
     except Exception as error:  # each backend has its own classes for "no such repository" and "no network"
         hub = storage.url.startswith("hf://")

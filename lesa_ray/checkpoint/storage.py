@@ -1,9 +1,10 @@
 """One door to storage: a local folder, `s3://…`, `hf://…` or any other fsspec URL.
 
 Everything the tool reads or writes lies in a folder of some storage, so a `Storage` is a folder and names are relative
-to it. Two promises hold on every backend: a file appears whole or not at all (local files are written beside
-their place, synced and renamed; object stores publish an object when its upload completes), and a listing is
-never served from a cache, as other processes write here too. Paths are `str`: `pathlib` collapses `s3://`.
+to it. Three promises hold on every backend: a file appears whole or not at all (local files are written beside their
+place, synced and renamed; object stores publish an object when its upload completes); a listing is never served from
+a cache, as other processes write here too; a store that still does not answer after the retries (503, time-outs) is a
+MachineError, whatever its library calls it. Paths are `str`: `pathlib` collapses `s3://`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _PART = 32 * 2**20
 """Bytes of one part of an upload: S3 takes 10,000 parts, so files of up to 320 GB."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"})
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
+_OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
+"""As s3fs translates 503 SlowDown, 500 InternalError and RequestTimeout."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
 
@@ -72,7 +75,8 @@ class Storage:
         """Names of the files directly in this folder and their sizes in bytes; empty if there is no such folder."""
         try:
             fresh = {} if self.is_local else {"refresh": True}
-            entries = self.fs.ls(self.root, detail=True, **fresh)
+            with self._answering():
+                entries = self.fs.ls(self.root, detail=True, **fresh)
         except FileNotFoundError:
             return {}
         except NotADirectoryError:
@@ -86,17 +90,20 @@ class Storage:
     def is_empty(self) -> bool:
         """Whether nothing at all, folders included, lies here."""
         try:
-            return not [e for e in self.fs.ls(self.root, detail=False) if e.rstrip("/") != self.root]
+            with self._answering():
+                return not [e for e in self.fs.ls(self.root, detail=False) if e.rstrip("/") != self.root]
         except FileNotFoundError:
             return True
 
     def exists(self, name: str = "") -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        with self._answering():
+            return bool(self.fs.exists(self.path(name)))
 
     def size(self, name: str) -> int | None:
         """Bytes in a file, or None if it is not there."""
         try:
-            return int(self.fs.info(self.path(name))["size"])
+            with self._answering():
+                return int(self.fs.info(self.path(name))["size"])
         except FileNotFoundError:
             return None
 
@@ -106,12 +113,14 @@ class Storage:
             with open(self.path(name), "rb") as file:
                 file.seek(start)
                 return file.read(-1 if end is None else end - start)
-        data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
+        with self._answering():
+            data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
         return data
 
     def etag(self, name: str) -> str | None:
         """What the object store says identifies this content (ETag or the hub's blob id), if it says anything."""
-        info = self.fs.info(self.path(name))
+        with self._answering():
+            info = self.fs.info(self.path(name))
         tag = info.get("ETag") or info.get("blob_id") or info.get("etag")
         return str(tag).strip('"') if tag else None
 
@@ -139,36 +148,39 @@ class Storage:
                     os.unlink(temporary)
                 raise
             return
-        if _OBJECT_STORES.intersection(_protocols(self.fs)):
-            file = self.fs.open(target, "wb", block_size=_PART)
+        with self._answering():
+            if _OBJECT_STORES.intersection(_protocols(self.fs)):
+                file = self.fs.open(target, "wb", block_size=_PART)
+                try:
+                    yield file
+                except BaseException:
+                    with contextlib.suppress(Exception):  # the upload's parts; what stopped it is what matters
+                        file.discard()
+                    file.closed = True  # close() would publish the part written so far
+                    raise
+                file.close()
+                return
             try:
-                yield file
+                with self.fs.open(temporary, "wb") as file:
+                    yield file
+                self.fs.mv(temporary, target)
             except BaseException:
-                file.discard()
-                file.closed = True  # close() would publish the part written so far
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm_file(temporary)
                 raise
-            file.close()
-            return
-        try:
-            with self.fs.open(temporary, "wb") as file:
-                yield file
-            self.fs.mv(temporary, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm_file(temporary)
-            raise
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._answering():
             self.fs.rm_file(self.path(name))
 
     def remove_tree(self, name: str = "") -> None:
         """Remove a folder below this one (or this one) with all that is in it, if it is there."""
         if self.is_local:
             shutil.rmtree(self.path(name), ignore_errors=True)
-        elif self.fs.exists(self.path(name)):
-            self.fs.rm(self.path(name), recursive=True)
+        elif self.exists(name):
+            with self._answering():
+                self.fs.rm(self.path(name), recursive=True)
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written in this folder."""
@@ -176,6 +188,16 @@ class Storage:
             for name in self.list():
                 if name.startswith(".") and name.endswith(".tmp"):
                     self.remove(name)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Raises: MachineError in place of what a backend raises when its store does not answer."""
+        try:
+            yield
+        except Exception as error:
+            if self.is_local or not _is_outage(error):
+                raise
+            raise MachineError(f"{self.url}: the store does not answer ({explain(error)})") from error
 
     def free_bytes(self) -> int | None:
         """Free space in bytes where this folder is or will be; None where storage has no such bound."""
@@ -199,13 +221,27 @@ def _options(url: str) -> dict[str, Any]:
         "config_kwargs": {
             "response_checksum_validation": "when_required",
             "request_checksum_calculation": "when_required",
-            "retries": {"mode": "standard", "max_attempts": 6},
+            "retries": {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "6"))},
         }
     }
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether a backend's error says that the store is away or overloaded, not that the request was wrong."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError) and error.errno in _OUTAGE_ERRNOS:
+        return True
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    else:  # aiohttp; requests and httpx
+        status = getattr(error, "status", None) or getattr(response, "status_code", 0)
+    return isinstance(status, int) and (status >= 500 or status == 429)
 
 
 def explain(error: BaseException) -> str:

@@ -86,7 +86,7 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         abandon(expansion)
         raise
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+        if isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return _expanded(expansion, manifest, begin, runner, resumed=state == "resume")

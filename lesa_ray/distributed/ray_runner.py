@@ -130,7 +130,7 @@ class RayRunner:
                         num_gpus=gpus,
                         memory=min(unit.memory + _INTERPRETER_BYTES, int(self._node_memory * 0.9)),
                         max_retries=_RETRIES,
-                        retry_exceptions=[ConnectionError, TimeoutError],
+                        retry_exceptions=[MachineError],
                     )
                     running[task.remote(shared, unit, config.cpus_per_task, board)] = unit
                 done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
@@ -152,9 +152,7 @@ class RayRunner:
         listener.progress(sum(weight_of(unit) * shares[unit.name] for unit in units), ", ".join(under_way[:2]))
 
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
-        task = ray.remote(_shard_task).options(
-            num_cpus=1, max_retries=_RETRIES, retry_exceptions=[ConnectionError, TimeoutError]
-        )
+        task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
         running = {task.remote(expansion.job.config.out, shard): shard for shard in shards}
         written = 0
         try:

@@ -81,7 +81,11 @@ def test_a_square_matrix_beside_no_experts_is_no_router(bases: Bases) -> None:
         ({"encoder.layers.0.w": (2, 2), "decoder.layers.0.w": (2, 2)}, {}, "has 2 stacks of layers"),
         ({"layers.0.w": (2, 2), "layers.2.w": (2, 2)}, {}, r"layer layers.1 is missing, though there is a layer 2"),
         ({"layers.0.w": (2, 2), "layers.1.v": (2, 2)}, {}, "layers are not alike"),
-        ({"layers.0.w": (2, 2), "layers.1.w": (2, 3)}, {}, r"layers.1.w is F32 \[2, 3\], in layer 0 it is F32 \[2, 2\]"),
+        (
+            {"layers.0.w": (2, 2), "layers.1.w": (2, 3)},
+            {},
+            r"layers.1.w is F32 \[2, 3\], in layer 0 it is F32 \[2, 2\]",
+        ),
         ({"layers.0.w": (2, 2)}, {}, "config.json has none of num_hidden_layers"),
         ({"layers.0.w": (2, 2)}, {"n_layer": 2}, "config.json says n_layer = 2, the files hold 1 layers"),
     ],

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -45,13 +46,18 @@ def test_what_is_written_is_read_listed_and_removed(place: Place) -> None:
     assert storage.is_empty()
 
 
+def write_half(file: IO[bytes]) -> None:
+    file.write(b"half")
+    file.flush()
+    raise RuntimeError("stop")
+
+
 def test_a_file_whose_writing_fails_never_was(place: Place) -> None:
     storage = place("folder")
     storage.write("kept", b"old")
     for name in ("kept", "fresh"):
         with pytest.raises(RuntimeError, match="stop"), storage.create(name) as file:
-            file.write(b"half")
-            raise RuntimeError("stop")
+            write_half(file)
     assert storage.list() == {"kept": 3}
     assert storage.read("kept") == b"old"
     if storage.is_local:

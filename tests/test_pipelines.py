@@ -1,0 +1,93 @@
+"""The jobs and their YAML: what is shipped can be read, and does what the command line does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lesa_ray.config import ExpandConfig, LesaSettings, load_config
+from tests import families
+
+PIPELINES = Path(__file__).parent.parent / "pipelines"
+Bases = Callable[[str], str]
+
+
+def test_the_shipped_configuration_is_the_papers(tmp_path: Path) -> None:
+    config = load_config(str(PIPELINES / "expand.yaml"))
+    assert config.lesa == LesaSettings()
+    defaults = ExpandConfig(base=config.base, out=config.out, factor=1.5)
+    assert config == defaults
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(str(again)) == config
+
+
+def test_the_expand_job_takes_a_file_and_flags(bases: Bases, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pipelines.expand", "--config", str(PIPELINES / "expand.yaml")]
+    command += [bases("mistral"), str(out), "--method", "solar", "--json"]
+    done = subprocess.run(command, cwd=PIPELINES.parent, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == 8
+    families.load_strict(out, "mistral")
+
+
+def test_variants_join_the_training_rows(bases: Bases, tmp_path: Path) -> None:
+    """Llama and its fine-tunes (paper, section 4.4): three checkpoints give three times the triples."""
+    others = [families.make("llama", tmp_path / f"tuned-{seed}", seed=seed) for seed in (1, 2)]
+    reports = {}
+    for name, variants in {"alone": [], "joined": others}.items():
+        flags = [flag for variant in variants for flag in ("--variants", variant)]
+        command = [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(tmp_path / name), "--json"]
+        done = subprocess.run(
+            [*command, "--epochs", "1", *flags],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+            env={**os.environ, "RAY_ADDRESS": "local"},
+        )
+        assert done.returncode == 0, done.stderr
+        reports[name] = json.loads(done.stdout)["manifest"]
+    alone, joined = (reports[name]["fit"]["mlp.up_proj.weight"] for name in ("alone", "joined"))
+    triples = families.LAYERS - 2
+    assert alone["triples_trained"] + alone["triples_held_out"] == triples
+    assert joined["triples_trained"] + joined["triples_held_out"] == 3 * triples
+    assert set(reports["joined"]["identity"]["variants"]) == set(others)
+    assert reports["joined"]["fingerprint"] != reports["alone"]["fingerprint"]
+
+
+@pytest.mark.timeout(290)
+def test_the_demo_from_start_to_end_and_again(tmp_path: Path) -> None:
+    """The whole story with a base of a few steps: every method's row is there, and a second run only reads."""
+    out = tmp_path / "demo"
+    command = [sys.executable, "-m", "pipelines.demo", "--out", str(out), "--steps", "3"]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    first, second = (
+        subprocess.run(
+            command, cwd=PIPELINES.parent, capture_output=True, text=True, timeout=270, check=False, env=environment
+        )
+        for _ in range(2)
+    )
+    assert first.returncode == second.returncode == 0, first.stdout + first.stderr + second.stderr
+    rows = json.loads((out / "results.json").read_text()).values()
+    assert {row["name"]: row["layers"] for row in rows} == {
+        "base": 8,
+        **dict.fromkeys(("lesa", "llama-pro", "solar", "opt-deus", "avg-deus"), 12),
+    }
+    loss = {row["name"]: row["loss"] for row in rows}
+    assert loss["llama-pro"] == pytest.approx(loss["base"], abs=1e-6)
+    assert loss["opt-deus"] == pytest.approx(loss["base"], abs=1e-6)
+    assert all(row["peak_memory"] > 30e6 for row in rows if row["name"] != "base")
+    assert "reusing" in second.stdout
+    assert "pre-training" not in second.stdout
+    assert "Next, your own model:" in second.stdout
+    table = [line for line in first.stdout.splitlines() if "│" in line]
+    assert [line for line in second.stdout.splitlines() if "│" in line] == table
