@@ -1,4 +1,4 @@
-"""The door: `lesa-ray`, one command per step.
+"""Grow a pretrained language model deeper, and see what it costs and what it gives.
 
 Standard output is for results (`--json`), standard error for people. Exit code 0: done; 2: wrong input, one line says
 what, nothing was written; 1: a fault of the machine, the same command goes on; 130: interrupted, likewise.
@@ -144,7 +144,7 @@ def inspect(
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint is, where new layers would go, and what making them needs."""
+    """Show a checkpoint, the plan, and what it would cost."""
     from lesa_ray.expansion.prepare import prepare
     from lesa_ray.report import terminal
 

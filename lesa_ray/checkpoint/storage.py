@@ -58,7 +58,7 @@ class Storage:
         local = "://" not in url
         self.url = os.path.abspath(url) if local else url.rstrip("/")
         try:
-            self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False, **_options(self.url))
+            self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False, **filesystem_options(self.url))
         except (ValueError, ImportError) as error:
             raise UserError(f"{url}: {error}") from error
         self.root: str = root.rstrip("/")
@@ -86,6 +86,16 @@ class Storage:
             for entry in entries
             if entry["type"] == "file" and entry["name"].rstrip("/") != self.root
         }
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this folder; none if there is no such folder."""
+        try:
+            fresh = {} if self.is_local else {"refresh": True}
+            with self._answering():
+                entries = self.fs.ls(self.root, detail=True, **fresh)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
 
     def is_empty(self) -> bool:
         """Whether nothing at all, folders included, lies here."""
@@ -209,7 +219,7 @@ class Storage:
         return shutil.disk_usage(folder).free
 
 
-def _options(url: str) -> dict[str, Any]:
+def filesystem_options(url: str) -> dict[str, Any]:
     """Options of the filesystem behind a URL.
 
     S3: some servers (rclone's among them) send the whole object's checksum with a range of it, which botocore would
