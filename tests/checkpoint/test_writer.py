@@ -19,6 +19,7 @@ from lesa_ray.checkpoint.writer import (
     Shard,
     Span,
     TensorFileWriter,
+    header_bytes,
     index_bytes,
     plan_shards,
     write_shard,
@@ -63,6 +64,21 @@ def test_a_shard_holds_its_sources_bytes_and_zeros(target: str, tmp_path: Path) 
         assert not file.get_tensor("zero").any()
         assert file.get_tensor("zero").shape == (1000, 3)
     storage.remove_tree()
+
+
+def test_tensors_that_are_no_neighbours_in_their_source_are_not_taken_for_a_run(tmp_path: Path) -> None:
+    base = {name: torch.randn(6) for name in "abcd"}
+    spans = source(tmp_path / "in", **base)
+    shard = Shard("m.safetensors", tuple(out_tensor(name, spans[name], (6,)) for name in "acdb"))
+    write_shard(Storage(str(tmp_path)), shard)
+    written = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(written[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_data_begin_on_eight_bytes(length: int) -> None:
+    """So that readers can map any element type (the safetensors format's advice)."""
+    assert len(header_bytes((OutTensor("x" * length, "U8", (1,), None),))) % 8 == 0
 
 
 def test_zeros_at_the_end_are_there(tmp_path: Path) -> None:

@@ -145,6 +145,21 @@ def test_interrupted_anywhere_it_goes_on_and_does_nothing_twice(method: str, bas
     assert same(result.out, str(tmp_path / "straight")) == []
 
 
+def test_a_file_of_the_work_that_was_cut_is_made_again(bases: Bases, tmp_path: Path) -> None:
+    """As a file system may leave it after a power failure: the name is there, the bytes are not."""
+    out = tmp_path / "out"
+    config = ExpandConfig.model_validate({"base": bases("llama"), "out": str(out), "method": "avg-deus"})
+    with pytest.raises(KeyboardInterrupt):
+        expand(config, runner=Dies(units=99, shards=1))
+    for cut in (next((out / ".lesa-ray" / "units").glob("slot-*.safetensors")), next(out.glob("model-*.safetensors"))):
+        cut.write_bytes(cut.read_bytes()[:-100])
+    result = expand(config, runner=InlineRunner())
+    assert result.resumed
+    undisturbed = config.model_copy(update={"out": str(tmp_path / "undisturbed")})
+    expand(undisturbed, runner=InlineRunner())
+    assert same(str(out), undisturbed.out) == []
+
+
 def test_other_settings_do_not_touch_an_unfinished_run(bases: Bases, tmp_path: Path) -> None:
     config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"))
     with pytest.raises(KeyboardInterrupt):
