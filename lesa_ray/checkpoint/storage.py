@@ -87,16 +87,6 @@ class Storage:
             if entry["type"] == "file" and entry["name"].rstrip("/") != self.root
         }
 
-    def folders(self) -> list[str]:
-        """Names of the folders directly in this folder; none if there is no such folder."""
-        try:
-            fresh = {} if self.is_local else {"refresh": True}
-            with self._answering():
-                entries = self.fs.ls(self.root, detail=True, **fresh)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
-
     def is_empty(self) -> bool:
         """Whether nothing at all, folders included, lies here."""
         try:
