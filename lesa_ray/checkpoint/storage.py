@@ -73,19 +73,29 @@ class Storage:
 
     def list(self) -> dict[str, int]:
         """Names of the files directly in this folder and their sizes in bytes; empty if there is no such folder."""
+        return {name: int(entry["size"] or 0) for name, entry in self._entries("file")}
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders directly in this folder, sorted; none if there is no such folder."""
+        return tuple(sorted(name for name, _ in self._entries("directory")))
+
+    def _entries(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             fresh = {} if self.is_local else {"refresh": True}
             with self._answering():
                 entries = self.fs.ls(self.root, detail=True, **fresh)
         except FileNotFoundError:
-            return {}
+            return
         except NotADirectoryError:
             raise UserError(f"{self.url}: is a file; give a folder") from None
-        return {
-            entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0)
-            for entry in entries
-            if entry["type"] == "file" and entry["name"].rstrip("/") != self.root
-        }
+        for entry in entries:
+            path = entry["name"].rstrip("/")
+            if entry["type"] == kind and path != self.root:
+                yield path.rsplit("/", 1)[-1], entry
+
+    def within(self, name: str) -> Storage:
+        """A folder below this one."""
+        return Storage(f"{self.url}/{name}")
 
     def is_empty(self) -> bool:
         """Whether nothing at all, folders included, lies here."""

@@ -31,25 +31,27 @@ _RETRIES = 3
 _INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
 
 
-def start_ray() -> None:
-    """Connect to the running cluster, or start an embedded local Ray. Does nothing if Ray is up in this process.
+def start_ray() -> bool:
+    """Connect to the running cluster, or start an embedded local Ray; nothing if Ray is up in this process.
 
-    RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster.
+    RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster. Returns whether this call
+    started an embedded Ray.
     """
     if ray.is_initialized():
-        return
+        return False
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
         if address != "local":
             ray.init(address=address, **quiet)
-            return
+            return False
     except ConnectionError as error:
         if address != "auto":
             raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]})") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     ray.init(address="local", include_dashboard=False, **quiet)
+    return True
 
 
 class _Board:

@@ -1,0 +1,270 @@
+"""`pretrain`: a training run on Ray Train, from looking at the input to the checkpoint that comes of it.
+
+    prepare (headers) ▸ room on the cluster ▸ claim OUT ▸ Ray Train: workers train ▸ export ▸ config.json
+
+Decides
+- Workers find the last complete checkpoint in OUT themselves; Ray Train is told of none, so its own bookkeeping (in
+  OUT/training/, removed at the end) decides nothing. It starts the workers again after a fault, on as many machines as
+  there are then if `workers` is a range.
+- A worker that finds the input wrong leaves the reason on a board that outlives it: nothing is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.training.finish import Trained, finish_run, trained_result
+from lesa_ray.training.loop import Progress
+from lesa_ray.training.metrics import check_loggers
+from lesa_ray.training.run import Run, claim, out_state, prepare
+from lesa_ray.training.train_settings import TrainConfig
+
+_POLL_SECONDS = 0.5
+_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a worker asks Ray for, and how many there may be."""
+
+    fewest: int
+    most: int
+    cpus: int
+    gpus: float
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
+    """Train, or go on training, or find that it is done; the result lies at `config.out`.
+
+    Raises: UserError for wrong input; MachineError for a fault, after which the same call goes on."""
+    listener = listener or Silent()
+    check_loggers(config.loggers)
+    listener.phase("starting Ray", 0)
+    embedded = start_ray()
+    listener.phase("reading the headers", 0)
+    run = prepare(config, gpus=_wants_gpus(config))
+    state = out_state(run)
+    if state == "done":
+        return trained_result(run, reused=True)
+    resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
+    claim(run)
+    _fit(run, resources, listener)
+    listener.phase("writing the checkpoint", 0)
+    finish_run(run, listener)
+    return trained_result(run, resumed=state == "resume")
+
+
+def _wants_gpus(config: TrainConfig) -> bool:
+    if config.gpus_per_worker is not None:
+        return config.gpus_per_worker > 0
+    return bool(ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def _resources(config: TrainConfig) -> Resources:
+    """Those asked for, or what the cluster suggests."""
+    fewest, most = config.worker_range
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    cpus = config.cpus_per_worker or (1 if gpus else max(1, int(ray.cluster_resources().get("CPU", 1) // fewest)))
+    return Resources(fewest, most, cpus, gpus)
+
+
+def wait_for_room(config: TrainConfig, seconds: float, listener: Listener) -> Resources:
+    """Wait until the cluster's machines can give the fewest workers.
+
+    Raises: UserError if they still cannot after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        resources = _resources(config)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(_fitting(node, resources.per_worker) for node in nodes)
+        if room >= resources.fewest:
+            return resources
+        if time.monotonic() >= deadline:
+            asked = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.per_worker.items())
+            waited = f" after {seconds:g} s of waiting" if seconds else ""
+            raise UserError(
+                f"workers {resources.fewest} of {asked} each: the cluster can give {room}{waited}; ask for fewer, or "
+                "for less of each (cpus_per_worker, gpus_per_worker)"
+            )
+        listener.phase(f"waiting for {resources.fewest} workers, the cluster can give {room}", 0)
+        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+
+
+def _fitting(node: dict[str, float], each: dict[str, float]) -> int:
+    return int(min(node.get(kind, 0.0) // amount for kind, amount in each.items()))
+
+
+class _Board:
+    """Keeps how far the run is, and what stopped it, for the driver and for workers that are started again."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._failure: str | None = None
+        self._starts = 0
+
+    def put(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def get(self) -> Progress | None:
+        return self._progress
+
+    def fail(self, message: str) -> None:
+        self._failure = self._failure or message
+
+    def failure(self) -> str | None:
+        return self._failure
+
+
+def _fit(run: Run, resources: Resources, listener: Listener) -> None:
+    """Let Ray Train run the workers until the last step is done. Raises: UserError, MachineError."""
+    listener.phase(f"starting {resources.fewest} worker{'s' if resources.fewest > 1 else ''}", 0)
+    board = ray.remote(num_cpus=0, max_concurrency=4)(_Board).remote()
+    try:
+        with _scratch(run) as storage, _watching(board, run, listener):
+            _trainer(run, resources, storage, board).fit()
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        failure = ray.get(board.failure.remote(), timeout=60)
+        if failure is not None:
+            raise UserError(failure) from None
+        cause = _cause(error)
+        raise MachineError(f"training stopped: {cause}; the same command goes on from the last checkpoint") from error
+    finally:
+        ray.kill(board)
+
+
+def _trainer(run: Run, resources: Resources, storage: tuple[str, str, Any], board: Any) -> Any:
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    path, name, filesystem = storage
+    elastic = resources.fewest != resources.most
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"run": run, "board": board, "threads": resources.cpus},
+        scaling_config=ScalingConfig(
+            num_workers=(resources.fewest, resources.most) if elastic else resources.fewest,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=resources.per_worker,
+        ),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=_TIMEOUT_SECONDS
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=run.config.retries),
+        ),
+    )
+
+
+def _worker(loop_config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker."""
+    import torch
+    from ray.train.torch import get_device
+
+    from lesa_ray.training.worker import train
+
+    board = loop_config["board"]
+    if ray.get(board.failure.remote()) is not None:
+        return
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(loop_config["threads"])
+    try:
+        train(loop_config["run"], device, lambda progress: board.put.remote(progress))
+    except UserError as error:
+        ray.get(board.fail.remote(str(error)))
+        raise
+
+
+@contextlib.contextmanager
+def _scratch(run: Run) -> Iterator[tuple[str, str, Any]]:
+    """Where Ray Train may keep its own files while it runs: path, name and pyarrow filesystem."""
+    storage = Storage(run.config.out).within("training")
+    for name in storage.folders():
+        if name.startswith("ray-"):
+            storage.remove_tree(name)
+    name = f"ray-{uuid.uuid4().hex[:8]}"
+    filesystem = None
+    if not storage.is_local:
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        filesystem = PyFileSystem(FSSpecHandler(storage.fs))
+    try:
+        yield storage.root, name, filesystem
+    finally:
+        with contextlib.suppress(Exception):  # what stopped the run is what matters
+            storage.remove_tree(name)
+
+
+@contextlib.contextmanager
+def _watching(board: Any, run: Run, listener: Listener) -> Iterator[None]:
+    """Show the run's progress while the block runs."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        last: Progress | None = None
+        while not stop.wait(_POLL_SECONDS):
+            try:
+                progress: Progress | None = ray.get(board.get.remote(), timeout=30)
+            except Exception:  # the board is a comfort; the run does not depend on it
+                continue
+            if progress is not None and progress != last:
+                if last is None:
+                    listener.phase("training", run.steps)
+                last = progress
+                listener.progress(progress.step, line(progress))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=60)
+
+
+def line(progress: Progress) -> str:
+    """Progress as a person reads it."""
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    parts = [f"step {progress.step:,}/{progress.steps:,}", f"loss {progress.loss:.4f}"]
+    if progress.heldout_loss is not None:
+        parts.append(f"held out {progress.heldout_loss:.4f}")
+    parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.mfu is not None:
+        parts.append(f"MFU {100 * progress.mfu:.1f} %")
+    return "  ".join([*parts, f"{left} left"])
+
+
+def _cause(error: BaseException) -> str:
+    """The worker's own error, which Ray Train wraps."""
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict) and failures:
+        inner = next(iter(failures.values()))
+        return explain(getattr(inner, "cause", None) or inner)[:300]
+    return explain(error)[:300]

@@ -1,0 +1,204 @@
+"""Instruction data → examples: the ids of a conversation, and which of them the model is to learn.
+
+Decides
+- The text is what the tokenizer's own chat template makes of the messages. Learnt are the assistant's answers and the
+  token that ends the turn, nothing else.
+- Which tokens those are: what the template marks with `{% generation %}`, where it does. Else the conversation is
+  rendered up to each answer (with the header that asks for one) and up to its end, and the answer is the difference.
+- Where a template renders a beginning differently from the whole (Qwen3 drops the thinking of earlier turns), a
+  conversation becomes one example for each answer, each as the model would see it when asked. That repeats the
+  earlier turns. A template with which not even that works is refused.
+- The token that ends a turn is the special token after the answer, even where a template leaves it unmarked; white
+  space after it is not learnt. Where a template ends a turn with none, the end-of-text token is put at the end of the
+  example: a model that never learns to stop is of no use.
+- What follows the last answer is left off. An assistant's message that nothing precedes is not learnt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lesa_ray.checkpoint.storage import explain
+from lesa_ray.errors import UserError
+from lesa_ray.training.documents import Row, clean
+from lesa_ray.training.packing import Ids
+
+COLUMNS = ("messages", "prompt", "response", "instruction", "input", "output", "tools")
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PAIRS = (("prompt", "response"), ("instruction", "output"))
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The ids of a conversation (n,), and whether each is learnt (n,)."""
+
+    ids: Ids
+    scored: NDArray[np.bool_]
+
+
+class _Disagree(Exception):
+    """The template renders a beginning of the conversation differently from the whole."""
+
+
+def fit(example: Example, seq_len: int, too_long: Literal["truncate", "drop"]) -> Example | None:
+    """The example if it fits in a row, cut after `seq_len` tokens if that is asked for; None if it is to be left out,
+    or nothing is to be learnt from it. Its first token is never learnt: a row's tokens are predicted from those before
+    them."""
+    if len(example.ids) > seq_len and too_long == "drop":
+        return None
+    cut = Example(example.ids[:seq_len], example.scored[:seq_len])
+    return cut if cut.scored[1:].any() else None
+
+
+def conversation(row: Row) -> Messages | None:
+    """The messages of a row, up to the last answer; None if it has none.
+
+    Raises: UserError if the row holds no conversation that is understood."""
+    values = row.values
+    messages = values.get("messages")
+    if messages is None:
+        for question, answer in _PAIRS:
+            if question in values and answer in values:
+                messages = _pair(row, values[question], values[answer], values.get("input"))
+                break
+        else:
+            if "messages" in values:
+                return None
+            names = ", ".join(map(str, values)) or "none"
+            raise UserError(
+                f"DATA {row.where}: has no conversation: expected a column messages, or prompt and response, or "
+                f"instruction and output; its columns: {names}"
+            )
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise UserError(f"DATA {row.where}: messages must be a list of objects with a role and a content")
+    answers = _answers(messages)
+    if not answers:
+        return None
+    # a Parquet column gives every message all keys that any has: those without a value are not there
+    kept = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+    return [_cleaned(message) for message in kept[: answers[-1] + 1]]
+
+
+def _pair(row: Row, question: Any, answer: Any, more: Any) -> Messages | None:
+    if question is None or answer is None:
+        return None
+    if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(more, str | None):
+        raise UserError(f"DATA {row.where}: question and answer must be text; give lists of messages as `messages`")
+    asked = f"{question}\n\n{more}" if more else question
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return {_cleaned(k): _cleaned(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _answers(messages: Messages) -> list[int]:
+    return [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
+
+
+class ChatEncoder:
+    """A tokenizer with a chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """Raises: UserError if there is no chat template, or no end-of-text token."""
+        if tokenizer.chat_template is None:
+            raise UserError(f"tokenizer {name}: has no chat template (chat_template.jinja), which conversations need")
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"tokenizer {name}: has no end-of-text token (eos_token)")
+        self._tokenizer, self._name = tokenizer, name
+        self.eos = int(tokenizer.eos_token_id)
+        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+    def __call__(self, row: Row, messages: Messages) -> list[Example]:
+        """The examples of a conversation (one, or one for each answer). Raises: UserError naming the row."""
+        tools = row.values.get("tools")
+        tools = _cleaned(tools) if isinstance(tools, list) and tools else None
+        try:
+            if self._tokenizer.is_fast and _MARKED.search(self._tokenizer.get_chat_template(tools=tools)):
+                return [self._marked(messages, tools)]
+            answers = _answers(messages)
+            try:
+                return [self._by_prefixes(messages, answers, tools)]
+            except _Disagree:
+                if len(answers) == 1:
+                    raise
+            return [self._by_prefixes(messages[: answer + 1], [answer], tools) for answer in answers]
+        except _Disagree:
+            raise UserError(
+                f"tokenizer {self._name}: its chat template renders the beginning of a conversation differently from "
+                f"the whole (DATA {row.where}); mark the answers in it with {{% generation %}}"
+            ) from None
+        except UserError:
+            raise
+        except Exception as error:  # a template may fail in any way, and says in words of its own what it wants
+            raise UserError(f"DATA {row.where}: the chat template does not take it ({explain(error)[:200]})") from error
+
+    def _marked(self, messages: Messages, tools: Any) -> Example:
+        out = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = [int(token) for token in out["input_ids"]]
+        scored = [bool(flag) for flag in out["assistant_masks"]]
+        for index in range(1, len(ids)):  # the end of a turn, where it stands outside of the mark
+            if scored[index - 1] and not scored[index] and ids[index] in self._special:
+                scored[index] = ids[index - 1] not in self._special
+        return self._ended(ids, scored)
+
+    def _by_prefixes(self, messages: Messages, answers: Sequence[int], tools: Any) -> Example:
+        """answers: which messages are to be learnt."""
+        texts = [self._render(messages, tools)]
+        for answer in answers:
+            texts.append(self._render(messages[:answer], tools, add_generation_prompt=True))
+            texts.append(self._render(messages[: answer + 1], tools))
+            if not texts[-1].startswith(texts[-2]) or not texts[0].startswith(texts[-1]):
+                raise _Disagree
+        whole, *prefixes = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [int(token) for token in whole]
+        scored = [False] * len(ids)
+        for number in range(len(answers)):
+            # a token that joins the header to the answer belongs to the answer
+            begin, end = (_common(ids, prefix) for prefix in prefixes[2 * number : 2 * number + 2])
+            last = max((index for index in range(begin, end) if ids[index] in self._special), default=None)
+            if last is not None and not self._tokenizer.decode(ids[last + 1 : end]).strip():
+                end = last + 1
+            scored[begin:end] = [True] * (end - begin)
+        return self._ended(ids, scored)
+
+    def _render(self, messages: Messages, tools: Any, *, add_generation_prompt: bool = False) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def _ended(self, ids: list[int], scored: list[bool]) -> Example:
+        """With the end-of-text token, where the last answer ends with no special token."""
+        last = max((index for index, flag in enumerate(scored) if flag), default=None)
+        if last is not None and ids[last] not in self._special:
+            ids, scored = [*ids, self.eos], [*scored, True]
+        return Example(np.array(ids, np.int32), np.array(scored, np.bool_))
+
+
+def _common(whole: Sequence[int], prefix: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(whole, prefix, strict=False)) if a != b), min(len(whole), len(prefix))
+    )

@@ -1,0 +1,207 @@
+"""Checkpoints of a run: what is trained, its optimizer state and the step, sharded, written while training goes on.
+
+    OUT/training/checkpoints/step-00000500/    one file a worker and .metadata (PyTorch's distributed checkpoint),
+                                               complete.json
+
+Decides
+- The state is a flat mapping of `model.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` for the trained parameters; frozen
+  ones are in the base. Data, schedule and metrics follow from the step. Any number of workers reads what any other
+  wrote.
+- A checkpoint counts once `complete.json` is there, which is written when every worker's file and the metadata are; it
+  carries the run's identity and the sizes of the files, so that one half written or of another run is never taken.
+- Workers copy their shards to CPU memory (training waits for that) and a thread uploads them, one checkpoint at a time,
+  with a process group of its own.
+- The last `keep` are kept and the one with the least held-out loss; others go, oldest first, `complete.json` first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from lesa_ray.checkpoint.storage import Storage, explain, filesystem_options
+from lesa_ray.errors import MachineError, UserError
+
+FOLDER = "training/checkpoints"
+COMPLETE_FILE = "complete.json"
+FORMAT = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `complete.json` says of a checkpoint."""
+
+    identity: str
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    heldout_loss: float | None
+    names: list[str]
+    """The trained parameters."""
+    files: dict[str, int]
+    """Sizes in bytes."""
+    format: int = FORMAT
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def find_complete(out: str, identity: str | None = None) -> list[Record]:
+    """The complete checkpoints of a run (of this identity), by step. Raises: MachineError."""
+    storage = Storage(out).within(FOLDER)
+    records = []
+    for name in storage.folders():
+        record = _read(storage.within(name)) if name.startswith("step-") else None
+        if record is not None and identity in (None, record.identity):
+            records.append(record)
+    return sorted(records, key=lambda record: record.step)
+
+
+def _read(storage: Storage) -> Record | None:
+    """The record of a checkpoint folder; None if it is not whole."""
+    try:
+        content = json.loads(storage.read(COMPLETE_FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    if content.get("format") != FORMAT:
+        return None
+    record = Record(**content)
+    here = storage.list()
+    whole = all(here.get(name) == size for name, size in record.files.items())
+    return record if whole else None
+
+
+def best_of(records: list[Record]) -> Record | None:
+    """The one with the least held-out loss, the later of equal ones; None where none has one."""
+    measured = [record for record in records if record.heldout_loss is not None]
+    return min(measured, key=lambda record: (record.heldout_loss, -record.step), default=None)
+
+
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state before its first step, so that there is something to load into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **{name: torch.zeros_like(parameter) for name in _MOMENTS},
+            }
+
+
+def state_of(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state that is saved and loaded, as the tensors themselves."""
+    state: dict[str, Any] = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        state |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in _MOMENTS}
+    return state
+
+
+def load(out: str, record: Record, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Fill parameters and optimizer from a checkpoint, each worker reading its part.
+
+    Raises: UserError if it is one of other parameters; MachineError if it cannot be read."""
+    if record.names != list(trained):
+        raise UserError(f"{out}: its checkpoint holds other parameters than are to be trained now")
+    url = Storage(out).within(f"{FOLDER}/{folder_name(record.step)}").url
+    try:
+        load_state(
+            state_of(trained, optimizer),
+            storage_reader=FsspecReader(_with_scheme(url), **filesystem_options(url)),
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointException as error:
+        raise MachineError(f"{url}: cannot be read ({_first_cause(error)})") from error
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"].fill_(record.step)
+
+
+class Saver:
+    """Writes checkpoints of a run in the background. All workers make one and call it at the same steps."""
+
+    def __init__(self, out: str, identity: str, keep: int, group: dist.ProcessGroup) -> None:
+        """group: of its own, on gloo, so that its collectives do not mix with training's."""
+        self._out, self._identity, self._keep, self._group = out, identity, keep, group
+        self._under_way: tuple[Any, int, int, float | None, list[str]] | None = None
+
+    def save(
+        self,
+        step: int,
+        tokens: int,
+        heldout_loss: float | None,
+        trained: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Begin to save; returns once the state is copied. Waits for the last one first.
+
+        Raises: MachineError if the last one could not be written."""
+        self.wait()
+        storage = Storage(self._out).within(f"{FOLDER}/{folder_name(step)}")
+        if dist.get_rank() == 0:
+            storage.remove(COMPLETE_FILE)  # of an earlier try, before its files are replaced
+        dist.barrier(self._group)
+        writer = FsspecWriter(_with_scheme(storage.url), **filesystem_options(storage.url))
+        future = async_save(state_of(trained, optimizer), storage_writer=writer, process_group=self._group)
+        self._under_way = (future, step, tokens, heldout_loss, list(trained))
+
+    def poll(self) -> None:
+        """Complete a checkpoint as soon as its files are there. A collective: the same on all workers."""
+        if self._under_way is None:
+            return
+        done = torch.tensor([int(self._under_way[0].done())])
+        dist.all_reduce(done, dist.ReduceOp.MIN, group=self._group)
+        if done.item():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint under way, complete it, and remove what is not kept. Raises: MachineError."""
+        if self._under_way is None:
+            return
+        future, step, tokens, heldout_loss, names = self._under_way
+        self._under_way = None
+        storage = Storage(self._out).within(f"{FOLDER}/{folder_name(step)}")
+        try:
+            future.result()
+        except (CheckpointException, OSError) as error:
+            raise MachineError(f"{storage.url}: cannot be written ({_first_cause(error)})") from error
+        if dist.get_rank() == 0:
+            files = {name: size for name, size in storage.list().items() if name != COMPLETE_FILE}
+            record = Record(self._identity, step, tokens, heldout_loss, names, files)
+            storage.write(COMPLETE_FILE, (json.dumps(asdict(record)) + "\n").encode())
+            prune(self._out, self._identity, self._keep)
+
+
+def prune(out: str, identity: str, keep: int) -> None:
+    """Remove checkpoints of this run beyond the last `keep` and the best, and those that were left half written."""
+    storage = Storage(out).within(FOLDER)
+    records = find_complete(out, identity)
+    kept = {record.step for record in records[-keep:]}
+    if (best := best_of(records)) is not None:
+        kept.add(best.step)
+    names = {folder_name(step) for step in kept}
+    for name in storage.folders():
+        if name not in names and name <= folder_name(records[-1].step if records else -1):
+            storage.within(name).remove(COMPLETE_FILE)
+            storage.remove_tree(name)
+
+
+def _with_scheme(url: str) -> str:
+    return url if "://" in url else f"file://{url}"
+
+
+def _first_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        wrapped = next(iter(error.failures.values()))
+        return explain(wrapped[0])
+    return explain(error)

@@ -1,0 +1,50 @@
+"""What is to be tokenised, and how: the settings of `lesa-ray tokenize`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from lesa_ray.config import Settings
+from lesa_ray.errors import UserError
+
+
+class TokenizeConfig(Settings):
+    """Data, a tokenizer, and where the token blocks go."""
+
+    data: tuple[str, ...] = Field(min_length=1)
+    """Files (.txt, .md, .py: a document each; .jsonl, .jsonl.gz, .parquet: a document a row), folders of them, globs,
+    fsspec URLs, or names of Hugging Face datasets."""
+    tokenizer: str
+    """A folder with a tokenizer (a checkpoint's will do), a Hugging Face repo id or an fsspec URL."""
+    out: str
+    """Where the token blocks go: a folder or an fsspec URL."""
+    kind: Literal["text", "chat"] = "text"
+    """`text`: documents, for pre-training. `chat`: conversations (`messages`), or `prompt` and `response`, or
+    `instruction` and `output`, for fine-tuning on the answers."""
+    seq_len: int = Field(default=2048, ge=2, le=2**24)
+    """Tokens in a row."""
+    text_column: str = "text"
+    """The column of rows that holds the text (kind `text`)."""
+    holdout: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the documents held out, by a hash of how each begins. Where that gives less than a row, the end of the
+    data is held out instead."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only the first so many documents."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a conversation longer than a row: cut after `seq_len` tokens, or left out."""
+    dataset_config: str | None = None
+    """Which configuration of a Hugging Face dataset; None: its default."""
+    dataset_split: str = "train"
+    """Which split of a Hugging Face dataset."""
+
+
+def make_tokenize_config(where: str = "options", **given: object) -> TokenizeConfig:
+    """A `TokenizeConfig` from plain values; those that are None keep their defaults. Raises: UserError."""
+    try:
+        return TokenizeConfig.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "settings"
+        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -1,0 +1,251 @@
+"""The documents and rows in a part of the data.
+
+Decides
+- A document travels in fragments of about 260,000 characters: a tokenizer needs some 100 bytes for a character of one
+  call, and a document may be a file of any size. It is cut where a line ends and the next is not
+  indented; there the byte-level tokenizers of GPT-2, Llama 3 and Qwen give the same ids as for the whole. (A tokenizer
+  that puts a space before every text, as Llama 2's does, puts one there too.)
+- Bytes that are not UTF-8 become replacement characters, halves of surrogate pairs in JSON question marks.
+- Documents without a character are skipped. So are rows whose text is null.
+- Which split a document belongs to is a hash of its first 64 KiB: the same wherever it stands, the same for copies.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import fsspec
+
+from lesa_ray.checkpoint.storage import explain, filesystem_options
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training.sources import Part, open_dataset
+
+LONGEST = 2**18
+"""Characters after which a document is cut."""
+_KEY_BYTES = 2**16
+_SEARCH = 2**20
+_BOM = b"\xef\xbb\xbf"
+_LINE_END = re.compile(r"\n(?=\S)")
+_WORD_END = re.compile(r"(?<=\S)(?= \S)")
+_LINE_END_BYTES = re.compile(rb"\n(?=\S)")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Some of a document's text, in order."""
+
+    text: str
+    begins: bool
+    """It is the document's first."""
+    ends: bool
+    """It is the document's last."""
+    key: bytes
+    """How the document begins."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of data and where it stands, for messages."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def is_heldout(key: bytes, share: float) -> bool:
+    """Whether a document that begins so is among the `share` held out."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < share * 2**64
+
+
+def read_fragments(
+    part: Part, column: str, dataset: tuple[str | None, str], longest: int = LONGEST
+) -> Iterator[Fragment]:
+    """The documents of a part, or what lies of one in it. dataset: configuration and split, for one of the hub.
+
+    Raises: UserError naming file and line of what is not text in `column`; MachineError if the store fails."""
+    if part.source.kind == "plain":
+        yield from _plain(part, longest)
+        return
+    for row in read_rows(part, (column,), dataset):
+        text = row.values.get(column)
+        if text is None and column in row.values:
+            continue
+        if not isinstance(text, str):
+            names = ", ".join(map(str, row.values)) or "none"
+            raise UserError(f"DATA {row.where}: there is no text in a column {column!r}; its columns: {names}")
+        yield from fragments(clean(text), longest)
+
+
+def fragments(text: str, longest: int = LONGEST) -> Iterator[Fragment]:
+    """A whole document in fragments; none if it is empty."""
+    if text:
+        key = text[:_KEY_BYTES].encode()[:_KEY_BYTES]
+        pieces = list(cut(text, longest))
+        for number, piece in enumerate(pieces):
+            yield Fragment(piece, number == 0, number == len(pieces) - 1, key)
+
+
+def clean(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
+def cut(text: str, longest: int) -> Iterator[str]:
+    """Pieces of `longest` characters and up to as many again, to where a line ends, else a word, else anywhere."""
+    start = 0
+    while len(text) - start > 2 * longest:
+        low, high = start + longest, start + 2 * longest
+        found = _LINE_END.search(text, low, high) or _WORD_END.search(text, low, high)
+        end = found.end() if found else high
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _plain(part: Part, longest: int) -> Iterator[Fragment]:
+    source = part.source
+    with _open(source.name) as file:
+        head = file.read(_KEY_BYTES + len(_BOM))
+        key = head.removeprefix(_BOM)[:_KEY_BYTES]
+        if not key:
+            return
+        start, end = part.span(source.nbytes)
+        start = _boundary(file, start, source.nbytes) if part.index else len(head) - len(head.removeprefix(_BOM))
+        last = part.index == part.count - 1
+        file.seek(start)
+        data = file.read(-1 if last else _boundary(file, end, source.nbytes) - start)
+    pieces = list(cut(data.decode(errors="replace"), longest)) or [""]  # the last part must end the document
+    for number, piece in enumerate(pieces):
+        yield Fragment(piece, part.index == 0 and number == 0, last and number == len(pieces) - 1, key)
+
+
+def _boundary(file: Any, at: int, size: int) -> int:
+    """Where the part of a document that begins at about byte `at` really does: the same for both that meet there."""
+    file.seek(at)
+    data = file.read(min(_SEARCH, size - at))
+    if found := _LINE_END_BYTES.search(data):
+        return at + found.end()
+    line: int = data.find(b"\n")
+    if line >= 0:
+        return at + line + 1
+    return at + next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)  # not within a character
+
+
+def read_rows(part: Part, wanted: Sequence[str], dataset: tuple[str | None, str]) -> Iterator[Row]:
+    """The rows of a part, with at least those of the `wanted` columns that there are.
+
+    Raises: UserError if it is not rows, or none of the columns is there; MachineError if the store fails."""
+    kind = part.source.kind
+    if kind == "hub":
+        rows = _hub(part, dataset)
+    elif kind == ".parquet":
+        rows = _parquet(part, wanted)
+    elif kind == "plain":
+        raise UserError(f"DATA {part.source.name}: conversations are rows of .jsonl, .jsonl.gz or .parquet files")
+    else:
+        rows = _lines(part)
+    yield from islice(rows, part.take)
+
+
+def _lines(part: Part) -> Iterator[Row]:
+    url, packed = part.source.name, part.source.kind == ".jsonl.gz"
+    start, end = part.span(part.source.nbytes)
+    whole = packed or part.count == 1
+    with _open(url) as raw:
+        stream: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+        at = 0
+        if not whole and start:  # the line that begins before `start` is the part's before
+            raw.seek(start - 1)
+            at = start - 1 + len(raw.readline())
+        number = 0
+        while whole or at < end:
+            try:
+                line = stream.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                if not packed or isinstance(error, MachineError) or (isinstance(error, OSError) and error.errno):
+                    raise
+                raise UserError(f"DATA {url}: is not gzip, or damaged ({explain(error)})") from error
+            if not line:
+                return
+            number += 1
+            where = f"{url}: line {number}" if not start else f"{url}: the line at byte {at}"
+            at += len(line)
+            if number == 1 and not start:
+                line = line.removeprefix(_BOM)
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.decode(errors="replace"))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"DATA {where} is not JSON ({explain(error)[:120]})") from error
+            if not isinstance(values, dict):
+                raise UserError(f"DATA {where} is not a JSON object of columns")
+            yield Row(where, values)
+
+
+def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    url = part.source.name
+    with _open(url) as raw:
+        try:
+            table = pq.ParquetFile(raw)
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise UserError(f"DATA {url}: is not Parquet ({explain(error)[:160]})") from error
+        names = table.schema_arrow.names
+        columns = [name for name in wanted if name in names]
+        if not columns:
+            hint = "; these are token blocks already" if "input_ids" in names else ""
+            raise UserError(
+                f"DATA {url}: has no column {' or '.join(map(repr, wanted))}; its columns: {', '.join(names)}{hint}"
+            )
+        groups = range(*part.span(table.num_row_groups))
+        number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
+        if not groups:
+            return
+        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=columns):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{url}: row {number}", values)
+
+
+def _hub(part: Part, dataset: tuple[str | None, str]) -> Iterator[Row]:
+    name = part.source.name
+    try:
+        rows = open_dataset(name, *dataset, part.source.mark)
+        if part.count > 1:
+            rows = rows.shard(num_shards=part.count, index=part.index)
+        for number, values in enumerate(rows, 1):
+            yield Row(f"{name}: row {number} of shard {part.index}", values)
+    except ImportError as error:
+        raise UserError(f"DATA {name}: install `lesa-ray[data]` on every machine of the cluster") from error
+    except (UserError, MachineError):
+        raise
+    except Exception as error:  # the hub's clients have their own class for each way in which they may fail
+        raise MachineError(f"DATA {name}: cannot be read from the hub ({explain(error)[:200]})") from error
+
+
+@contextmanager
+def _open(url: str) -> Iterator[Any]:
+    try:
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **filesystem_options(url))
+        with fs.open(path, "rb") as file:
+            yield file
+    except (UserError, MachineError):
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"DATA {url}: there is no such file (any more)") from error
+    except OSError as error:
+        raise MachineError(f"DATA {url}: cannot be read ({explain(error)})") from error

@@ -1,0 +1,302 @@
+"""From a training checkpoint to a Hugging Face folder: frozen weights copied as bytes, trained ones written.
+
+    plan_export (headers) ▸ begin_export (OUT is claimed) ▸ write_file, one a file ▸ finish_export (config.json last)
+
+Decides
+- The result has the base's files: names, index, order of tensors, dtypes. A file without a trained tensor is copied
+  whole; in the others the untouched tensors are copied as bytes, and each trained one is read from the training
+  checkpoint, rounded to the base's dtype, and written. Memory is bounded by the largest trained tensor.
+- Without a base (a model trained from random weights) all tensors come from the training checkpoint; tied weights are
+  written once, under the name under which transformers lists them first.
+- OUT may hold the run's own `training/`. `training/export.json` names the export whose files lie there: the same export
+  keeps the files that are whole, another one begins again. OUT becomes a checkpoint when `config.json` is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, Literal
+
+from lesa_ray.checkpoint.manifest import read_manifest
+from lesa_ray.checkpoint.reader import FORMAT_NAMES, INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
+from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_bytes, plan_shards, write_shard
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.prepare import parse_size
+from lesa_ray.report.training_card import training_card
+from lesa_ray.training.trained_state import TrainedState
+
+RECORD_FILE = "training/export.json"
+FORMAT = 1
+_MARGIN = 64 * 2**20
+
+ScratchDtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """One file of weights of the result. `shard` None: the base's file as it is."""
+
+    name: str
+    nbytes: int
+    shard: Shard | None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export, decided and laid out. Picklable, holds no weights."""
+
+    out: str
+    base: Checkpoint | None
+    state: TrainedState
+    files: tuple[OutFile, ...]
+    sources: Mapping[str, str]
+    """For each tensor that is written anew, the trained parameter it is."""
+    config: dict[str, Any]
+    """config.json of the result."""
+    tokenizer: str | None
+    """A folder whose files go into the result, over those of the base."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over everything the weights' bytes depend on."""
+        content = {
+            "lesa_ray": version("lesa-ray"),
+            "base": self.base.digests() if self.base else None,
+            "state": self.state.digest(),
+            "files": [[file.name, file.nbytes] for file in self.files],
+            "config": self.config,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export gave. `written`: files of weights made by this call; the others were there already."""
+
+    out: str
+    nbytes: int
+    written: int
+    reused: bool
+    """OUT was complete already."""
+
+
+def plan_export(
+    base: Checkpoint | None,
+    state: str,
+    out: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    dtype: ScratchDtype = "bfloat16",
+    shard_size: str = "5GB",
+) -> ExportPlan:
+    """Decide and lay out an export, from headers and metadata alone. Writes nothing.
+
+    base: the checkpoint that was trained on; None: trained from random weights, then `config` (content of config.json),
+    `dtype` and `shard_size` say what the result is like. state: URL of the training checkpoint (a DCP folder).
+    tokenizer: a folder whose files go into the result, over those of the base.
+    Raises: UserError if state and base do not belong together; MachineError if a store does not answer.
+    """
+    trained = TrainedState(state)
+    if not trained.shapes:
+        raise UserError(f"training checkpoint {state}: holds no trained parameter (model.*)")
+    if base is not None:
+        files, sources = _files_of_base(base, trained, state)
+        return ExportPlan(out, base, trained, files, sources, _trained_config(base), tokenizer)
+    if config is None:
+        raise UserError(f"training checkpoint {state}: without a base the model's configuration is needed")
+    limit = parse_size(shard_size)
+    tensors = _scratch_tensors(trained, state, config, dtype)
+    files = tuple(OutFile(shard.file, shard.nbytes, shard) for shard in plan_shards([tensors], limit))
+    content = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype, "use_cache": True}
+    return ExportPlan(out, None, trained, files, {t.name: t.name for t in tensors}, content, tokenizer)
+
+
+def begin_export(plan: ExportPlan) -> list[OutFile]:
+    """Claim OUT and return the files of weights that are not there yet; all of them, unless this export was begun
+    before. Raises: UserError if OUT holds a checkpoint of something else; MachineError if the disk has no room."""
+    storage = Storage(plan.out)
+    record = _read_record(storage)
+    own = record is not None and record.get("identity") == plan.identity
+    if storage.exists("config.json") and not own:
+        what = "an export of another training checkpoint" if record else "a checkpoint"
+        raise UserError(f"OUT {plan.out}: holds {what}; give a new place, or remove it")
+    here = storage.list()
+    if not own:
+        for name in record["files"] if record else ():
+            storage.remove(name)  # of an export that was not finished and is no longer wanted
+        if foreign := [name for name in storage.list() if name.endswith((".safetensors", ".bin"))]:
+            raise UserError(f"OUT {plan.out}: holds weights that are not its own ({foreign[0]}); give a new place")
+        here = {}
+    missing = [file for file in plan.files if here.get(file.name) != file.nbytes]
+    free, needed = storage.free_bytes(), sum(file.nbytes for file in missing) + _MARGIN
+    if missing and free is not None and free < needed:
+        raise MachineError(f"OUT {plan.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    if not own:
+        content = {"format": FORMAT, "identity": plan.identity, "files": [file.name for file in plan.files]}
+        storage.write(RECORD_FILE, (json.dumps(content) + "\n").encode())
+    return missing
+
+
+def write_file(plan: ExportPlan, file: OutFile) -> None:
+    """Write one file of weights; it appears whole or not at all. Files may be written at once, by any machines.
+
+    Raises: UserError if a trained tensor holds NaN or Inf, or does not fit the base's dtype; MachineError."""
+    storage = Storage(plan.out)
+    if file.shard is None:
+        assert plan.base is not None
+        copy_file(plan.base.storage, storage, file.name, file.nbytes)
+        return
+    write_shard(storage, file.shard, make=lambda name: plan.state.read(plan.sources[name]))
+
+
+def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
+    """Add what a checkpoint has beside its weights; OUT is valid from the last write on.
+
+    facts: for the model card, see `lesa_ray.report.training_card`."""
+    storage = Storage(plan.out)
+    if plan.base is not None:
+        copy_small_files(plan.base.storage, storage, side_files(plan.base.files))
+    if plan.tokenizer is not None:
+        tokenizer = Storage(plan.tokenizer)
+        copy_small_files(tokenizer, storage, side_files(tokenizer.list()))
+    manifest = read_manifest(plan.base.storage) if plan.base else None
+    storage.write(CARD_FILE, training_card(plan.base, manifest, plan.config, facts).encode())
+    if len(plan.files) > 1:
+        if plan.base is not None:
+            storage.write(INDEX_FILE, plan.base.storage.read(INDEX_FILE))
+        else:
+            storage.write(INDEX_FILE, index_bytes([file.shard for file in plan.files if file.shard]))
+    storage.write("config.json", (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode())
+    storage.remove_leftovers()
+
+
+def export(
+    plan: ExportPlan,
+    facts: Mapping[str, object],
+    run: Callable[[ExportPlan, Sequence[OutFile]], None] | None = None,
+) -> Exported:
+    """Export from start to end; the same call goes on after a kill.
+
+    run: calls `write_file` for each of the files, on whatever machines; by default this process does, one file at a
+    time on a local disk, four at a time on a store. Raises: UserError, and then nothing of the export is left;
+    MachineError."""
+    storage = Storage(plan.out)
+    missing = begin_export(plan)
+    if not missing and storage.exists("config.json"):
+        return Exported(plan.out, plan.nbytes, 0, reused=True)
+    storage.remove("config.json")  # if a file of a finished export has gone, it is not a checkpoint until it is back
+    try:
+        (run or _run_here)(plan, missing)
+    except UserError:
+        abandon_export(plan)
+        raise
+    finish_export(plan, facts)
+    return Exported(plan.out, plan.nbytes, len(missing), reused=False)
+
+
+def abandon_export(plan: ExportPlan) -> None:
+    """Remove the weights that this export wrote, and its record: the input turned out to be wrong."""
+    storage = Storage(plan.out)
+    for name in (*(file.name for file in plan.files), RECORD_FILE):
+        storage.remove(name)
+    storage.remove_leftovers()
+
+
+def _run_here(plan: ExportPlan, files: Sequence[OutFile]) -> None:
+    with ThreadPoolExecutor(1 if Storage(plan.out).is_local else 4) as pool:
+        list(pool.map(lambda file: write_file(plan, file), files))
+
+
+def _files_of_base(base: Checkpoint, trained: TrainedState, state: str) -> tuple[tuple[OutFile, ...], dict[str, str]]:
+    """The base's files, and which of their tensors are which trained parameter."""
+    aliases = _aliases(base.config, f"checkpoint {base.base}")
+    sources = {name: parameter for name in base.tensors if (parameter := aliases.get(name, name)) in trained.shapes}
+    for parameter, shape in trained.shapes.items():
+        if parameter not in sources.values():
+            raise UserError(
+                f"training checkpoint {state}: trained {parameter}, which checkpoint {base.base} does not have; "
+                "give the checkpoint the training began from"
+            )
+        for name in (name for name, source in sources.items() if source == parameter):
+            if base.tensors[name].shape != shape:
+                raise UserError(
+                    f"training checkpoint {state}: its {parameter} is {list(shape)}, {name} of checkpoint {base.base} "
+                    f"is {list(base.tensors[name].shape)}; give the checkpoint the training began from"
+                )
+    files = []
+    for file in base.shards:
+        entries = sorted((e for e in base.tensors.values() if e.file == file), key=lambda entry: entry.offset)
+        if not any(entry.name in sources for entry in entries):
+            files.append(OutFile(file, base.files[file], None))
+            continue
+        name = SINGLE_FILE if INDEX_FILE not in base.files else file
+        shard = Shard(name, tuple(_out_tensor(base, entry, entry.name in sources) for entry in entries))
+        files.append(OutFile(name, shard.nbytes, shard))
+    return tuple(files), sources
+
+
+def _out_tensor(base: Checkpoint, entry: TensorEntry, is_trained: bool) -> OutTensor:
+    span = Span(base.storage.url, entry.file, entry.offset, entry.nbytes, entry.dtype, entry.name)
+    return OutTensor(entry.name, entry.dtype, entry.shape, None if is_trained else span)
+
+
+def _scratch_tensors(
+    trained: TrainedState, state: str, config: Mapping[str, Any], dtype: ScratchDtype
+) -> list[OutTensor]:
+    """All tensors of a model trained from random weights, in the model's order."""
+    aliases = _aliases(config, "configuration")
+    names = list(dict.fromkeys(aliases.values()))
+    for name in names:
+        if name not in trained.shapes:
+            raise UserError(
+                f"training checkpoint {state}: lacks {name}, so it cannot be exported without a base; give the "
+                "checkpoint the training began from"
+            )
+    if strange := trained.shapes.keys() - set(names):
+        raise UserError(f"training checkpoint {state}: holds {min(strange)}, which the configuration has no place for")
+    return [OutTensor(name, FORMAT_NAMES[dtype], trained.shapes[name], None) for name in names]
+
+
+def _aliases(config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Every name of every parameter of a model → the one under which it is trained. They differ where weights are
+    tied: `lm_head.weight` is trained as `model.embed_tokens.weight`, and old files hold both."""
+    from lesa_ray.training.model import build
+
+    model = build(dict(config), where)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _trained_config(base: Checkpoint) -> dict[str, Any]:
+    """The base's configuration, ready for use: with the cache that training switches off, and the files' dtype."""
+    config = {**base.config, "use_cache": True}
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        sizes: Counter[str] = Counter()
+        for entry in base.tensors.values():
+            if entry.is_float:
+                sizes[entry.dtype] += entry.nbytes
+        config["dtype"] = TORCH_NAMES[sizes.most_common(1)[0][0]]
+    return config
+
+
+def _read_record(storage: Storage) -> dict[str, Any] | None:
+    """What the last export to OUT was, or None."""
+    try:
+        record = json.loads(storage.read(RECORD_FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("files"), list) else None

@@ -1,0 +1,294 @@
+"""A model of which each worker holds its share: built without weights, sharded, then filled from the files.
+
+    configuration ▸ modules on the meta device ▸ freeze ▸ activation checkpointing ▸ compile ▸ FSDP2 ▸ memory ▸ weights
+
+Decides
+- FSDP2 (`fully_shard`): each layer a group, the rest (embeddings, last norm, head) the root group. Each worker reads
+  exactly the byte ranges of its shards (rows of dimension 0), so no process ever holds a whole model; a tensor at a
+  time passes through memory.
+- Element types: a group in which something is trained is kept in float32, a frozen one in the files' own type; with
+  precision bf16 both compute in bfloat16, and gradients are summed over workers in float32.
+- Activations are checkpointed in layers that are trained or above one that is, never below: there is no backward pass
+  there. transformers' own switch would make every layer's input require gradients.
+- No dropout, whatever config.json says: one pass over much text does not over-fit (Llama, Qwen and Mistral have none),
+  and losses would depend on the number of workers.
+- From scratch: transformers' own initialisation, module by module on the CPU, from a seed made of the parameter's name,
+  so that it does not depend on the number of workers; projections into the residual stream start 1/√(2·layers)
+  smaller (GPT-2: Radford et al. 2019, section 2.3).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lesa_ray.checkpoint.reader import TORCH_NAMES, Checkpoint
+from lesa_ray.checkpoint.residual import residual_writers
+from lesa_ray.errors import UserError
+from lesa_ray.training.freeze import layer_of
+
+_CHUNK = 2**28
+"""Bytes read at once."""
+
+
+def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
+    """The model of a config.json (its content), on the meta device, in float32. Raises: UserError."""
+    family = raw.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise UserError(f"{where}: transformers does not know the family {family!r} of its config.json")
+    try:
+        config = AutoConfig.for_model(**{**raw, "use_cache": False})
+        for key, value in config.to_dict().items():
+            if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+                setattr(config, key, 0.0)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{where}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return model.train()
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, from the bottom. Raises: UserError if there is not one stack of them."""
+    found: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        layer = layer_of(name)
+        if layer is not None:
+            stack = name[: name.index(f".{layer}.")]
+            found[stack] = max(found.get(stack, 0), layer + 1)
+    if len(found) != 1:
+        raise UserError(f"the model has {len(found)} stacks of layers ({', '.join(found)}); one is needed to train it")
+    stack, depth = next(iter(found.items()))
+    modules = model.get_submodule(stack)
+    return [modules.get_submodule(str(index)) for index in range(depth)]
+
+
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    *,
+    bf16: bool,
+    checkpoint: Checkpoint | None,
+    lowest: int | None,
+    activation_checkpointing: bool,
+    compiled: bool,
+    cpu_offload: bool,
+) -> None:
+    """Apply, in the order in which they must be: activation checkpointing, compile, FSDP2; then allocate memory.
+
+    lowest: the lowest trained layer (None: below all). The parameters' values are still undefined afterwards."""
+    layers = layers_of(model)
+    if activation_checkpointing:
+        for layer in layers[lowest or 0 :]:
+            _checkpoint_activations(layer)
+    if compiled:
+        for layer in layers:
+            layer.compile()
+    compute = torch.bfloat16 if bf16 else torch.float32
+    policy: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=None),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
+    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for layer in layers:
+        _set_storage(layer.parameters(), names, checkpoint)
+        fully_shard(layer, **policy)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    rest = [p for name, p in model.named_parameters() if layer_of(name) is None and id(p) not in inside]
+    _set_storage(rest, names, checkpoint)
+    fully_shard(model, reshard_after_forward=False, **policy)
+    model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    model.tie_weights()
+    _fill_buffers(model, mesh.device_type)
+
+
+def _checkpoint_activations(layer: nn.Module) -> None:
+    """As transformers' own switch does for one layer, without making its input require gradients."""
+    if not hasattr(layer, "gradient_checkpointing"):
+        raise UserError(
+            f"activation checkpointing: {type(layer).__name__} cannot do it in this version of transformers"
+        )
+    layer.gradient_checkpointing = True  # type: ignore[assignment]
+    layer._gradient_checkpointing_func = functools.partial(  # type: ignore[assignment]
+        torch.utils.checkpoint.checkpoint, use_reentrant=False
+    )
+
+
+def _set_storage(parameters: Any, names: dict[int, str], checkpoint: Checkpoint | None) -> None:
+    """The element type in which a group of (meta) parameters is kept: one for all of them, as FSDP2 asks."""
+    group = list(parameters)
+    if checkpoint is None or any(parameter.requires_grad for parameter in group):
+        return  # float32, as built
+    stored = {checkpoint.tensors[names[id(p)]].dtype for p in group if names.get(id(p)) in checkpoint.tensors}
+    if len(stored) == 1:
+        dtype = getattr(torch, TORCH_NAMES[stored.pop()])
+        for parameter in group:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _fill_buffers(model: PreTrainedModel, device: str) -> None:
+    """Buffers that no file holds (rotary frequencies): their module's own initialisation makes them."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+            if not names:
+                continue
+            clone = {name: torch.empty_like(module._buffers[name], device=device) for name in names}
+            module._buffers.update(clone)
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def load(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Fill the shards of this process from the checkpoint's files, each by its own byte ranges.
+
+    Raises: UserError if the checkpoint is not this model's: a tensor missing, of another shape, or left over."""
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    check_tensors(model, checkpoint)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            local, start, rows = _own_rows(tensor)
+            if rows:
+                _read_rows(checkpoint, name, start, local)
+
+
+def check_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raises: UserError if the checkpoint's tensors are not those of the model."""
+    where = f"checkpoint {checkpoint.base}"
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(tensors)
+    missing = [name for name in tensors if name not in checkpoint.tensors]
+    if missing:
+        fitting = sum(name in checkpoint.tensors for name in tensors)
+        raise UserError(
+            f"{where}: lacks {len(missing)} of {len(tensors)} tensors of {type(model).__name__}, the first {missing[0]}"
+            + (
+                ""
+                if fitting > len(missing)
+                else "; its family names or fuses tensors otherwise and cannot be trained yet"
+            )
+        )
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    for name, entry in checkpoint.tensors.items():
+        if name not in every:
+            if name.endswith("rotary_emb.inv_freq") or any(re.search(pattern, name) for pattern in ignored):
+                continue
+            if any(name.endswith(f".{buffer}") for buffer in ("attn.bias", "attn.masked_bias", "attention.bias")):
+                continue
+            raise UserError(f"{where}: holds {name}, which {type(model).__name__} has no place for")
+        if name in tensors and tuple(tensors[name].shape) != entry.shape:
+            raise UserError(
+                f"{where}: {name} is {list(entry.shape)} in the files, config.json makes it {list(tensors[name].shape)}"
+            )
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong into files, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """This process's part of a tensor: the memory, its first row and how many rows (of dimension 0) it has."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0, max(tensor.shape[0] if tensor.ndim else 1, 0)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0] if offset else 0, shape[0] if shape and 0 not in shape else 0
+
+
+def _read_rows(checkpoint: Checkpoint, name: str, start: int, local: torch.Tensor) -> None:
+    """Copy rows [start, start + len(local)) of a stored tensor into `local`, in its element type."""
+    entry = checkpoint.tensors[name]
+    dtype = getattr(torch, TORCH_NAMES[entry.dtype])
+    width = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
+    rows = local.shape[0] if local.ndim else 1
+    step = max(1, _CHUNK // max(width, 1))
+    flat = local.reshape(rows, -1) if local.is_contiguous() else local
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        begin = entry.offset + (start + first) * width
+        data = checkpoint.storage.read(entry.file, begin, begin + (last - first) * width)
+        if len(data) != (last - first) * width:
+            raise UserError(f"{entry.file}: ends inside tensor {name}; the file changed or is truncated")
+        values = torch.frombuffer(bytearray(data), dtype=dtype)
+        flat[first:last].copy_(values.view(flat[first:last].shape))
+
+
+def initialise(model: PreTrainedModel, raw: dict[str, Any], seed: int) -> None:
+    """Fill the shards of this process with initial weights, the same for any number of workers."""
+    twin = build(raw, "architecture")
+    targets = dict(model.named_parameters(remove_duplicate=False))
+    done: set[int] = set()
+    depth = len(layers_of(twin))
+    types = {name.split(".", 1)[1] for name in _inner_names(twin)}
+    writers = set(residual_writers(sorted(types)))
+    tied = {id(parameter): name for name, parameter in model.named_parameters()}
+    for prefix, module in twin.named_modules():
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        full = [f"{prefix}.{name}" if prefix else name for name in own]
+        if not own or all(id(targets[name]) in done for name in full):
+            continue
+        for name in own:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
+        with _seeded(seed, tied[id(targets[full[0]])]), torch.no_grad():
+            twin._init_weights(module)
+        for name, whole in zip(own, full, strict=True):
+            value = module._parameters[name]
+            assert value is not None
+            inner = _inner_name(whole)
+            if inner in writers and value.ndim > 1:
+                value.data.mul_((2 * depth) ** -0.5)
+            local, start, rows = _own_rows(targets[whole])
+            if rows:
+                with torch.no_grad():
+                    local.copy_(value.data[start : start + rows])
+            done.add(id(targets[whole]))
+            module._parameters[name] = nn.Parameter(value.to("meta"))
+
+
+def _inner_names(model: nn.Module) -> Iterator[str]:
+    for name, _ in model.named_parameters():
+        if _inner_name(name):
+            yield f"x.{_inner_name(name)}"
+
+
+def _inner_name(name: str) -> str:
+    """The weight type within a layer, as lesa_ray.checkpoint.anatomy calls it; empty outside the layers."""
+    layer = layer_of(name)
+    return "" if layer is None else name.split(f".{layer}.", 1)[1]
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        yield
+
+
+def trained_parameters(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, in order."""
+    chosen = set(names)
+    return {name: parameter for name, parameter in model.named_parameters() if name in chosen}

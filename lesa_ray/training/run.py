@@ -1,0 +1,219 @@
+"""A training run before it begins: everything that can be wrong is looked at here, from headers alone.
+
+What a run is, its identity: a hash over the checkpoint's digests (or the architecture), the token blocks' digest, the
+parameters that are trained and every setting that counts. OUT belongs to one run:
+
+    OUT/training/run.json       whose OUT this is; written first
+    OUT/training/…              metrics.jsonl, tensorboard/, checkpoints/, result.json
+    OUT/…, OUT/config.json      the trained checkpoint; config.json is written last, from then on the run is done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lesa_ray.checkpoint.manifest import Manifest, read_manifest
+from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import UserError
+from lesa_ray.training.tokens import TokenBlocks, open_blocks
+from lesa_ray.training.train_settings import OPERATIONAL, TrainConfig
+
+RUN_FILE = "training/run.json"
+RESULT_FILE = "training/result.json"
+FORMAT = 1
+
+State = Literal["fresh", "resume", "done"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can begin. Holds no weights; picklable, so that workers can carry it."""
+
+    config: TrainConfig
+    checkpoint: Checkpoint | None
+    manifest: Manifest | None
+    architecture: dict[str, Any]
+    """The content of the model's config.json."""
+    blocks: TokenBlocks
+    trained: tuple[str, ...]
+    """Names of the trained parameters."""
+    lowest: int | None
+    """The lowest trained layer; None if something below the layers is trained."""
+    steps: int
+    bf16: bool
+    parameters: int
+    trained_parameters: int
+    identity: str
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return f"checkpoint {self.checkpoint.base}" if self.checkpoint is not None else "architecture"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.steps * self.config.batch * self.blocks.seq_len
+
+
+def prepare(config: TrainConfig, *, gpus: bool) -> Run:
+    """Look at everything. gpus: whether workers will have GPUs (decides `precision: auto`).
+
+    Raises: UserError, with one line that says what is wrong; MachineError if a store does not answer."""
+    from lesa_ray.training.freeze import default_choice, freeze, trained_names
+    from lesa_ray.training.loop import total_steps
+    from lesa_ray.training.model import build, check_tensors, layers_of
+
+    blocks = open_blocks(config.data)
+    checkpoint = manifest = None
+    if config.checkpoint is not None:
+        try:
+            checkpoint = open_checkpoint(config.checkpoint)
+        except UserError as error:
+            raise UserError(str(error).replace("BASE ", "checkpoint ", 1)) from error
+        manifest = read_manifest(checkpoint.storage)
+        architecture = checkpoint.config
+        where = f"checkpoint {config.checkpoint}"
+    else:
+        architecture, where = read_architecture(config), "architecture"
+    model = build(architecture, where)
+    layers_of(model)
+    if checkpoint is not None:
+        check_tensors(model, checkpoint)
+    check_data(blocks, architecture, model.config.get_text_config(), where)
+    chosen = config.train or (("all",) if checkpoint is None else default_choice(manifest, str(config.checkpoint)))
+    trained = trained_names(model, chosen, manifest, where)
+    lowest = freeze(model, trained)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    bf16 = use_bf16(config, gpus)
+    steps = total_steps(config, blocks.train, blocks.seq_len)
+    identity = identity_of(config, checkpoint, architecture, blocks, trained, steps, bf16)
+    return Run(
+        config, checkpoint, manifest, architecture, blocks, trained, lowest, steps, bf16,
+        sum(sizes.values()), sum(sizes[name] for name in trained), identity,
+    )  # fmt: skip
+
+
+def read_architecture(config: TrainConfig) -> dict[str, Any]:
+    """The config.json to begin from. Raises: UserError."""
+    given = config.architecture
+    if isinstance(given, dict):
+        return given
+    assert given is not None
+    folder, name = given, "config.json"
+    if given.endswith(".json"):
+        folder, _, name = given.rpartition("/")
+        folder = folder or "."
+    try:
+        content = json.loads(Storage(folder).read(name))
+    except FileNotFoundError:
+        raise UserError(f"architecture {given}: there is no {name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"architecture {given}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"architecture {given}: {name} is not a JSON object")
+    return content
+
+
+def check_data(blocks: TokenBlocks, architecture: dict[str, Any], text_config: Any, where: str) -> None:
+    """Raises: UserError if the token blocks do not suit the model."""
+    if not blocks.train.rows:
+        raise UserError(f"data {blocks.url}: there is no row to train on")
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < blocks.seq_len:
+        raise UserError(
+            f"data {blocks.url}: its rows have {blocks.seq_len} tokens, {where} was made for {positions}; tokenize "
+            f"with --seq-len {positions}"
+        )
+    size = int(text_config.vocab_size)
+    if blocks.vocab_size > size:
+        raise UserError(
+            f"data {blocks.url}: its tokens go up to {blocks.vocab_size - 1}, the vocabulary of {where} has {size}; "
+            "tokenize with the model's own tokenizer"
+        )
+
+
+def use_bf16(config: TrainConfig, gpus: bool) -> bool:
+    """Whether matrix products run in bfloat16; `auto` is what the run at OUT has decided already, if there is one."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    record = read_json(Storage(config.out), RUN_FILE)
+    if record is not None and isinstance(record.get("bf16"), bool):
+        return bool(record["bf16"])
+    if gpus:
+        return True
+    import torch
+
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def identity_of(
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    architecture: dict[str, Any],
+    blocks: TokenBlocks,
+    trained: tuple[str, ...],
+    steps: int,
+    bf16: bool,
+) -> str:
+    """The hash of everything that a result depends on."""
+    named = {"checkpoint", "architecture", "data", "train", "steps", "tokens", "precision"}
+    content = {
+        "settings": config.model_dump(mode="json", exclude={*OPERATIONAL, *named}),
+        "base": architecture if checkpoint is None else {"config": architecture, "shards": checkpoint.digests()},
+        "data": blocks.digest,
+        "trained": list(trained),
+        "steps": steps,
+        "bf16": bf16,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(storage: Storage, name: str) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none."""
+    try:
+        content = json.loads(storage.read(name))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def out_state(run: Run) -> State:
+    """What OUT is to this run. Raises: UserError if it holds anything else."""
+    out = run.config.out
+    storage = Storage(out)
+    if storage.is_empty():
+        return "fresh"
+    record = read_json(storage, RUN_FILE)
+    if record is None:
+        raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
+    if record.get("identity") != run.identity:
+        raise UserError(
+            f"OUT {out}: holds a run of other inputs or settings ({_differences(record, run)}); give a new place, or "
+            "remove it"
+        )
+    return "done" if storage.exists("config.json") and storage.exists(RESULT_FILE) else "resume"
+
+
+def _differences(record: dict[str, Any], run: Run) -> str:
+    """Which settings differ, in words."""
+    before, now = record.get("summary", {}), summary(run)
+    names = [name for name in now if before.get(name) != now[name]]
+    return ", ".join(f"{name}: {before.get(name)} there, {now[name]} now" for name in names[:3]) or "other content"
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What a person would compare two runs by."""
+    shown = run.config.model_dump(mode="json", exclude={*OPERATIONAL, "architecture", "train", "tokens", "precision"})
+    return {**shown, "steps": run.steps, "trained_parameters": run.trained_parameters, "bf16": run.bf16}
+
+
+def claim(run: Run) -> None:
+    """Mark OUT as this run's."""
+    content = {"format": FORMAT, "identity": run.identity, "bf16": run.bf16, "summary": summary(run),
+               "config": run.config.model_dump(mode="json")}  # fmt: skip
+    Storage(run.config.out).write(RUN_FILE, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,195 @@
+"""Which data there are, and how they are dealt out: files, folders, globs, URLs, datasets of the hub → pieces of work.
+
+Decides
+- A piece is at most 32 MiB of files (small files together, large ones in parts), so that one huge file is shared among
+  the tasks too. A part of a `.jsonl` file is the lines that begin in its range of bytes; of a `.parquet` file some of
+  its row groups; of a document some of its lines; a `.jsonl.gz` file and a shard of a hub dataset are whole.
+  The pieces depend on the data alone, never on the number of tasks: so the tokens are always the same.
+- Folders are searched to the bottom, hidden files left out; the order is that of the sources, then of the paths.
+- A name that is no path here is one of the hub. Its revision is pinned when a run begins, and each task streams its
+  shards, so nothing is kept on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from lesa_ray.checkpoint.storage import explain, filesystem_options
+from lesa_ray.errors import MachineError, UserError
+
+PLAIN = (".txt", ".md", ".py")
+ROWS = (".jsonl", ".jsonl.gz", ".parquet")
+KINDS = (*PLAIN, *ROWS)
+PIECE_BYTES = 32 * 2**20
+_PIECE_FILES = 1000
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a dataset of the hub."""
+
+    name: str
+    """URL of the file, or name of the dataset."""
+    nbytes: int
+    """0 where unknown."""
+    mark: str
+    """What changes with the content: the store's ETag, the time a local file was written, the dataset's revision."""
+    shards: int = 0
+    """Of a dataset of the hub; 0 for files."""
+
+    @property
+    def kind(self) -> str:
+        """plain, .jsonl, .jsonl.gz, .parquet or hub."""
+        if self.shards:
+            return "hub"
+        name = self.name.split("?")[0]
+        return next((end for end in (".jsonl.gz", ".jsonl", ".parquet") if name.endswith(end)), "plain")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `index` of `count` of a source; `take`: only its first so many documents."""
+
+    source: Source
+    index: int = 0
+    count: int = 1
+    take: int | None = None
+
+    def span(self, total: int) -> tuple[int, int]:
+        """This part of `total` things (bytes, row groups): [start, end)."""
+        return self.index * total // self.count, (self.index + 1) * total // self.count
+
+    @property
+    def nbytes(self) -> int:
+        start, end = self.span(self.source.nbytes)
+        return end - start
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one task tokenises. `number` is its place in the order of the data."""
+
+    number: int
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def find_sources(names: Sequence[str], dataset_config: str | None, dataset_split: str) -> list[Source]:
+    """The sources behind names, each once, in their order.
+
+    Raises: UserError naming what is not there, cannot be read or holds no data; MachineError if the hub does not
+    answer."""
+    found: dict[str, Source] = {}
+    for name in names:
+        for source in _sources_of(name, dataset_config, dataset_split):
+            found.setdefault(source.name, source)
+    return list(found.values())
+
+
+def _sources_of(name: str, dataset_config: str | None, dataset_split: str) -> list[Source]:
+    try:
+        fs, path = fsspec.url_to_fs(name, use_listings_cache=False, **filesystem_options(name))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"DATA {name}: {error}") from error
+    local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    try:
+        if fs.isdir(path):
+            entries = fs.find(path, detail=True)
+            inside = {entry: entry.removeprefix(path.rstrip("/") + "/") for entry in entries}
+            infos = {
+                entry: entries[entry]
+                for entry in sorted(entries)
+                if entry.endswith(KINDS) and not any(part.startswith(".") for part in inside[entry].split("/"))
+            }
+        elif fs.exists(path):
+            if not path.split("?")[0].endswith(KINDS):
+                raise UserError(f"DATA {name}: is of no kind that is known ({', '.join(KINDS)})")
+            infos = {path: fs.info(path)}
+        elif any(sign in path for sign in "*?["):
+            infos = {entry: fs.info(entry) for entry in sorted(fs.glob(path)) if entry.endswith(KINDS)}
+        elif local and _HUB_NAME.match(name) and not name.endswith(KINDS):
+            return [_hub_source(name, dataset_config, dataset_split)]
+        else:
+            raise UserError(f"DATA {name}: there is no such file or folder")
+    except (UserError, MachineError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"DATA {name}: there is no such file or folder") from None
+    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        raise UserError(f"DATA {name}: cannot be listed ({explain(error)[:200]})") from error
+    if not infos:
+        raise UserError(f"DATA {name}: no data found; expected files that end with {', '.join(KINDS)}")
+    return [
+        Source(entry if local else fs.unstrip_protocol(entry), int(info.get("size") or 0), _mark(info))
+        for entry, info in infos.items()
+    ]
+
+
+def _mark(info: dict[str, Any]) -> str:
+    known = (info.get(key) for key in ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified"))
+    return str(next((value for value in known if value), "")).strip('"')
+
+
+def _hub_source(name: str, config: str | None, split: str) -> Source:
+    try:
+        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise UserError(
+            f"DATA {name}: there is no such file or folder; for a dataset of the Hugging Face hub, install "
+            "`lesa-ray[data]`"
+        ) from None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        revision = HfApi().dataset_info(name).sha or "main"
+        return Source(name, 0, revision, shards=open_dataset(name, config, split, revision).num_shards)
+    except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise UserError(f"DATA {name}: there is no such file or folder, and no such dataset on the hub") from error
+    except ValueError as error:  # no such configuration or split: the message lists those there are
+        raise UserError(f"DATA {name}: {explain(error)[:300]}") from error
+    except Exception as error:  # the hub's clients have their own class for each way in which they may fail
+        raise MachineError(
+            f"DATA {name}: there is no such file or folder, and the hub cannot be asked ({explain(error)[:160]})"
+        ) from error
+
+
+def open_dataset(name: str, config: str | None, split: str, revision: str | None) -> Any:
+    """A split of a dataset of the hub, streamed. Raises: what `datasets` raises."""
+    import datasets
+
+    return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+
+
+def deal(sources: Iterable[Source], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """The sources in pieces of about `piece_bytes`, in their order."""
+    pieces: list[Piece] = []
+    small: list[Part] = []
+
+    def close() -> None:
+        if small:
+            pieces.append(Piece(len(pieces), tuple(small)))
+            small.clear()
+
+    for source in sources:
+        count = source.shards or (1 if source.kind == ".jsonl.gz" else max(1, -(-source.nbytes // piece_bytes)))
+        if count == 1 and 0 < source.nbytes <= piece_bytes:
+            if small and (sum(p.nbytes for p in small) + source.nbytes > piece_bytes or len(small) == _PIECE_FILES):
+                close()
+            small.append(Part(source))
+            continue
+        close()
+        for index in range(count):
+            small.append(Part(source, index, count))
+            close()
+    close()
+    return pieces

@@ -1,0 +1,204 @@
+"""Settings of continual pre-training, pre-training from scratch and fine-tuning: type, unit, default and its source.
+
+Which settings are part of what a run is: all that change a bit of its result but the number of workers (whose sums
+round differently, no more). Those of `OPERATIONAL` are not: they may differ when a run is taken up again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from lesa_ray.config import Settings
+from lesa_ray.errors import UserError
+
+Schedule = Literal["cosine", "wsd", "linear", "constant"]
+Precision = Literal["auto", "bf16", "fp32"]
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+LoggerName = Literal["mlflow", "wandb"]
+
+OPERATIONAL = (
+    "out",
+    "workers",
+    "gpus_per_worker",
+    "cpus_per_worker",
+    "micro_batch",
+    "activation_checkpointing",
+    "compile",
+    "cpu_offload",
+    "checkpoint_every",
+    "keep",
+    "eval_every",
+    "log_every",
+    "loggers",
+    "wait",
+    "retries",
+)
+"""Settings that do not change what a run computes, rounding apart."""
+
+
+class TrainConfig(Settings):
+    """One training run: what is trained, on what, for how long, how, and by how many workers."""
+
+    checkpoint: str | None = None
+    """Checkpoint to train on: a folder, a Hugging Face repo id or an fsspec URL; none: `architecture` from scratch."""
+    architecture: str | dict[str, Any] | None = None
+    """Pre-training from scratch: a config.json (a path or URL of it or of its folder), or its content."""
+    data: str
+    """Token blocks (`lesa-ray tokenize`): a folder or an fsspec URL."""
+    out: str
+    """Where the trained checkpoint goes, and the run's own files in `training/` below it: a folder or an fsspec URL."""
+    train: tuple[str, ...] = ()
+    """What is trained: `new` (layers that `expansion.json` calls new), `all`, `norms`, `embeddings`, `lm_head`, or
+    patterns of parameter names as in `*.mlp.*`; none: what `expansion.json` says its method trains, `all` from
+    scratch."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens to train on, instead of steps (rounded up to whole steps). Neither: the training split once."""
+    batch: int = Field(default=64, ge=1)
+    """Rows (sequences) of one optimizer step over all workers: 64 × 2,048 tokens are OpT-DeUS's step."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Rows a worker takes through the model at once; the rest of its share follows (gradient accumulation). None: as
+    many as have at most 8,192 tokens."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak of AdamW's learning rate (LLaMA Pro, arXiv 2401.02415, section 4.1)."""
+    schedule: Schedule = "cosine"
+    """How the rate falls after the warm-up: `cosine` and `linear` to `final_rate`; `wsd` (warm-up, stable, decay:
+    Hägele et al., arXiv 2405.18392) stays and falls linearly over the last `decay`; `constant` stays."""
+    warmup: float = Field(default=0.06, ge=0)
+    """Warm-up from zero: a share of the steps if below 1 (LLaMA Pro: 6 %), else steps."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the steps over which the rate falls (Hägele et al.: 0.1 to 0.2 suffice)."""
+    final_rate: float = Field(default=0.0, ge=0, le=1)
+    """The rate at the end, as a share of the peak."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's, on matrices only (LLaMA Pro; GPT-3, Llama)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's (GPT-3, Llama)."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient (LLaMA Pro; GPT-3, Llama)."""
+    precision: Precision = "auto"
+    """`bf16`: matrix products and activations in bfloat16; trained weights, sums of gradients and the optimizer in
+    float32. `fp32`: everything in float32. `auto`: bf16 on GPUs and on CPUs with AMX, else fp32."""
+    seed: int = 0
+    """Order of the data; and the initial weights from scratch."""
+    dtype: ExportDtype | None = None
+    """Element type of the result; None: the base's, bfloat16 from scratch."""
+    eval_rows: int = Field(default=256, ge=0)
+    """Rows of the held-out split that the held-out loss is measured on (the first ones); 0 measures none."""
+
+    activation_checkpointing: bool = False
+    """Make activations of trained layers anew in the backward pass: about a third more time, far less memory."""
+    compile: bool = False
+    """Compile each layer (`torch.compile`)."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and optimizer state in the CPU's memory."""
+    workers: int | tuple[int, int] = 1
+    """Worker processes, or the fewest and the most (elastic: as many as the cluster can give)."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """None: one where the cluster has GPUs, else none."""
+    cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPU cores and threads of a worker; None: one beside a GPU, else the cluster's cores divided by the workers."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints: what a killed run loses at most."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept: the last so many, and the one with the least held-out loss."""
+    eval_every: int = Field(default=500, ge=1)
+    """Steps between measurements of the held-out loss; it is measured before the first and after the last step too."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics; whether the loss is still a number is looked at as often."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Where metrics go beside metrics.jsonl and TensorBoard."""
+    wait: float = Field(default=300.0, ge=0)
+    """Seconds to wait until a running cluster can give the workers (it may be growing)."""
+    retries: int = Field(default=3, ge=0)
+    """How often the workers are started again after a fault."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        """`new,norms` is two."""
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return value
+        return tuple(name.strip() for part in parts for name in str(part).split(",") if name.strip())
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _range(cls, value: object) -> object:
+        """`2-8` is a range, `2` a number."""
+        if isinstance(value, str):
+            low, dash, high = value.partition("-")
+            if low.strip().isdigit() and (not dash or high.strip().isdigit()):
+                return (int(low), int(high)) if dash else int(low)
+            raise ValueError(f"{value!r}: expected a number or a range such as 2-8")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.checkpoint is None) == (self.architecture is None):
+            raise ValueError("give a checkpoint to train on or an architecture to begin from scratch, one of the two")
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("give steps or tokens, not both")
+        if self.architecture is not None and self.train not in ((), ("all",)):
+            raise ValueError("train: from scratch everything is trained")
+        low, high = self.worker_range
+        if not 1 <= low <= high:
+            raise ValueError(f"workers {low}-{high}: expected at least 1, and the fewest first")
+        if low == high and self.batch % low:
+            raise ValueError(f"batch {self.batch}: cannot be divided among {low} workers; give a multiple")
+        if self.batch < high:
+            raise ValueError(f"batch {self.batch}: is less than a row for each of {high} workers")
+        if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than the whole run")
+        return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+
+def load_train_config(path: str | None, **given: object) -> TrainConfig:
+    """A `TrainConfig` from a YAML file (if any) and `given`, whose values win unless None.
+
+    Raises: UserError if the file cannot be read, or a setting is unknown or wrong."""
+    data: dict[str, object] = {}
+    if path is not None:
+        data = read_yaml(path)
+    data |= {key: value for key, value in given.items() if value is not None}
+    for name in ("data", "out"):
+        if data.get(name) is None:
+            raise UserError(f"{name.upper()}: missing; give it on the command line or in --config FILE")
+    return validated(TrainConfig, data, f"config {path}" if path else "options")
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """A YAML file's mapping; `path` may be any fsspec URL. Raises: UserError."""
+    import fsspec
+
+    from lesa_ray.checkpoint.storage import filesystem_options
+
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8", **filesystem_options(path)) as file:
+            data = yaml.safe_load(file)
+    except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
+        first = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"config {path}: {first[0]}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def validated(kind: type[TrainConfig], data: dict[str, object], where: str) -> TrainConfig:
+    """`data` as settings. Raises: UserError naming the first that is wrong."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from error

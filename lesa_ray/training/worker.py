@@ -1,0 +1,87 @@
+"""What one worker does, from a process group to the last checkpoint. Knows nothing of Ray.
+
+build ▸ freeze ▸ shard ▸ load (or initialise) ▸ take up the last checkpoint ▸ loop
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from lesa_ray.training import checkpoints
+from lesa_ray.training.flops import peak_flops, step_flops
+from lesa_ray.training.freeze import freeze
+from lesa_ray.training.loop import Loop, Place, Progress, Trainer, make_optimizer
+from lesa_ray.training.metrics import MetricsLog
+from lesa_ray.training.model import build, initialise, load, shard, trained_parameters
+from lesa_ray.training.run import Run
+
+
+def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> None:
+    """Train from the last complete checkpoint (or the start) to the end. The process group must be up.
+
+    tell: is called on rank 0 now and then. Raises: UserError, MachineError."""
+    config = run.config
+    place = Place(dist.get_rank(), dist.get_world_size(), device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    mesh = init_device_mesh(device.type, (place.workers,))
+    model = build(run.architecture, run.name)
+    freeze(model, run.trained)
+    flops = step_flops(
+        model, tokens=config.batch * run.blocks.seq_len, seq_len=run.blocks.seq_len, lowest_layer=run.lowest
+    )
+    shard(
+        model,
+        mesh,
+        bf16=run.bf16,
+        checkpoint=run.checkpoint,
+        lowest=run.lowest,
+        activation_checkpointing=config.activation_checkpointing,
+        compiled=config.compile,
+        cpu_offload=config.cpu_offload,
+    )
+    trained = trained_parameters(model, run.trained)
+    optimizer = make_optimizer(trained, config)
+    checkpoints.init_optimizer_state(optimizer)
+    last = _last_checkpoint(run)
+    if run.checkpoint is not None:
+        load(model, run.checkpoint)
+    elif last is None:
+        initialise(model, run.architecture, config.seed)
+    if last is not None:
+        checkpoints.load(config.out, last, trained, optimizer)
+    first = last.step if last is not None else 0
+    own_group = dist.new_group(backend="gloo")
+    saver = checkpoints.Saver(config.out, run.identity, config.keep, own_group)
+    metrics = None
+    if place.rank == 0:
+        metrics = MetricsLog(
+            config.out,
+            config.loggers,
+            resume_step=first,
+            run_name=os.path.basename(config.out.rstrip("/")),
+            settings=config.model_dump(mode="json"),
+        )
+    try:
+        peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if device.type == "cuda" else None
+        loop = Loop(Trainer(model, trained, optimizer, config, place, run.steps, run.blocks.seq_len), run.blocks,
+                    saver, metrics, tell, flops, peak if run.bf16 else None)  # fmt: skip
+        loop.run(first)
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+def _last_checkpoint(run: Run) -> checkpoints.Record | None:
+    """The last complete checkpoint, the same one for all workers: rank 0 looks."""
+    found: list[checkpoints.Record | None] = [None]
+    if dist.get_rank() == 0:
+        records = checkpoints.find_complete(run.config.out, run.identity)
+        found = [records[-1] if records else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]

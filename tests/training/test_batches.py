@@ -1,0 +1,56 @@
+"""The rows of a step: a pure function, every row once an epoch, the same whoever reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lesa_ray.training.batches import IGNORED, WINDOW, cut, labelled, scored_tokens, step_rows, worker_share
+
+
+@pytest.mark.parametrize(("rows", "group", "batch"), [(1, 4, 3), (10, 4, 4), (100, 4, 8), (331, 3, 7), (64, 64, 64)])
+def test_every_row_once_an_epoch(rows: int, group: int, batch: int) -> None:
+    steps = -(-3 * rows // batch)
+    order = np.concatenate([step_rows(step, batch, rows, group, seed=1) for step in range(steps)])
+    assert len(order) == steps * batch
+    for epoch in range(3):
+        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    if rows > 50:
+        assert list(order[:rows]) != list(order[rows : 2 * rows])
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
+    straight = [step_rows(step, 8, 1000, 5, seed=3) for step in range(200)]
+    backwards = [step_rows(step, 8, 1000, 5, seed=3) for step in reversed(range(200))]
+    assert all(np.array_equal(a, b) for a, b in zip(straight, reversed(backwards), strict=True))
+    assert not np.array_equal(straight[0], step_rows(0, 8, 1000, 5, seed=4))
+
+
+def test_a_worker_holds_few_row_groups_at_a_time() -> None:
+    """Within one window no more than WINDOW groups are touched, and each group in one stretch of the epoch only."""
+    rows, group, batch = 10_000, 10, 20
+    seen: dict[int, list[int]] = {}
+    for step in range(rows // batch):
+        for row in step_rows(step, batch, rows, group, seed=0):
+            seen.setdefault(int(row) // group, []).append(step)
+    longest = WINDOW * group // batch
+    assert max(max(steps) - min(steps) for steps in seen.values()) <= longest
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
+def test_workers_share_a_step_whatever_their_number(workers: int) -> None:
+    indices = step_rows(5, 12, 100, 8, seed=0)
+    shares = [worker_share(indices, rank, workers) for rank in range(workers)]
+    assert len({len(own) for own, _ in shares}) == 1
+    kept = [own[: len(own) - filler] for own, filler in shares]
+    assert np.array_equal(np.concatenate(kept), indices)
+
+
+def test_fillers_are_not_scored() -> None:
+    ids = np.arange(12, dtype=np.int32).reshape(3, 4)
+    found = labelled({"input_ids": ids}, 1)
+    assert (found["labels"][2] == IGNORED).all()
+    assert (found["labels"][:2] == ids[:2]).all()
+    assert scored_tokens(found["labels"]) == 6
+    assert (ids == np.arange(12).reshape(3, 4)).all()
+    assert [len(micro["labels"]) for micro in cut(found, 2)] == [2, 1]

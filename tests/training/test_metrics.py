@@ -1,0 +1,187 @@
+"""The record of a run: whole after a kill, without the steps a resumed run does again, on a disk and on S3."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import UserError
+from lesa_ray.training import metrics
+from lesa_ray.training.metrics import MetricsLog, check_loggers, read_metrics
+
+SETTINGS = {"lr": 1e-3, "schedule": {"kind": "cosine"}}
+
+
+def start(out: str, resume_step: int = 0, loggers: tuple[str, ...] = ()) -> MetricsLog:
+    return MetricsLog(out, loggers, resume_step, "run", SETTINGS)
+
+
+def steps(out: str) -> list[int]:
+    return [row["step"] for row in read_metrics(out)]
+
+
+def board(folder: str | Path) -> dict[int, float]:
+    """What TensorBoard shows for the loss: step → value."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+def record(out: str, log: MetricsLog, *at: int, loss: float = 1.0) -> None:
+    for step in at:
+        log.row(step, {"loss": loss * step})
+
+
+def test_a_row_is_one_line_with_the_step_first(tmp_path: Path) -> None:
+    log = start(str(tmp_path))
+    log.row(3, {"loss": torch.tensor(2.5), "tokens": 4096, "grad_norm": float("nan"), "step_s": float("inf")})
+    lines = (tmp_path / "training/metrics.jsonl").read_text()  # without flush or close
+    assert lines == '{"step": 3, "loss": 2.5, "tokens": 4096, "grad_norm": null, "step_s": null}\n'
+    log.close()
+    assert board(tmp_path / "training/tensorboard") == {3: 2.5}
+
+
+def test_a_resumed_run_cuts_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
+    log = start(str(tmp_path))
+    record(str(tmp_path), log, 0, 1, 2, 3, 4)
+    log.close()
+    with open(tmp_path / "training/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    log = start(str(tmp_path), resume_step=2)
+    record(str(tmp_path), log, 3, loss=10)
+    log.close()
+    assert steps(str(tmp_path)) == [0, 1, 2, 3]
+    assert board(tmp_path / "training/tensorboard") == {0: 0, 1: 1, 2: 2, 3: 30}
+    start(str(tmp_path), resume_step=0).close()
+    assert steps(str(tmp_path)) == []
+
+
+def test_a_killed_process_loses_no_row(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from tests.training.test_metrics import *\n"
+        f"log = start({str(tmp_path)!r}); record('', log, *range(100)); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL
+    assert steps(str(tmp_path)) == list(range(100))
+
+
+def test_on_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = f"{s3}/metrics"
+    log = start(out)
+    record(out, log, 1, 2)
+    log.flush()
+    assert steps(out) == []  # 30 s have not passed
+    log.flush(now=True)
+    assert steps(out) == [1, 2]
+    monkeypatch.setattr(metrics, "_PUT_SECONDS", 0.0)
+    record(out, log, 3)
+    log.flush()
+    assert steps(out) == [1, 2, 3]
+    record(out, log, 4)
+    log.close()
+    assert steps(out) == [1, 2, 3, 4]
+    assert not os.path.exists(log._folder)
+
+    log = start(out, resume_step=2)
+    record(out, log, 3, loss=10)
+    log.close()
+    assert steps(out) == [1, 2, 3]
+    remote = Storage(f"{out}/training/tensorboard")
+    assert len(remote.list()) == 2
+    for name in remote.list():
+        (tmp_path / name).write_bytes(remote.read(name))
+    assert board(tmp_path) == {1: 1, 2: 2, 3: 30}
+
+
+def test_a_store_that_is_away_does_not_stop_the_steps(
+    s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lesa_ray.errors import MachineError
+
+    log = start(f"{s3}/away")
+    log.row(1, {"loss": 1.0})
+    monkeypatch.setattr(metrics, "_PUT_SECONDS", 0.0)
+
+    def away(*args: object) -> None:
+        raise MachineError("the store does not answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Storage, "write", away)
+        log.flush()
+        assert "not put this time" in caplog.text
+        with pytest.raises(MachineError):
+            log.flush(now=True)
+    log.close()
+    assert steps(f"{s3}/away") == [1]
+
+
+def test_a_logger_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="loggers: neptune is not one; there are mlflow, wandb"):
+        check_loggers(["neptune"])
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="loggers: wandb is not installed; run `pip install wandb`"):
+        MetricsLog(str(tmp_path / "out"), ["wandb"], 0, "run", SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_logger_that_fails_gets_no_more_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing:
+        run_id = "7"
+        rows: list[int] = []  # noqa: RUF012
+
+        def __init__(self, *args: object) -> None: ...
+
+        def row(self, step: int, values: object) -> None:
+            self.rows.append(step)
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
+    monkeypatch.setattr(metrics, "_Mlflow", Failing)
+    with caplog.at_level(logging.WARNING):
+        log = start(str(tmp_path), loggers=("mlflow",))
+        record(str(tmp_path), log, 1, 2)
+        log.close()
+    assert Failing.rows == [1]
+    assert caplog.text.count("mlflow gets no more rows, training goes on: ConnectionError: no route") == 1
+    assert steps(str(tmp_path)) == [1, 2]
+
+
+def test_mlflow_goes_on_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="an optional client")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    out = str(tmp_path / "out")
+    for resume_step, at in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = start(out, resume_step, ("mlflow",))
+        record(out, log, *at)
+        log.close()
+    runs = mlflow.search_runs(output_format="list")
+    assert len(runs) == 1
+    assert runs[0].data.params == {"lr": "0.001", "schedule.kind": "cosine"}
+    history = mlflow.MlflowClient().get_metric_history(runs[0].info.run_id, "loss")
+    assert {metric.step for metric in history} == {1, 2, 3, 4}
+
+
+def test_wandb_without_a_key_writes_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="an optional client")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    out = str(tmp_path / "out")
+    log = start(out, 0, ("wandb",))
+    record(out, log, 1, 2)
+    log.close()
+    (run,) = Path(out, "training/wandb").glob("offline-run-*/run-*.wandb")
+    assert json.loads(Path(out, "training/loggers.json").read_bytes())["wandb"] in run.name
