@@ -22,7 +22,7 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class LesaSettings(Settings):

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lesa_ray.checkpoint.reader import TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
+from lesa_ray.training.conversion import Conversion, convert, model_tensors
 from lesa_ray.training.freeze import layer_of
 
 _CHUNK = 2**28
@@ -83,7 +83,7 @@ def shard(
     mesh: DeviceMesh,
     *,
     bf16: bool,
-    checkpoint: Checkpoint | None,
+    stored: Mapping[str, str],
     lowest: int | None,
     activation_checkpointing: bool,
     compiled: bool,
@@ -91,6 +91,7 @@ def shard(
 ) -> None:
     """Apply, in the order in which they must be: activation checkpointing, compile, FSDP2; then allocate memory.
 
+    stored: element types (as safetensors calls them) of parameters in the files, by name; none from scratch.
     lowest: the lowest trained layer (None: below all). The parameters' values are still undefined afterwards."""
     layers = layers_of(model)
     if activation_checkpointing:
@@ -107,11 +108,11 @@ def shard(
     }
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer in layers:
-        _set_storage(layer.parameters(), names, checkpoint)
+        _set_storage(layer.parameters(), names, stored)
         fully_shard(layer, **policy)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = [p for name, p in model.named_parameters() if layer_of(name) is None and id(p) not in inside]
-    _set_storage(rest, names, checkpoint)
+    _set_storage(rest, names, stored)
     fully_shard(model, reshard_after_forward=False, **policy)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
@@ -130,16 +131,25 @@ def _checkpoint_activations(layer: nn.Module) -> None:
     )
 
 
-def _set_storage(parameters: Any, names: dict[int, str], checkpoint: Checkpoint | None) -> None:
+def stored_types(checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> dict[str, str]:
+    """The element type in the files of each of the model's tensors."""
+    return {
+        target: checkpoint.tensors[conversion.sources[0]].dtype
+        for conversion in conversions
+        for target in conversion.targets
+    }
+
+
+def _set_storage(parameters: Iterable[nn.Parameter], names: Mapping[int, str], stored: Mapping[str, str]) -> None:
     """The element type in which a group of (meta) parameters is kept: one for all of them, as FSDP2 asks."""
     group = list(parameters)
-    if checkpoint is None or any(parameter.requires_grad for parameter in group):
+    if any(parameter.requires_grad for parameter in group):
         return  # float32, as built
-    stored = {checkpoint.tensors[names[id(p)]].dtype for p in group if names.get(id(p)) in checkpoint.tensors}
-    if len(stored) == 1:
-        dtype = getattr(torch, TORCH_NAMES[stored.pop()])
+    types = {stored.get(names[id(parameter)]) for parameter in group}
+    kind = types.pop() if len(types) == 1 else None
+    if kind is not None:
         for parameter in group:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(getattr(torch, TORCH_NAMES[kind]))
 
 
 def _fill_buffers(model: PreTrainedModel, device: str) -> None:
@@ -155,57 +165,25 @@ def _fill_buffers(model: PreTrainedModel, device: str) -> None:
                 model._init_weights(module)
 
 
-def load(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Fill the shards of this process from the checkpoint's files, each by its own byte ranges.
+def load(model: PreTrainedModel, checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> None:
+    """Fill the shards of this process from the checkpoint's files.
 
-    Raises: UserError if the checkpoint is not this model's: a tensor missing, of another shape, or left over."""
-    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    check_tensors(model, checkpoint)
+    By its own byte ranges where a tensor is stored as the model holds it, else from one converted tensor at a time.
+
+    conversions: as `plan_conversions` made them before the model was sharded."""
+    tensors = model_tensors(model)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            local, start, rows = _own_rows(tensor)
-            if rows:
-                _read_rows(checkpoint, name, start, local)
-
-
-def check_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Raises: UserError if the checkpoint's tensors are not those of the model."""
-    where = f"checkpoint {checkpoint.base}"
-    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(tensors)
-    missing = [name for name in tensors if name not in checkpoint.tensors]
-    if missing:
-        fitting = sum(name in checkpoint.tensors for name in tensors)
-        raise UserError(
-            f"{where}: lacks {len(missing)} of {len(tensors)} tensors of {type(model).__name__}, the first {missing[0]}"
-            + (
-                ""
-                if fitting > len(missing)
-                else "; its family names or fuses tensors otherwise and cannot be trained yet"
-            )
-        )
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    for name, entry in checkpoint.tensors.items():
-        if name not in every:
-            if name.endswith("rotary_emb.inv_freq") or any(re.search(pattern, name) for pattern in ignored):
+        for conversion in conversions:
+            if conversion.plain:
+                local, start, rows = _own_rows(tensors[conversion.targets[0]])
+                if rows:
+                    _read_rows(checkpoint, conversion.sources[0], start, local)
                 continue
-            if any(name.endswith(f".{buffer}") for buffer in ("attn.bias", "attn.masked_bias", "attention.bias")):
-                continue
-            raise UserError(f"{where}: holds {name}, which {type(model).__name__} has no place for")
-        if name in tensors and tuple(tensors[name].shape) != entry.shape:
-            raise UserError(
-                f"{where}: {name} is {list(entry.shape)} in the files, config.json makes it {list(tensors[name].shape)}"
-            )
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that belong into files, by name."""
-    found = {}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
+            whole = {name: checkpoint.read(name) for name in conversion.sources}
+            for name, tensor in convert(model, conversion, whole).items():
+                local, start, rows = _own_rows(tensors[name])
+                if rows:
+                    local.copy_(tensor[start : start + rows])
 
 
 def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:

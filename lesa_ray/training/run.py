@@ -19,6 +19,7 @@ from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
+from lesa_ray.training.conversion import Conversion, plan_conversions
 from lesa_ray.training.tokens import TokenBlocks, open_blocks
 from lesa_ray.training.train_settings import OPERATIONAL, TrainConfig
 
@@ -35,6 +36,8 @@ class Run:
 
     config: TrainConfig
     checkpoint: Checkpoint | None
+    conversions: tuple[Conversion, ...]
+    """How its tensors make up the model's."""
     manifest: Manifest | None
     architecture: dict[str, Any]
     """The content of the model's config.json."""
@@ -66,7 +69,7 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     Raises: UserError, with one line that says what is wrong; MachineError if a store does not answer."""
     from lesa_ray.training.freeze import default_choice, freeze, trained_names
     from lesa_ray.training.loop import total_steps
-    from lesa_ray.training.model import build, check_tensors, layers_of
+    from lesa_ray.training.model import build, layers_of
 
     blocks = open_blocks(config.data)
     checkpoint = manifest = None
@@ -82,8 +85,7 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
         architecture, where = read_architecture(config), "architecture"
     model = build(architecture, where)
     layers_of(model)
-    if checkpoint is not None:
-        check_tensors(model, checkpoint)
+    conversions = () if checkpoint is None else tuple(plan_conversions(model, checkpoint.tensors, where))
     check_data(blocks, architecture, model.config.get_text_config(), where)
     chosen = config.train or (("all",) if checkpoint is None else default_choice(manifest, str(config.checkpoint)))
     trained = trained_names(model, chosen, manifest, where)
@@ -93,7 +95,7 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     steps = total_steps(config, blocks.train, blocks.seq_len)
     identity = identity_of(config, checkpoint, architecture, blocks, trained, steps, bf16)
     return Run(
-        config, checkpoint, manifest, architecture, blocks, trained, lowest, steps, bf16,
+        config, checkpoint, conversions, manifest, architecture, blocks, trained, lowest, steps, bf16,
         sum(sizes.values()), sum(sizes[name] for name in trained), identity,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from lesa_ray.training.flops import peak_flops, step_flops
 from lesa_ray.training.freeze import freeze
 from lesa_ray.training.loop import Loop, Place, Progress, Trainer, make_optimizer
 from lesa_ray.training.metrics import MetricsLog
-from lesa_ray.training.model import build, initialise, load, shard, trained_parameters
+from lesa_ray.training.model import build, initialise, load, shard, stored_types, trained_parameters
 from lesa_ray.training.run import Run
 
 
@@ -39,7 +39,7 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
         model,
         mesh,
         bf16=run.bf16,
-        checkpoint=run.checkpoint,
+        stored={} if run.checkpoint is None else stored_types(run.checkpoint, run.conversions),
         lowest=run.lowest,
         activation_checkpointing=config.activation_checkpointing,
         compiled=config.compile,
@@ -50,7 +50,7 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
     checkpoints.init_optimizer_state(optimizer)
     last = _last_checkpoint(run)
     if run.checkpoint is not None:
-        load(model, run.checkpoint)
+        load(model, run.checkpoint, run.conversions)
     elif last is None:
         initialise(model, run.architecture, config.seed)
     if last is not None:

@@ -11,7 +11,7 @@ from lesa_ray.training.tokens import content_digest, write_rows
 
 
 def periodic(rows: int, seq_len: int, vocab: int, seed: int) -> np.ndarray:
-    """Ids (rows, seq_len) that can be learnt: each next token follows from the last by a fixed rule, with some noise."""
+    """Ids (rows, seq_len) that can be learnt: a token follows from the last by a fixed rule, nine times in ten."""
     draw = np.random.default_rng(seed)
     ids = np.zeros((rows, seq_len), np.int32)
     ids[:, 0] = draw.integers(0, vocab, rows)
@@ -21,7 +21,9 @@ def periodic(rows: int, seq_len: int, vocab: int, seed: int) -> np.ndarray:
     return ids
 
 
-def make_blocks(url: str, *, rows: int = 64, heldout: int = 8, seq_len: int = 32, vocab: int = 128, group: int = 8) -> str:
+def make_blocks(
+    url: str, *, rows: int = 64, heldout: int = 8, seq_len: int = 32, vocab: int = 128, group: int = 8
+) -> str:
     """Token blocks of kind text at `url`, in row groups of `group` rows."""
     storage = Storage(url)
     splits, files = {}, []

@@ -15,9 +15,10 @@ from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
+from lesa_ray.training.conversion import plan_conversions
 from lesa_ray.training.freeze import default_choice, freeze, trained_names
 from lesa_ray.training.loop import Place, Trainer, make_optimizer
-from lesa_ray.training.model import build, layers_of, load, shard, trained_parameters
+from lesa_ray.training.model import build, layers_of, load, shard, stored_types, trained_parameters
 from tests import families
 from tests.training.test_model import LENGTH, STEPS, config_for, rows
 from tests.training.workers import run_workers
@@ -77,11 +78,13 @@ def watched_step(base: str, activation_checkpointing: bool) -> dict[str, Any]:
     model = build(checkpoint.config, base)
     names = trained_names(model, ["*.layers.3.*"], None, base)
     lowest = freeze(model, names)
+    conversions = plan_conversions(model, checkpoint.tensors, base)
+    stored = stored_types(checkpoint, conversions)
     shard(
-        model, init_device_mesh("cpu", (dist.get_world_size(),)), bf16=False, checkpoint=checkpoint, lowest=lowest,
+        model, init_device_mesh("cpu", (dist.get_world_size(),)), bf16=False, stored=stored, lowest=lowest,
         activation_checkpointing=activation_checkpointing, compiled=False, cpu_offload=False,
     )  # fmt: skip
-    load(model, checkpoint)
+    load(model, checkpoint, conversions)
     trained = trained_parameters(model, names)
     optimizer = make_optimizer(trained, config)
     place = Place(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))

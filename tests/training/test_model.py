@@ -14,14 +14,29 @@ from transformers import AutoModelForCausalLM
 
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.errors import UserError
+from lesa_ray.training.conversion import plan_conversions
 from lesa_ray.training.freeze import freeze, trained_names
 from lesa_ray.training.loop import Place, Trainer, make_optimizer
-from lesa_ray.training.model import build, check_tensors, initialise, load, shard, trained_parameters
+from lesa_ray.training.model import build, initialise, load, shard, stored_types, trained_parameters
 from lesa_ray.training.train_settings import TrainConfig
 from tests import families
 from tests.training.workers import run_workers
 
-FAMILIES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2")
+FAMILIES = (
+    "llama",
+    "llama_tied",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "gpt2",
+    "gpt2_bare",
+    "gpt_neox",
+    "pythia",
+    "mixtral",
+    "qwen3_moe",
+)
 UPPER = ("*.layers.3.*", "*.layers.4.*", "*.h.3.*", "*.h.4.*")
 STEPS, BATCH, LENGTH = 3, 4, 24
 
@@ -79,11 +94,13 @@ def sharded(base: str, chosen: str, **settings: Any) -> tuple[list[tuple[float, 
     model = build(checkpoint.config, base)
     names = trained_names(model, chosen_of(base, chosen), None, base)
     lowest = freeze(model, names)
+    conversions = plan_conversions(model, checkpoint.tensors, base)
+    stored = stored_types(checkpoint, conversions)
     shard(
-        model, init_device_mesh("cpu", (workers,)), bf16=False, checkpoint=checkpoint, lowest=lowest,
+        model, init_device_mesh("cpu", (workers,)), bf16=False, stored=stored, lowest=lowest,
         activation_checkpointing=config.activation_checkpointing, compiled=config.compile, cpu_offload=False,
     )  # fmt: skip
-    load(model, checkpoint)
+    load(model, checkpoint, conversions)
     trained = trained_parameters(model, names)
     place = Place(rank, workers, torch.device("cpu"))
     trainer = Trainer(model, trained, make_optimizer(trained, config), config, place, STEPS, LENGTH)
@@ -123,7 +140,7 @@ def fresh_weights(architecture: dict[str, Any], workers_expected: int) -> dict[s
     assert dist.get_world_size() == workers_expected
     model = build(architecture, "test")
     shard(
-        model, init_device_mesh("cpu", (workers_expected,)), bf16=False, checkpoint=None, lowest=None,
+        model, init_device_mesh("cpu", (workers_expected,)), bf16=False, stored={}, lowest=None,
         activation_checkpointing=False, compiled=False, cpu_offload=False,
     )  # fmt: skip
     initialise(model, architecture, seed=7)
@@ -147,10 +164,10 @@ def test_initial_weights_do_not_depend_on_the_number_of_workers(bases: Callable[
 
 def test_a_checkpoint_of_another_model_is_refused(bases: Callable[[str], str]) -> None:
     llama, gpt2 = open_checkpoint(bases("llama")), open_checkpoint(bases("gpt2"))
-    with pytest.raises(UserError, match=r"lacks .* tensors of LlamaForCausalLM"):
-        check_tensors(build(llama.config, "test"), gpt2)
+    with pytest.raises(UserError, match=r"lacks 48 of the 48 tensors of LlamaForCausalLM"):
+        plan_conversions(build(llama.config, "test"), gpt2.tensors, "test")
     wider = build({**llama.config, "intermediate_size": 128}, "test")
     with pytest.raises(UserError, match=r"mlp.down_proj.weight is \[64, 96\] in the files, .* makes it \[64, 128"):
-        check_tensors(wider, llama)
+        plan_conversions(wider, llama.tensors, "test")
     with pytest.raises(UserError, match="does not know the family 'nonsense'"):
         build({"model_type": "nonsense"}, "test")

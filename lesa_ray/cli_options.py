@@ -1,0 +1,74 @@
+"""Command-line options out of settings: every field of a settings class becomes a flag, its docstring the help.
+
+So a setting is described in one place, and a new one is on the command line at once. Flags that are not given are
+None, which lets a YAML file (`--config`) or the default decide.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union
+
+import typer
+
+from lesa_ray.config import Settings
+
+_PLAIN = (str, int, float)
+
+
+def with_options(kind: type[Settings], leave_out: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
+    """A decorator: the function's `**given` receives one option for each field of `kind` but `leave_out`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(kind, name))
+            for name in kind.model_fields
+            if name not in leave_out
+        ]
+        keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept]
+        function.__signature__ = own.replace(parameters=[*keyword_only, *added])  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in [*keyword_only, *added]}
+        return function
+
+    return decorate
+
+
+def _option(kind: type[Settings], name: str) -> Any:
+    """The annotation of one option."""
+    field = kind.model_fields[name]
+    described = " ".join((field.description or "").split())
+    shown = _shown(field.default)
+    text = f"{described} [default: {shown}]" if shown and not field.is_required() else described
+    flag = f"--{name.replace('_', '-')}"
+    types_of = _members(field.annotation)
+    if bool in types_of:
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
+    if any(typing.get_origin(t) is tuple and typing.get_args(t)[-1] is Ellipsis for t in types_of):
+        return Annotated[list[str] | None, typer.Option(flag, help=f"{text} Repeatable.")]
+    literals = [t for t in types_of if typing.get_origin(t) is Literal]
+    if literals:
+        choices = "|".join(str(value) for value in typing.get_args(literals[0]))
+        return Annotated[str | None, typer.Option(flag, help=text, metavar=choices)]
+    plain = [t for t in types_of if t in _PLAIN]
+    several = len([t for t in types_of if t is not type(None)]) > 1
+    chosen = str if several or not plain else plain[0]
+    return Annotated[chosen | None, typer.Option(flag, help=text)]
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == () or isinstance(default, Settings):
+        return ""
+    if isinstance(default, tuple):
+        return ",".join(str(value) for value in default)
+    return f"{default:g}" if isinstance(default, float) else str(default).lower()
