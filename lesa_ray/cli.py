@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
+from lesa_ray.cli_options import with_options
 from lesa_ray.config import ExpandConfig, load_config, make_config
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training.train_settings import TrainConfig, load_train_config
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__
@@ -160,6 +163,33 @@ def inspect(
     )
     expansion = prepare(settings)
     _print_json(terminal.describe(expansion)) if as_json else terminal.show_expansion(expansion)
+
+
+@app.command()
+@with_options(TrainConfig, leave_out=("checkpoint",))
+def pretrain(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CKPT", help="A folder, a Hugging Face repo id, or an fsspec URL.")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    **given: Any,
+) -> None:
+    """Train a checkpoint on, or a configuration from scratch, on token blocks: CKPT, --data, --out."""
+    settings = load_train_config(config, checkpoint=checkpoint, **given)
+    from lesa_ray.report import terminal
+
+    with terminal.progress_lines() as listener:
+        listener.phase("starting", 0)
+        from lesa_ray.distributed.train import pretrain as run
+
+        result = run(settings, listener=listener)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    from lesa_ray.report.training import training_lines
+
+    terminal.console.print(training_lines(result), highlight=False)
 
 
 def _settings(config: str | None, **given: Any) -> ExpandConfig:

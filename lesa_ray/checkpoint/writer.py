@@ -14,7 +14,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
@@ -113,17 +113,29 @@ def header_bytes(tensors: tuple[OutTensor, ...]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def write_shard(storage: Storage, shard: Shard) -> None:
+def write_shard(storage: Storage, shard: Shard, make: Callable[[str], torch.Tensor] | None = None) -> None:
     """Write one file of the result from its sources. It appears whole or not at all.
 
-    Raises: UserError if a tensor that is checked, or converted to a narrower type, holds NaN or Inf (which, where).
+    make: gives the tensor of a name, for those without a source, one at a time; without it they are zeros.
+    Raises: UserError if a tensor that is made, checked, or converted to a narrower type holds NaN or Inf (which one).
     """
     with storage.create(shard.file) as out:
         out.write(header_bytes(shard.tensors))
         with contextlib.ExitStack() as stack:
             readers = _Readers(stack)
             for run in _runs(shard.tensors):
-                _write_run(out, storage, run, readers)
+                if make is None or run[0].source is not None:
+                    _write_run(out, storage, run, readers)
+                    continue
+                for tensor in run:
+                    _write_made(out, tensor, make(tensor.name))
+
+
+def copy_file(source: Storage, target: Storage, file: str, nbytes: int) -> None:
+    """Copy one file, of `nbytes` bytes, under the same name. It appears whole or not at all."""
+    whole = OutTensor(file, "U8", (nbytes,), Span(source.url, file, 0, nbytes, "U8", file))
+    with target.create(file) as out, contextlib.ExitStack() as stack:
+        _write_run(out, target, [whole], _Readers(stack))
 
 
 class TensorFileWriter:
@@ -136,19 +148,22 @@ class TensorFileWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """tensor: any float dtype; converted to the planned one. Raises: UserError if it does not fit (NaN, Inf)."""
-        import torch
-
         planned = next(self._expected)
-        assert (planned.name, planned.shape) == (name, tuple(tensor.shape)), (planned, name, tensor.shape)
-        narrow = tensor.detach().to("cpu", getattr(torch, TORCH_NAMES[planned.dtype])).contiguous()
-        if not torch.isfinite(narrow).all():
-            raise UserError(
-                f"the new tensor {name} holds NaN or Inf in {TORCH_NAMES[planned.dtype]}; try --dtype float32"
-            )
-        self._out.write(narrow.view(-1).view(torch.uint8).numpy().data)
+        assert planned.name == name, (planned, name)
+        _write_made(self._out, planned, tensor, hint="; try --dtype float32")
 
     def finish(self) -> None:
         assert next(self._expected, None) is None, "not all planned tensors were written"
+
+
+def _write_made(out: IO[bytes], planned: OutTensor, tensor: torch.Tensor, hint: str = "") -> None:
+    import torch
+
+    assert planned.shape == tuple(tensor.shape), (planned, tensor.shape)
+    narrow = tensor.detach().to("cpu", getattr(torch, TORCH_NAMES[planned.dtype])).contiguous()
+    if not torch.isfinite(narrow).all():
+        raise UserError(f"the new tensor {planned.name} holds NaN or Inf in {TORCH_NAMES[planned.dtype]}{hint}")
+    out.write(narrow.view(-1).view(torch.uint8).numpy().data)
 
 
 def _runs(tensors: tuple[OutTensor, ...]) -> Iterator[list[OutTensor]]:

@@ -6,7 +6,8 @@ Decides
 - Workers find the last complete checkpoint in OUT themselves; Ray Train is told of none, so its own bookkeeping (in
   OUT/training/, removed at the end) decides nothing. It starts the workers again after a fault, on as many machines as
   there are then if `workers` is a range.
-- A worker that finds the input wrong leaves the reason on a board that outlives it: nothing is tried again.
+- A worker that finds the input wrong (a loss that is no number, say) leaves the reason on a board that outlives it:
+  nothing is tried again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from lesa_ray.training.train_settings import TrainConfig
 
 _POLL_SECONDS = 0.5
 _TIMEOUT_SECONDS = 1800
+_AGREE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
     claim(run)
     _fit(run, resources, listener)
-    listener.phase("writing the checkpoint", 0)
     finish_run(run, listener)
     return trained_result(run, resumed=state == "resume")
 
@@ -119,7 +120,7 @@ class _Board:
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._failure: str | None = None
-        self._starts = 0
+        self._failed = 0
 
     def put(self, progress: Progress) -> None:
         self._progress = progress
@@ -129,6 +130,11 @@ class _Board:
 
     def fail(self, message: str) -> None:
         self._failure = self._failure or message
+        self._failed += 1
+
+    def failed(self) -> int:
+        """How many workers have found the input wrong."""
+        return self._failed
 
     def failure(self) -> str | None:
         return self._failure
@@ -141,16 +147,22 @@ def _fit(run: Run, resources: Resources, listener: Listener) -> None:
     try:
         with _scratch(run) as storage, _watching(board, run, listener):
             _trainer(run, resources, storage, board).fit()
+        _raise_failure(board)
     except (UserError, MachineError):
         raise
     except Exception as error:
-        failure = ray.get(board.failure.remote(), timeout=60)
-        if failure is not None:
-            raise UserError(failure) from None
+        _raise_failure(board)
         cause = _cause(error)
         raise MachineError(f"training stopped: {cause}; the same command goes on from the last checkpoint") from error
     finally:
         ray.kill(board)
+
+
+def _raise_failure(board: Any) -> None:
+    """Raises: UserError if a worker found the input wrong."""
+    failure = ray.get(board.failure.remote(), timeout=60)
+    if failure is not None:
+        raise UserError(failure) from None
 
 
 def _trainer(run: Run, resources: Resources, storage: tuple[str, str, Any], board: Any) -> Any:
@@ -183,6 +195,7 @@ def _trainer(run: Run, resources: Resources, storage: tuple[str, str, Any], boar
 def _worker(loop_config: dict[str, Any]) -> None:
     """What Ray Train runs in each worker."""
     import torch
+    from ray.train import get_context
     from ray.train.torch import get_device
 
     from lesa_ray.training.worker import train
@@ -197,6 +210,11 @@ def _worker(loop_config: dict[str, Any]) -> None:
         train(loop_config["run"], device, lambda progress: board.put.remote(progress))
     except UserError as error:
         ray.get(board.fail.remote(str(error)))
+        deadline = time.monotonic() + _AGREE_SECONDS
+        while time.monotonic() < deadline:
+            if ray.get(board.failed.remote()) == get_context().get_world_size():
+                return  # all found the same: nobody is left waiting for this worker
+            time.sleep(0.1)
         raise
 
 

@@ -8,11 +8,11 @@ finds its own fingerprint goes on where the last one stopped; any other content 
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.reader import INDEX_FILE
+from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
@@ -20,16 +20,6 @@ from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.prepare import Expansion
 
 RUN_FILE = f"{WORK_DIR}/run.json"
-CARD_FILE = "README.md"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_TRAINING_RECORDS = (
-    "trainer_state.json",
-    "pretrain.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-)
-"""What says how the base came about, which is not true of the result."""
 _MARGIN = 64 * 2**20
 
 State = Literal["fresh", "resume", "done"]
@@ -92,11 +82,8 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
 
 def copy_side_files(expansion: Expansion, storage: Storage) -> None:
     """Copy the tokenizer, generation settings, chat template, modelling code, licence: what still holds."""
-    base = expansion.checkpoint.storage
-    left_out = {CARD_FILE, MANIFEST_FILE, "config.json", INDEX_FILE, *_TRAINING_RECORDS}
-    names = [n for n in expansion.checkpoint.files if n not in left_out and not n.endswith(_WEIGHTS) and n[0] != "."]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: storage.write(name, base.read(name)), names))
+    names = [name for name in side_files(expansion.checkpoint.files) if name != MANIFEST_FILE]
+    copy_small_files(expansion.checkpoint.storage, storage, names)
 
 
 def abandon(expansion: Expansion) -> None:

@@ -3,7 +3,7 @@
 Decides
 - A document travels in fragments of about 260,000 characters: a tokenizer needs some 100 bytes for a character of one
   call, and a document may be a file of any size. It is cut where a line ends and the next is not
-  indented; there the byte-level tokenizers of GPT-2, Llama 3 and Qwen give the same ids as for the whole. (A tokenizer
+  indented, else between words; there the byte-level tokenizers of GPT-2, Llama 3 and Qwen give the same ids as for the whole. (A tokenizer
   that puts a space before every text, as Llama 2's does, puts one there too.)
 - Bytes that are not UTF-8 become replacement characters, halves of surrogate pairs in JSON question marks.
 - Documents without a character are skipped. So are rows whose text is null.
@@ -37,6 +37,7 @@ _BOM = b"\xef\xbb\xbf"
 _LINE_END = re.compile(r"\n(?=\S)")
 _WORD_END = re.compile(r"(?<=\S)(?= \S)")
 _LINE_END_BYTES = re.compile(rb"\n(?=\S)")
+_WORD_END_BYTES = re.compile(rb"(?<=\S)(?= \S)")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ def _plain(part: Part, longest: int) -> Iterator[Fragment]:
         start, end = part.span(source.nbytes)
         start = _boundary(file, start, source.nbytes) if part.index else len(head) - len(head.removeprefix(_BOM))
         last = part.index == part.count - 1
+        count = -1 if last else _boundary(file, end, source.nbytes) - start
         file.seek(start)
-        data = file.read(-1 if last else _boundary(file, end, source.nbytes) - start)
+        data = file.read(count)
     pieces = list(cut(data.decode(errors="replace"), longest)) or [""]  # the last part must end the document
     for number, piece in enumerate(pieces):
         yield Fragment(piece, part.index == 0 and number == 0, last and number == len(pieces) - 1, key)
@@ -132,12 +134,10 @@ def _boundary(file: Any, at: int, size: int) -> int:
     """Where the part of a document that begins at about byte `at` really does: the same for both that meet there."""
     file.seek(at)
     data = file.read(min(_SEARCH, size - at))
-    if found := _LINE_END_BYTES.search(data):
-        return at + found.end()
-    line: int = data.find(b"\n")
-    if line >= 0:
-        return at + line + 1
-    return at + next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)  # not within a character
+    if found := _LINE_END_BYTES.search(data) or _WORD_END_BYTES.search(data):
+        return at + int(found.end())
+    rest = len(data) if len(data) < 4 else 0
+    return at + next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), rest)  # not within a character
 
 
 def read_rows(part: Part, wanted: Sequence[str], dataset: tuple[str | None, str]) -> Iterator[Row]:

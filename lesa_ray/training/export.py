@@ -22,23 +22,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import FORMAT_NAMES, INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_bytes, plan_shards, write_shard
+from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import parse_size
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState
 
+if TYPE_CHECKING:
+    import torch
+
 RECORD_FILE = "training/export.json"
 FORMAT = 1
 _MARGIN = 64 * 2**20
-
-ScratchDtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def plan_export(
     *,
     config: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
-    dtype: ScratchDtype = "bfloat16",
+    dtype: DtypeName = "bfloat16",
     shard_size: str = "5GB",
 ) -> ExportPlan:
     """Decide and lay out an export, from headers and metadata alone. Writes nothing.
@@ -119,9 +121,11 @@ def plan_export(
     if config is None:
         raise UserError(f"training checkpoint {state}: without a base the model's configuration is needed")
     limit = parse_size(shard_size)
-    tensors = _scratch_tensors(trained, state, config, dtype)
+    model = _model(config, "configuration")
+    tensors = _scratch_tensors(trained, state, model, dtype)
     files = tuple(OutFile(shard.file, shard.nbytes, shard) for shard in plan_shards([tensors], limit))
-    content = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": dtype, "use_cache": True}
+    content = {"architectures": [type(model).__name__], **config, "dtype": dtype, "use_cache": True}
+    content.pop("torch_dtype", None)  # its old name
     return ExportPlan(out, None, trained, files, {t.name: t.name for t in tensors}, content, tokenizer)
 
 
@@ -223,7 +227,7 @@ def _run_here(plan: ExportPlan, files: Sequence[OutFile]) -> None:
 
 def _files_of_base(base: Checkpoint, trained: TrainedState, state: str) -> tuple[tuple[OutFile, ...], dict[str, str]]:
     """The base's files, and which of their tensors are which trained parameter."""
-    aliases = _aliases(base.config, f"checkpoint {base.base}")
+    aliases = _aliases(_model(base.config, f"checkpoint {base.base}"))
     sources = {name: parameter for name in base.tensors if (parameter := aliases.get(name, name)) in trained.shapes}
     for parameter, shape in trained.shapes.items():
         if parameter not in sources.values():
@@ -254,12 +258,9 @@ def _out_tensor(base: Checkpoint, entry: TensorEntry, is_trained: bool) -> OutTe
     return OutTensor(entry.name, entry.dtype, entry.shape, None if is_trained else span)
 
 
-def _scratch_tensors(
-    trained: TrainedState, state: str, config: Mapping[str, Any], dtype: ScratchDtype
-) -> list[OutTensor]:
+def _scratch_tensors(trained: TrainedState, state: str, model: torch.nn.Module, dtype: DtypeName) -> list[OutTensor]:
     """All tensors of a model trained from random weights, in the model's order."""
-    aliases = _aliases(config, "configuration")
-    names = list(dict.fromkeys(aliases.values()))
+    names = [name for name, _ in model.named_parameters()]
     for name in names:
         if name not in trained.shapes:
             raise UserError(
@@ -271,14 +272,19 @@ def _scratch_tensors(
     return [OutTensor(name, FORMAT_NAMES[dtype], trained.shapes[name], None) for name in names]
 
 
-def _aliases(config: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Every name of every parameter of a model → the one under which it is trained. They differ where weights are
-    tied: `lm_head.weight` is trained as `model.embed_tokens.weight`, and old files hold both."""
-    from lesa_ray.training.model import build
-
-    model = build(dict(config), where)
+def _aliases(model: torch.nn.Module) -> dict[str, str]:
+    """Every name of every parameter → the one under which it is trained. They differ where weights are tied:
+    `lm_head.weight` is trained as `model.embed_tokens.weight`, and old files hold both."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _model(config: Mapping[str, Any], where: str) -> torch.nn.Module:
+    """The model on the meta device: names and shapes."""
+    from lesa_ray.training.model import build
+
+    model: torch.nn.Module = build(dict(config), where)
+    return model
 
 
 def _trained_config(base: Checkpoint) -> dict[str, Any]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import MachineError
 from lesa_ray.expansion.runner import Listener
+from lesa_ray.training.checkpoints import FOLDER, Record, find_complete, folder_name
+from lesa_ray.training.export import ExportPlan, OutFile, export, plan_export
 from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.run import RESULT_FILE, Run, read_json
+from lesa_ray.training.tokens import TOKENIZER_DIR
+
+ExportWork = Callable[[ExportPlan, Sequence[OutFile]], None]
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,53 @@ class Trained:
     resumed: bool
 
 
-def finish_run(run: Run, listener: Listener) -> None:
-    """Write the summary and the checkpoint; from then on the run is done."""
+def finish_run(run: Run, listener: Listener, work: ExportWork | None = None) -> None:
+    """Write the summary and the checkpoint; from then on the run is done.
+
+    work: writes files of weights, on whatever machines (see `lesa_ray.training.export.export`)."""
     storage = Storage(run.config.out)
+    records = find_complete(run.config.out, run.identity)
+    if not records or records[-1].step != run.steps:
+        raise MachineError(f"OUT {run.config.out}: its last checkpoint is gone; the same command makes it again")
     content = summarise(run)
     storage.write(RESULT_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    listener.phase("writing the checkpoint", 0)
+    export(export_plan(run, records[-1], run.config.out), facts(run, content), work)
+
+
+def export_plan(run: Run, record: Record, out: str) -> ExportPlan:
+    """How a training checkpoint of the run becomes a Hugging Face folder at `out`."""
+    state = Storage(run.config.out).within(f"{FOLDER}/{folder_name(record.step)}").url
+    tokenizer = Storage(run.blocks.url).within(TOKENIZER_DIR)
+    has_tokenizer = bool(tokenizer.list())
+    return plan_export(
+        run.checkpoint,
+        state,
+        out,
+        config=run.architecture,
+        tokenizer=tokenizer.url if has_tokenizer and (run.checkpoint is None or run.blocks.kind == "chat") else None,
+        dtype=run.config.dtype or "bfloat16",
+    )
+
+
+def facts(run: Run, content: dict[str, Any]) -> dict[str, Any]:
+    """What the model card says of the training."""
+    config = run.config
+    return {
+        "data": run.blocks.url.rstrip("/").rsplit("/", 1)[-1],
+        "trained": ", ".join(config.train) or ("all" if run.checkpoint is None else "what expansion.json says"),
+        "trained_parameters": run.trained_parameters,
+        "parameters": run.parameters,
+        "steps": content["steps"],
+        "tokens": content["tokens"],
+        "batch": config.batch,
+        "seq_len": run.blocks.seq_len,
+        "learning_rate": config.learning_rate,
+        "schedule": config.schedule,
+        "precision": "bfloat16" if run.bf16 else "float32",
+        "heldout_loss_before": content["heldout_before"],
+        "heldout_loss": content["heldout_after"],
+    }
 
 
 def summarise(run: Run) -> dict[str, Any]:

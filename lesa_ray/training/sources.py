@@ -40,6 +40,8 @@ class Source:
     """0 where unknown."""
     mark: str
     """What changes with the content: the store's ETag, the time a local file was written, the dataset's revision."""
+    given: str = ""
+    """What was asked for: the file itself, its folder, a pattern."""
     shards: int = 0
     """Of a dataset of the hub; 0 for files."""
 
@@ -129,7 +131,7 @@ def _sources_of(name: str, dataset_config: str | None, dataset_split: str) -> li
     if not infos:
         raise UserError(f"DATA {name}: no data found; expected files that end with {', '.join(KINDS)}")
     return [
-        Source(entry if local else fs.unstrip_protocol(entry), int(info.get("size") or 0), _mark(info))
+        Source(entry if local else fs.unstrip_protocol(entry), int(info.get("size") or 0), _mark(info), name)
         for entry, info in infos.items()
     ]
 
@@ -152,7 +154,7 @@ def _hub_source(name: str, config: str | None, split: str) -> Source:
 
     try:
         revision = HfApi().dataset_info(name).sha or "main"
-        return Source(name, 0, revision, shards=open_dataset(name, config, split, revision).num_shards)
+        return Source(name, 0, revision, name, shards=open_dataset(name, config, split, revision).num_shards)
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(f"DATA {name}: there is no such file or folder, and no such dataset on the hub") from error
     except ValueError as error:  # no such configuration or split: the message lists those there are

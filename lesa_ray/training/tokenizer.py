@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from functools import lru_cache
@@ -13,6 +14,8 @@ from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.errors import MachineError, UserError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+_CONFIG = "tokenizer_config.json"
+_HOW_LOADED = {"local_files_only", "is_local", "name_or_path", "cache_dir", "revision", "token", "_commit_hash"}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -68,8 +71,15 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
             for name in names:
                 path = os.path.join(where, name)
                 with open(path, "rb") as file:
-                    files[os.path.relpath(path, folder).replace(os.sep, "/")] = file.read()
+                    data = file.read()
+                files[os.path.relpath(path, folder).replace(os.sep, "/")] = _kept(data) if name == _CONFIG else data
     return dict(sorted(files.items()))
+
+
+def _kept(data: bytes) -> bytes:
+    """The tokenizer's settings without how it was loaded, which transformers notes among them."""
+    settings = {key: value for key, value in json.loads(data).items() if key not in _HOW_LOADED}
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def files_digest(files: dict[str, bytes]) -> str:

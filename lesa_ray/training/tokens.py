@@ -42,6 +42,7 @@ COLUMNS = {"text": ("input_ids",), "chat": ("input_ids", "labels", "position_ids
 GROUP_TOKENS = 2**20
 _CACHED_GROUPS = 18
 _FOOTER = 2**16
+"""Bytes of the first guess at a footer: pyarrow asks for as many."""
 
 Kind = Literal["text", "chat"]
 Rows = Mapping[str, NDArray[np.int32]]

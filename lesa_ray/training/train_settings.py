@@ -16,7 +16,7 @@ from lesa_ray.errors import UserError
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
-ExportDtype = Literal["float32", "bfloat16", "float16"]
+ScratchDtype = Literal["float32", "bfloat16"]
 LoggerName = Literal["mlflow", "wandb"]
 
 OPERATIONAL = (
@@ -86,8 +86,8 @@ class TrainConfig(Settings):
     float32. `fp32`: everything in float32. `auto`: bf16 on GPUs and on CPUs with AMX, else fp32."""
     seed: int = 0
     """Order of the data; and the initial weights from scratch."""
-    dtype: ExportDtype | None = None
-    """Element type of the result; None: the base's, bfloat16 from scratch."""
+    dtype: ScratchDtype | None = None
+    """From scratch: element type of the result, bfloat16 unless given. With a checkpoint it is the checkpoint's."""
     eval_rows: int = Field(default=256, ge=0)
     """Rows of the held-out split that the held-out loss is measured on (the first ones); 0 measures none."""
 
@@ -144,6 +144,8 @@ class TrainConfig(Settings):
             raise ValueError("give a checkpoint to train on or an architecture to begin from scratch, one of the two")
         if self.steps is not None and self.tokens is not None:
             raise ValueError("give steps or tokens, not both")
+        if self.checkpoint is not None and self.dtype is not None:
+            raise ValueError("dtype: the result has the checkpoint's; it is a choice only from scratch")
         if self.architecture is not None and self.train not in ((), ("all",)):
             raise ValueError("train: from scratch everything is trained")
         low, high = self.worker_range

@@ -17,9 +17,9 @@ from functools import cached_property
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lesa_ray.checkpoint.storage import Storage, explain, filesystem_options
@@ -89,7 +89,7 @@ class TrainedState:
     def _reader(self) -> _Reader:
         url = self.url if "://" in self.url else f"file://{self.url}"
         # Ranges are read as they are asked for: the usual 50 MB ahead would be read for every tensor.
-        exact = {} if self.storage.is_local else {"use_listings_cache": False}
+        exact: dict[str, Any] = {} if self.storage.is_local else {"use_listings_cache": False}
         if url.startswith(("s3://", "s3a://")):
             exact["default_cache_type"] = "none"
         return _Reader(url, **exact, **filesystem_options(url))

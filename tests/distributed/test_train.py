@@ -1,0 +1,272 @@
+"""Training by Ray Train on this machine: it learns, it does not depend on the number of workers, and faults lose
+nothing: after a kill the curve goes on as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.train import pretrain
+from lesa_ray.training import checkpoints
+from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.train_settings import TrainConfig
+from tests.training.blocks import make_blocks
+
+Bases = Callable[[str], str]
+Grow = Callable[..., Any]
+LESA_RAY = str(Path(sys.executable).parent / "lesa-ray")
+
+
+def settings(base: str, data: str, out: str, **more: Any) -> dict[str, Any]:
+    return {
+        "checkpoint": base, "data": data, "out": out, "steps": 60, "batch": 4, "learning_rate": 1e-2, "workers": 2,
+        "cpus_per_worker": 1, "checkpoint_every": 10, "eval_every": 20, "log_every": 5, "precision": "fp32", **more,
+    }  # fmt: skip
+
+
+def train(base: str, data: str, out: str, **more: Any) -> Any:
+    return pretrain(TrainConfig.model_validate(settings(base, data, out, **more)))
+
+
+def curve(out: str) -> dict[int, tuple[float, float, float]]:
+    """Loss, gradient norm and learning rate of every step."""
+    rows = [row for row in read_metrics(out) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "every step once, in order"
+    return {row["step"]: (row["loss"], row["gradient_norm"], row["learning_rate"]) for row in rows}
+
+
+def heldout(out: str) -> dict[int, float]:
+    return {row["step"]: row["heldout_loss"] for row in read_metrics(out) if "heldout_loss" in row}
+
+
+def tensors(folder: str) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_blocks(str(tmp_path_factory.mktemp("data") / "blocks"))
+
+
+@pytest.fixture(scope="module")
+def reference(local_ray: None, bases: Bases, data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The undisturbed run of two workers."""
+    out = str(tmp_path_factory.mktemp("reference") / "out")
+    train(bases("llama"), data, out, train="all")
+    return out
+
+
+def descendants() -> set[int]:
+    """Processes below this one."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        parents[int(entry.parent.name)] = int(fields[1])
+    own, found = os.getpid(), set()
+    for pid in parents:
+        above = pid
+        while above in parents and above != own:
+            above = parents[above]
+        if above == own:
+            found.add(pid)
+    return found
+
+
+def kill_a_worker(out: str, after: int, killed: list[int]) -> threading.Thread:
+    """Kill a worker of this process's Ray once some step is past."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            rows = read_metrics(out)
+            if rows and rows[-1]["step"] >= after:
+                for pid in descendants():
+                    try:
+                        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    except OSError:
+                        continue
+                    if title.startswith(b"ray::RayTrainWorker"):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(rows[-1]["step"])
+                        return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.timeout(250)
+def test_what_is_new_learns_and_what_is_old_stays(
+    local_ray: None, grow: Grow, bases: Bases, data: str, tmp_path: Path
+) -> None:
+    base = grow(bases("llama"), method="llama-pro").out
+    out = str(tmp_path / "trained")
+    result = train(base, data, out)
+    assert result.heldout_after < result.heldout_before - 0.2
+    new = set(json.loads(Storage(base).read("expansion.json"))["new_layers"])
+    before, after = tensors(base), tensors(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        is_new = name.startswith("model.layers.") and int(name.split(".")[2]) in new
+        assert torch.equal(tensor, after[name]) is not is_new, name
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    last = checkpoints.find_complete(out)
+    assert [record.step for record in last][-2:] == [50, 60]
+    again = train(base, data, out)
+    assert again.reused
+    assert again.heldout_after == result.heldout_after
+    with pytest.raises(
+        UserError, match=r"holds a run of other inputs or settings \(learning_rate: 0.01 there, 0.1 now\)"
+    ):
+        train(base, data, out, learning_rate=0.1)
+
+
+@pytest.mark.timeout(250)
+def test_the_losses_do_not_depend_on_the_number_of_workers(
+    reference: str, bases: Bases, data: str, tmp_path: Path
+) -> None:
+    two = curve(reference)
+    for workers in (1, 4):
+        out = str(tmp_path / str(workers))
+        train(bases("llama"), data, out, train="all", workers=workers, micro_batch=1)
+        other = curve(out)
+        assert np.allclose(list(two.values()), list(other.values()), rtol=1e-5), workers
+
+
+@pytest.mark.timeout(250)
+def test_a_killed_worker_changes_nothing(reference: str, bases: Bases, data: str, tmp_path: Path) -> None:
+    out, killed = str(tmp_path / "out"), []
+    step = int(np.random.default_rng().integers(12, 50))
+    killer = kill_a_worker(out, step, killed)
+    train(bases("llama"), data, out, train="all")
+    killer.join(timeout=10)
+    assert killed and killed[0] < 60, step
+    assert curve(out) == curve(reference), step
+    assert heldout(out) == heldout(reference)
+    same = tensors(out)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in tensors(reference).items())
+
+
+@pytest.mark.timeout(280)
+def test_a_killed_driver_and_the_command_run_again_with_fewer_workers(
+    reference: str, bases: Bases, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = tmp_path / "train.yaml"
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    config.write_text(json.dumps(settings(bases("llama"), data, str(out), train="all")))
+    command = [LESA_RAY, "pretrain", "--config", str(config)]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoints.find_complete(str(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(timeout=30)
+    there = checkpoints.find_complete(str(out))
+    assert there and there[-1].step < 60
+    assert not (out / "config.json").exists()
+    done = subprocess.run(
+        [*command, "--workers", "1", "--json"], env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed"] is True
+    whole, first = curve(reference), there[-1].step
+    resumed = curve(str(out))
+    assert {step: resumed[step] for step in range(1, first + 1)} == {step: whole[step] for step in range(1, first + 1)}
+    assert np.allclose(list(resumed.values()), list(whole.values()), rtol=1e-5)
+
+
+def test_a_half_written_checkpoint_is_not_taken(reference: str, tmp_path: Path) -> None:
+    import shutil
+
+    out = str(shutil.copytree(reference, tmp_path / "out"))
+    folder = Path(out) / checkpoints.FOLDER
+    assert [record.step for record in checkpoints.find_complete(out)][-2:] == [50, 60]
+    shard = next((folder / "step-00000060").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert [record.step for record in checkpoints.find_complete(out)][-1] == 50
+    (folder / "step-00000050" / checkpoints.COMPLETE_FILE).unlink()
+    assert 50 not in [record.step for record in checkpoints.find_complete(out)]
+    assert checkpoints.find_complete(out, "another run") == []
+
+
+@pytest.mark.timeout(200)
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+    local_ray: None, bases: Bases, data: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"step \d+: the (loss|gradient) is (nan|inf); the last checkpoint is kept. Lower"
+    ):
+        train(
+            bases("llama"),
+            data,
+            out,
+            train="all",
+            learning_rate=1e30,
+            clip=1e30,
+            warmup=30,
+            checkpoint_every=1,
+            log_every=1,
+        )
+    for record in checkpoints.find_complete(out):
+        assert record.step < 30
+    assert not Storage(out).exists("config.json")
+    assert not [name for name in Storage(out).within("training").folders() if name.startswith("ray-")]
+
+
+def test_more_workers_than_there_is_room_for(local_ray: None, bases: Bases, data: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"workers 8 of 1 CPU each: the cluster can give 4 after 1 s of waiting; ask for fewer"
+    ):
+        train(bases("llama"), data, str(tmp_path / "out"), train="all", workers=8, batch=8, wait=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_input_says_what_is_wrong_and_leaves_nothing(
+    local_ray: None, bases: Bases, data: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    long = make_blocks(str(tmp_path / "long"), seq_len=128, rows=4, heldout=1)
+    wide = make_blocks(str(tmp_path / "wide"), vocab=300, rows=4, heldout=1)
+    empty = make_blocks(str(tmp_path / "empty"), rows=0, heldout=1)
+    llama = bases("llama")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (r"rows have 128 tokens, .* was made for 64; tokenize with --seq-len 64", {"data": long}),
+        (r"tokens go up to 299, the vocabulary of .* has 128", {"data": wide}),
+        (r"there is no row to train on", {"data": empty}),
+        (r"holds no finished token blocks", {"data": str(tmp_path / "nothing")}),
+        (r"train \*.nothing: matches no parameter", {"train": "*.nothing"}),
+        (r"has no expansion.json.*--train all", {"train": ()}),
+        (r"batch 5: cannot be divided among 2 workers", {"batch": 5}),
+        (r"no such folder", {"checkpoint": str(tmp_path / "gone")}),
+        (r"give steps or tokens", {"tokens": 5}),
+        (r"OUT .*: is not empty", {"out": llama}),
+    ]
+    for message, change in cases:
+        given = settings(llama, data, out, train="all") | change
+        with pytest.raises((UserError, ValueError), match=message):
+            pretrain(TrainConfig.model_validate(given))
+        assert not Path(out).exists(), message

@@ -1,0 +1,194 @@
+"""Conversations → ids, and which of them are learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.training import styles
+from transformers import PreTrainedTokenizerFast
+
+from lesa_ray.errors import UserError
+from lesa_ray.training.chat import ChatEncoder, Example, conversation, fit
+from lesa_ray.training.documents import Row
+
+pytestmark = pytest.mark.timeout(60)
+SYSTEM = {"role": "system", "content": "Be brief."}
+ONE = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes, the café"}]
+TWO = [*ONE, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "no\n\nreason"}]
+
+
+def examples(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **more: Any) -> list[Example]:
+    row = Row("file: line 1", {"messages": messages, **more})
+    found = conversation(row)
+    assert found is not None
+    return ChatEncoder(tokenizer, "it")(row, found)
+
+
+def learnt(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[str]:
+    """The texts of the runs of learnt tokens."""
+    runs: list[list[int]] = []
+    before = False
+    for number, scored in zip(example.ids.tolist(), example.scored.tolist(), strict=True):
+        if scored:
+            runs += [] if before else [[]]
+            runs[-1].append(number)
+        before = scored
+    return [tokenizer.decode(run) for run in runs]
+
+
+def whole(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], **more: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **more)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ends"),
+    [
+        (styles.qwen(styles.CHATML), "<|im_end|>"),
+        (styles.qwen(styles.MARKED), "<|im_end|>"),
+        (styles.llama3(styles.LLAMA3), "<|eot|>"),
+        (styles.llama2(styles.MISTRAL), "</s>"),
+    ],
+    ids=["chatml", "marked", "llama3", "mistral"],
+)
+@pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
+def test_the_answers_and_their_ends_are_learnt(tokenizer: Any, ends: str, messages: Any) -> None:
+    (example,) = examples(tokenizer, messages)
+    assert example.ids.tolist() == whole(tokenizer, messages)
+    answers = [m["content"] + ends for m in messages if m["role"] == "assistant"]
+    assert [run.lstrip() for run in learnt(tokenizer, example)] == answers
+
+
+def test_the_mark_of_the_template_wins() -> None:
+    template = styles.MARKED.replace("{% generation %}", "THOUGHT{% generation %}")
+    tokenizer = styles.qwen(template)
+    (example,) = examples(tokenizer, ONE)
+    assert learnt(tokenizer, example) == ["yes, the café<|im_end|>"]
+    unmarked = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    (example,) = examples(styles.qwen(unmarked), ONE)
+    assert learnt(tokenizer, example) == ["THOUGHTyes, the café<|im_end|>"]
+
+
+def test_an_answer_that_joins_the_header_is_learnt_from_the_joint_on() -> None:
+    tokenizer = styles.qwen(styles.CHATML)
+    odd = [ONE[0], {"role": "assistant", "content": "\n\n  yes"}, TWO[2], {"role": "assistant", "content": ""}]
+    (example,) = examples(tokenizer, odd)
+    assert example.ids.tolist() == whole(tokenizer, odd)
+    first, second = learnt(tokenizer, example)
+    assert first.lstrip("\n") == "  yes<|im_end|>"
+    assert second == "<|im_end|>"
+
+
+def test_a_template_that_ends_nothing_gets_the_end_of_text() -> None:
+    tokenizer = styles.gpt2()
+    tokenizer.chat_template = styles.PLAIN
+    (example,) = examples(tokenizer, TWO)
+    assert example.ids.tolist() == [*whole(tokenizer, TWO), tokenizer.eos_token_id]
+    first, second = learnt(tokenizer, example)  # " n" is one token: it joins the header to the answer
+    assert (first.lstrip(), second.lstrip()) == ("yes, the café\n", "no\n\nreason\n<|endoftext|>")
+
+
+def test_a_template_that_forgets_gives_an_example_for_each_answer() -> None:
+    tokenizer = styles.qwen(styles.FORGETFUL)
+    first, second = examples(tokenizer, [SYSTEM, *TWO])
+    assert first.ids.tolist() == whole(tokenizer, [SYSTEM, *ONE])
+    assert second.ids.tolist() == whole(tokenizer, [SYSTEM, *TWO])
+    think = "<think>\n\n</think>\n\n"
+    assert learnt(tokenizer, first) == [f"{think}yes, the café<|im_end|>"]
+    assert learnt(tokenizer, second) == [f"{think}no\n\nreason<|im_end|>"]
+    assert len(examples(tokenizer, ONE)) == 1
+
+
+def test_a_template_whose_prefixes_never_agree_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^tokenizer it: its chat template renders .*file: line 1.*generation"
+    ) as caught:
+        examples(styles.qwen(styles.FICKLE), TWO)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_refuses_a_conversation_is_named_with_its_row() -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}"
+    for more in ("", styles.MARKED):
+        with pytest.raises(UserError, match=r"^DATA file: line 1: the chat template .*System role not supported"):
+            examples(styles.qwen(template + more), [SYSTEM, *ONE])
+
+
+def test_tokenizers_that_cannot_serve_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^tokenizer it: has no chat template"):
+        ChatEncoder(styles.gpt2(), "it")
+    tokenizer = styles.qwen(styles.CHATML)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"^tokenizer it: has no end-of-text token"):
+        ChatEncoder(tokenizer, "it")
+
+
+def test_padding_is_the_tokenizers_or_the_end() -> None:
+    qwen, llama = styles.qwen(styles.CHATML), styles.llama3(styles.LLAMA3)
+    assert ChatEncoder(qwen, "it").pad == qwen.pad_token_id
+    assert ChatEncoder(llama, "it").pad == llama.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"prompt": "a", "response": "b"}, ["a", "b"]),
+        ({"instruction": "a", "output": "b"}, ["a", "b"]),
+        ({"instruction": "a", "input": "c", "output": "b"}, ["a\n\nc", "b"]),
+        ({"instruction": "a", "input": "", "output": "b"}, ["a", "b"]),
+        ({"messages": ONE, "prompt": "x", "response": "y"}, ["hi there", "yes, the café"]),
+        ({"messages": [*ONE, {"role": "user", "content": "bye"}]}, ["hi there", "yes, the café"]),
+        ({"prompt": "\ud800a", "response": "b"}, ["?a", "b"]),
+        ({"messages": None, "prompt": "a", "response": "b"}, ["a", "b"]),
+        ({"messages": ONE[:1]}, None),
+        ({"messages": ONE[1:]}, None),
+        ({"messages": []}, None),
+        ({"messages": None}, None),
+        ({"prompt": "a", "response": None}, None),
+    ],
+)
+def test_the_ways_to_write_a_conversation(values: dict[str, Any], expected: list[str] | None) -> None:
+    found = conversation(Row("file: line 1", values))
+    assert (found and [message["content"] for message in found]) == expected
+    if found and len(found) == 2:
+        assert [message["role"] for message in found] == ["user", "assistant"]
+
+
+def test_keys_without_a_value_are_not_there() -> None:
+    found = conversation(Row("", {"messages": [{**m, "tool_calls": None} for m in ONE]}))
+    assert found == ONE
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": "a"}, "has no conversation: expected a column messages.*its columns: text"),
+        ({"messages": "a"}, "messages must be a list of objects with a role"),
+        ({"messages": [{"from": "human"}]}, "messages must be a list of objects with a role"),
+        ({"prompt": ["a"], "response": "b"}, "question and answer must be text"),
+    ],
+)
+def test_rows_that_are_no_conversation_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^DATA file: line 1: {message}|^DATA file: line 1: {message}"):
+        conversation(Row("file: line 1", values))
+
+
+def test_tools_reach_the_template() -> None:
+    tokenizer = styles.qwen("{% if tools %}TOOL {{ tools[0].name }}{% endif %}" + styles.CHATML)
+    (example,) = examples(tokenizer, ONE, tools=[{"name": "add"}])
+    assert tokenizer.decode(example.ids).startswith("TOOL add<|im_start|>")
+    assert learnt(tokenizer, example) == ["yes, the café<|im_end|>"]
+
+
+def test_what_does_not_fit_is_cut_or_left_out() -> None:
+    tokenizer = styles.qwen(styles.CHATML)
+    (example,) = examples(tokenizer, ONE)
+    length, begin = len(example.ids), int(example.scored.argmax())
+    kept = fit(example, length, "drop")
+    assert kept is not None
+    assert kept.ids.tolist() == example.ids.tolist()
+    assert fit(example, length - 1, "drop") is None
+    cut = fit(example, begin + 1, "truncate")
+    assert cut is not None
+    assert (cut.ids.tolist(), int(cut.scored.sum())) == (example.ids[: begin + 1].tolist(), 1)
+    assert fit(example, begin, "truncate") is None  # nothing is left to learn

@@ -1,0 +1,184 @@
+"""Which documents are read from which part of the data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lesa_ray.errors import UserError
+from lesa_ray.training.documents import Fragment, cut, is_heldout, read_fragments, read_rows
+from lesa_ray.training.sources import Part, Piece, Source, deal, find_sources
+
+pytestmark = pytest.mark.timeout(60)
+NO_DATASET = (None, "train")
+
+
+def find(*names: str | Path) -> list[Source]:
+    return find_sources([str(name) for name in names], *NO_DATASET)
+
+
+def parts_of(pieces: list[Piece]) -> list[Part]:
+    return [part for piece in pieces for part in piece.parts]
+
+
+def read(path: Path, column: str = "text", piece: int = 2**20, longest: int = 1000) -> list[str]:
+    """Documents of a file, from parts of `piece` bytes."""
+    documents: list[str] = []
+    for part in parts_of(deal(find(path), piece)):
+        for fragment in read_fragments(part, column, NO_DATASET, longest):
+            documents += [""] if fragment.begins else []
+            documents[-1] += fragment.text
+    return documents
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1000, 10**6])
+@pytest.mark.parametrize("longest", [5, 10**6])
+def test_lines_are_each_in_one_part(tmp_path: Path, piece: int, longest: int) -> None:
+    texts = [f"{number} " + "é𝄞" * (number * 7 % 40) for number in range(30)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).rstrip("\n"))
+    assert read(file, piece=piece, longest=longest) == texts
+
+
+@pytest.mark.parametrize("piece", [1, 13, 64, 1000])
+@pytest.mark.parametrize("text", ["ab\n\n  c\né𝄞𝄞\nf" * 20, "𝄞é" * 70, "\n" * 99, "x", "a\n" * 50 + "b" * 300])
+def test_one_document_in_parts_is_the_same_text(tmp_path: Path, text: str, piece: int) -> None:
+    (tmp_path / "a.txt").write_text(text, newline="")
+    assert read(tmp_path / "a.txt", piece=piece, longest=4) == [text]
+    found = [f for part in parts_of(deal(find(tmp_path), piece)) for f in read_fragments(part, "", NO_DATASET, 4)]
+    assert [f.begins for f in found] == [True, *[False] * (len(found) - 1)]
+    assert [f.ends for f in found] == [*[False] * (len(found) - 1), True]
+    assert len({f.key for f in found}) == 1
+
+
+def test_row_groups_are_shared_among_parts(tmp_path: Path) -> None:
+    texts = [f"row {number}" for number in range(50)]
+    pq.write_table(pa.table({"text": texts, "other": range(50)}), tmp_path / "a.parquet", row_group_size=7)
+    for piece in (100, 1000, 10**6):
+        assert read(tmp_path / "a.parquet", piece=piece) == texts
+
+
+def test_odd_contents_are_read(tmp_path: Path) -> None:
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc")
+    (tmp_path / "latin.py").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "empty.md").write_bytes(b"")
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wb") as file:
+        file.write(b'\xef\xbb\xbf{"text": "\\ud800 half"}\r\n\n{"text": ""}\n{"text": null}\n{"text": "\xff"}')
+    assert read(tmp_path) == ["abc", "na\ufffdve", "? half", "\ufffd"]
+    pq.write_table(pa.table({"text": pa.array(["a", None, ""], pa.large_string())}), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == ["a"]
+
+
+def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
+    good = '{"text": "a"}\n'
+    for name, data, message in [
+        ("a.jsonl", good + "{", "a.jsonl: line 2 is not JSON"),
+        ("b.jsonl", good + "[1]", "b.jsonl: line 2 is not a JSON object"),
+        ("c.jsonl", good + '{"body": 1}', "c.jsonl: line 2: there is no text in a column 'text'; its columns: body"),
+        ("d.jsonl", good + '{"text": 1}', "d.jsonl: line 2: there is no text in a column 'text'"),
+        ("e.parquet", "text", "e.parquet: is not Parquet"),
+        ("f.jsonl.gz", "text", "f.jsonl.gz: is not gzip, or damaged"),
+    ]:
+        (tmp_path / name).write_text(data)
+        with pytest.raises(UserError, match=message) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"the line at byte 14 is not JSON"):
+        read(tmp_path / "a.jsonl", piece=10)
+    packed = gzip.compress(good.encode() * 1000)
+    (tmp_path / "f.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match="is not gzip, or damaged"):
+        read(tmp_path / "f.jsonl.gz")
+    pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "g.parquet")
+    with pytest.raises(UserError, match=r"has no column 'text'; its columns: body, n"):
+        read(tmp_path / "g.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "h.parquet")
+    with pytest.raises(UserError, match=r"h.parquet: row 1: there is no text in a column 'text'"):
+        read(tmp_path / "h.parquet")
+
+
+def test_sources_are_found_once_in_order_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/y.parquet", "c.csv", ".git/d.txt", "a/.e.txt", "f.jsonl.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    names = [source.name.removeprefix(f"{tmp_path}/") for source in find(tmp_path / "f.jsonl.gz", tmp_path)]
+    assert names == ["f.jsonl.gz", "a/y.parquet", "a/z.md", "b.txt"]
+    assert [source.name for source in find(tmp_path / "*.txt")] == [str(tmp_path / "b.txt")]
+    assert {source.given for source in find(tmp_path)} == {str(tmp_path)}
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("")
+    for name, message in [
+        (str(tmp_path / "no.txt"), "there is no such file or folder"),
+        (str(tmp_path / "no"), "there is no such file or folder"),
+        (str(tmp_path / "*.txt"), "no data found"),
+        (str(tmp_path / "empty"), "no data found; expected files that end with .txt"),
+        (str(tmp_path / "a.csv"), "is of no kind that is known"),
+        ("no.jsonl", "there is no such file or folder"),
+        ("nowhere://x", "nowhere"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            find(name)
+        assert str(caught.value).startswith(f"DATA {name}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_pieces_hold_small_files_together_and_part_large_ones() -> None:
+    sources = [Source(f"{number}.txt", size, "") for number, size in enumerate([4, 4, 4, 25, 1, 0, 9])]
+    pieces = deal([*sources, Source("a.jsonl.gz", 99, ""), Source("a/b", 0, "main", shards=2)], piece_bytes=10)
+    assert [[(p.source.name, p.index, p.count) for p in piece.parts] for piece in pieces] == [
+        [("0.txt", 0, 1), ("1.txt", 0, 1)],
+        [("2.txt", 0, 1)],
+        *[[("3.txt", index, 3)] for index in range(3)],
+        [("4.txt", 0, 1)],
+        [("5.txt", 0, 1)],
+        [("6.txt", 0, 1)],
+        [("a.jsonl.gz", 0, 1)],
+        *[[("a/b", index, 2)] for index in range(2)],
+    ]
+    assert [piece.number for piece in pieces] == list(range(len(pieces)))
+
+
+def test_pieces_of_a_text_end_where_lines_do() -> None:
+    text = "one two\n  three\nfour\n" * 30
+    pieces = list(cut(text, 50))
+    assert "".join(pieces) == text
+    assert all(50 < len(piece) <= 100 for piece in pieces[:-1])
+    assert all(piece.endswith("\n") and not piece.startswith(" ") for piece in pieces[:-1])
+    assert [len(piece) for piece in cut("x" * 301, 50)] == [100, 100, 100, 1]
+
+
+def test_the_share_held_out_is_about_what_was_asked() -> None:
+    keys = [f"document {number}".encode() for number in range(20_000)]
+    assert 900 < sum(is_heldout(key, 0.05) for key in keys) < 1100  # 1000 ± 3 standard deviations (31)
+    assert not any(is_heldout(key, 0.0) for key in keys)
+
+
+def test_a_hub_dataset_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        UserError, match=r"^DATA org/name: there is no such file or folder; for a dataset .*lesa-ray\[data"
+    ):
+        find("org/name")
+
+
+def test_rows_of_a_dataset_are_read_by_shard(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for number in range(3):
+        pq.write_table(pa.table({"text": [f"{number}-{row}" for row in range(4)]}), tmp_path / f"{number}.parquet")
+    source = Source(str(tmp_path), 0, "", shards=3)  # a folder is a dataset too, and needs no hub
+    found = [
+        [row.values["text"] for row in read_rows(part, ("text",), (None, "train"))] for part in parts_of(deal([source]))
+    ]
+    assert found == [[f"{number}-{row}" for row in range(4)] for number in range(3)]
+    fragment = next(read_fragments(Part(source, 2, 3, take=1), "text", (None, "train")))
+    assert fragment == Fragment("2-0", True, True, b"2-0")

@@ -1,0 +1,412 @@
+"""Export: what was frozen is equal bit for bit, what was trained is there, and transformers loads it without a word."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lesa_ray import Expanded
+from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.storage import Storage, filesystem_options
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training import export as export_module
+from lesa_ray.training.export import Exported, begin_export, export, plan_export, write_file
+from lesa_ray.training.trained_state import TrainedState
+from tests import families
+
+FACTS = {"data": "a book | two", "steps": 300, "tokens": 1_228_800, "learning_rate": 2e-4, "heldout_loss": 2.5}
+NEW = (1, 3)
+"""Layers that most tests here train."""
+
+
+def changed(folder: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Trained values, in float32, for the chosen tensors of a checkpoint."""
+    found = {name: t for name, t in families.tensors(folder).items() if chosen(name)}
+    assert found
+    return {name: t.float() * 1.5 + 0.01 for name, t in sorted(found.items())}
+
+
+def in_new_layers(name: str) -> bool:
+    return any(f".{layer}." in name for layer in NEW)
+
+
+def save_state(url: str, trained: dict[str, Tensor]) -> str:
+    """A training checkpoint with these parameters, and the optimizer's state that export must leave alone."""
+    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in trained.items()}
+    state |= {f"exp_avg.{name}": torch.full_like(tensor, 7) for name, tensor in trained.items()}
+    full = url if "://" in url else f"file://{url}"
+    dcp.save(state, storage_writer=FsspecWriter(full, **filesystem_options(full)), no_dist=True)
+    return url
+
+
+def run(base: str | None, state: str, out: str, **options: Any) -> Exported:
+    return export(plan_export(open_checkpoint(base) if base else None, state, out, **options), FACTS)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def assert_exported(out: Path, base: str, trained: dict[str, Tensor]) -> None:
+    """Frozen tensors are the base's bits, trained ones the trained values in the base's dtype; same files."""
+    before, after = families.tensors(base), families.tensors(out)
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        expected = trained[name].to(before[name].dtype) if name in trained else before[name]
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(bits(tensor), bits(expected)), name
+    weights = "*.safetensors*"
+    assert {f.name for f in out.glob(weights)} == {f.name for f in Path(base).glob(weights)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "gpt2"])  # sharded, tied in one file, …
+def test_frozen_bits_stay_and_it_loads(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = families.make(family, tmp_path / "base", dtype=dtype)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "use_cache": False}))
+    trained = changed(base, in_new_layers)
+    done = run(base, save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    assert not done.reused
+    assert_exported(tmp_path / "out", base, trained)
+    model = families.load_strict(tmp_path / "out", family)
+    assert model.dtype == dtype
+    assert model.config.use_cache is True
+    assert families.logits(model, families.tokens()).isfinite().all()
+    assert not torch.equal(
+        families.logits(model, families.tokens()),
+        families.logits(families.load_strict(base, family), families.tokens()),
+    )
+
+
+def test_files_without_a_trained_tensor_are_the_same_files(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        save_file(load_file(file), file, {"format": "pt", "made_by": "somebody else"})
+    trained = changed(base, lambda name: name == "model.layers.2.mlp.down_proj.weight")
+    run(base, save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "out" / index).read_bytes() == (tmp_path / "base" / index).read_bytes()
+    written = json.loads((tmp_path / "base" / index).read_text())["weight_map"]["model.layers.2.mlp.down_proj.weight"]
+    files = list((tmp_path / "base").glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        same = (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        assert same == (file.name != written), file.name
+
+
+def test_an_expanded_checkpoint_stays_one(
+    bases: Callable[[str], str], grow: Callable[..., Expanded], tmp_path: Path
+) -> None:
+    expanded = grow(bases("llama"), method="llama-pro")
+    new = expanded.manifest["new_layers"]
+    manifest = Path(expanded.out, "expansion.json")
+    manifest.write_text(json.dumps({**expanded.manifest, "base": "hf://somebody/small@main"}))
+    trained = changed(expanded.out, lambda name: any(f"layers.{layer}." in name for layer in new))
+    run(expanded.out, save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    assert_exported(tmp_path / "out", expanded.out, trained)
+    assert (tmp_path / "out/expansion.json").read_bytes() == manifest.read_bytes()
+    families.load_strict(tmp_path / "out", "llama")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("---\nbase_model: somebody/small\nbase_model_relation: finetune\n")
+    assert "- llama-pro" in card
+    assert "5 → 8 layers" in card
+    assert "not been trained" not in card
+    assert "| tokens | 1,228,800 |" in card
+    assert "| held-out loss after | 2.5 |" in card
+    assert "| data | a book \\| two |" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_tied_weight_that_the_files_hold_twice_is_written_twice(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base", dtype=torch.bfloat16)
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    trained = changed(base, lambda name: name == "model.embed_tokens.weight")
+    run(base, save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    twice = {**trained, "lm_head.weight": trained["model.embed_tokens.weight"]}
+    assert_exported(tmp_path / "out", base, twice)
+
+
+def test_side_files_come_along(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    words = {f"w{i}": i for i in range(families.VOCAB)}
+    splitter = Tokenizer(WordLevel(words, unk_token="w0"))
+    splitter.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, unk_token="w0")
+    tokenizer.save_pretrained(base)
+    for name in ("LICENSE", "pytorch_model.bin", "trainer_state.json", "README.md"):
+        (tmp_path / "base" / name).write_text("of the base")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    run(base, state, str(tmp_path / "out"), tokenizer=str(tmp_path / "tokenizer"))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded("w5 w7").input_ids == [5, 7]
+    assert loaded.chat_template == tokenizer.chat_template
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("config.json", "model.safetensors", "generation_config.json", "README.md", "LICENSE", "training"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert (tmp_path / "out/README.md").read_text() != "of the base"
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
+@pytest.mark.parametrize(("dtype", "shard_size"), [("bfloat16", "100KB"), ("float32", "5GB")])
+def test_from_scratch(family: str, dtype: Any, shard_size: str, tmp_path: Path) -> None:
+    made = families.make(family, tmp_path / "made")
+    trained = families.tensors(made)
+    config = json.loads((tmp_path / "made/config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "architectures")} | {"use_cache": False}
+    out = tmp_path / "out"
+    run(None, save_state(str(tmp_path / "state"), trained), str(out), config=config, dtype=dtype, shard_size=shard_size)
+    assert (len(list(out.glob("model-*.safetensors"))) > 1) == (shard_size == "100KB")
+    after = families.tensors(out)
+    assert after.keys() == trained.keys()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, trained[name].to(getattr(torch, dtype))), name
+    model = families.load_strict(out, family)
+    assert (model.dtype, model.config.use_cache) == (getattr(torch, dtype), True)
+    assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base", dtype=torch.bfloat16)
+    remote = Storage(f"{s3}/export/base")
+    for file in Path(base).iterdir():
+        remote.write(file.name, file.read_bytes())
+    trained = changed(base, in_new_layers)
+    out = Storage(f"{s3}/export/out")
+    state = save_state(f"{out.url}/training/checkpoints/step-00000007", trained)
+    assert run(remote.url, state, out.url).written > 1
+    assert run(remote.url, state, out.url).reused
+    (tmp_path / "out").mkdir()
+    for name in out.list():
+        (tmp_path / "out" / name).write_bytes(out.read(name))
+    assert_exported(tmp_path / "out", base, trained)
+    families.load_strict(tmp_path / "out", "llama")
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from torch.distributed.tensor import Shard, distribute_tensor
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+mesh = dist.init_device_mesh("cpu", (3,))
+trained = torch.load(f"{folder}/trained.pt")
+state = {f"model.{name}": distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in trained.items()}
+dcp.save(state, storage_writer=FsspecWriter(f"file://{folder}/state"))
+dist.destroy_process_group()
+"""
+
+
+def test_a_state_that_several_workers_wrote(tmp_path: Path) -> None:
+    """64 rows over 3 workers: uneven shards."""
+    base = families.make("llama_tied", tmp_path / "base")
+    trained = changed(base, in_new_layers)
+    torch.save(trained, tmp_path / "trained.pt")
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)]) for rank in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    assert len(list((tmp_path / "state").glob("*.distcp"))) == 3
+    run(base, str(tmp_path / "state"), str(tmp_path / "out"))
+    assert_exported(tmp_path / "out", base, trained)
+
+
+def test_one_trained_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    read, held, counts = TrainedState.read, [], []
+
+    def watched(self: TrainedState, name: str) -> Tensor:
+        counts.append(sum(reference() is not None for reference in held))
+        tensor = read(self, name)
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(TrainedState, "read", watched)
+    run(base, state, str(tmp_path / "out"))
+    assert len(counts) > 10
+    assert set(counts) == {0}
+
+
+KILLED = """
+import os, signal, sys
+from lesa_ray.training import export as module
+from tests.training.test_export import run
+write, files = module.write_file, []
+def kill(plan, file):
+    if len(files) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    files.append(file)
+    write(plan, file)
+module.write_file = kill
+run(*sys.argv[1:])
+"""
+
+
+def test_a_killed_export_goes_on(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, base, state, str(out)]
+    root = Path(__file__).parents[2]
+    assert subprocess.run(command, timeout=120, check=False, cwd=root).returncode == -signal.SIGKILL
+    kept = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
+    assert len(kept) == 2
+    assert not (out / "config.json").exists()
+    done = run(base, state, str(out))
+    assert done.written == len(list(Path(base).glob("*.safetensors"))) - 2
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    run(base, state, str(tmp_path / "straight"))
+    for file in out.glob("*.*"):
+        assert file.read_bytes() == (tmp_path / "straight" / file.name).read_bytes(), file.name
+
+
+def test_an_unfinished_export_of_another_state_is_made_anew(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    out = str(tmp_path / "out")
+    earlier = save_state(str(tmp_path / "earlier"), changed(base, in_new_layers))
+    plan = plan_export(open_checkpoint(base), earlier, out)
+    for file in begin_export(plan)[:3]:
+        write_file(plan, file)
+    later = {name: tensor + 1 for name, tensor in changed(base, in_new_layers).items()}
+    done = run(base, save_state(str(tmp_path / "later"), later), out)
+    assert done.written == len(plan.files)
+    assert_exported(tmp_path / "out", base, later)
+
+
+def test_a_finished_export_is_done_once_and_mended(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    trained = changed(base, in_new_layers)
+    state, out = save_state(str(tmp_path / "state"), trained), tmp_path / "out"
+    run(base, state, str(out))
+    assert run(base, state, str(out)) == Exported(
+        str(out), plan_export(open_checkpoint(base), state, str(out)).nbytes, 0, True
+    )
+    next(out.glob("model-00002*")).unlink()
+
+    def fail(*args: object) -> None:
+        raise MachineError("the disk is full")
+
+    with pytest.raises(MachineError):
+        export(plan_export(open_checkpoint(base), state, str(out)), FACTS, fail)
+    assert not (out / "config.json").exists()
+    assert run(base, state, str(out)).written == 1
+    assert_exported(out, base, trained)
+
+
+def test_what_is_not_its_own_is_left_alone(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    other = families.make("llama_tied", tmp_path / "other", seed=1)
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    before = {file.name: file.read_bytes() for file in Path(other).iterdir()}
+    with pytest.raises(UserError, match=r"^OUT .*other: holds a checkpoint; give a new place"):
+        run(base, state, other)
+    (tmp_path / "other/config.json").rename(tmp_path / "config.json")
+    with pytest.raises(UserError, match="holds weights that are not its own"):
+        run(base, state, other)
+    (tmp_path / "config.json").rename(tmp_path / "other/config.json")
+    assert {file.name: file.read_bytes() for file in Path(other).iterdir()} == before
+    run(base, state, str(tmp_path / "out"))
+    second = save_state(str(tmp_path / "second"), changed(base, lambda name: ".0." in name))
+    with pytest.raises(UserError, match="holds an export of another training checkpoint"):
+        run(base, second, str(tmp_path / "out"))
+
+
+def test_a_tensor_that_is_not_a_number_leaves_nothing(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base", dtype=torch.float16)
+    trained = changed(base, in_new_layers)
+    name = "model.layers.3.mlp.up_proj.weight"
+    trained[name][0, 0] = 1e5  # a number, but none of float16's
+    state = save_state(str(tmp_path / "state"), trained)
+    (tmp_path / "out/training").mkdir(parents=True)
+    (tmp_path / "out/training/metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=rf"{name} holds NaN or Inf in float16"):
+        run(base, state, str(tmp_path / "out"))
+    assert [str(f.relative_to(tmp_path)) for f in (tmp_path / "out").rglob("*.*")] == ["out/training/metrics.jsonl"]
+
+
+def test_states_that_cannot_be_exported(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"nowhere: there is no \.metadata in it"):
+        run(base, str(tmp_path / "nowhere"), out)
+    foreign = save_state(str(tmp_path / "foreign"), {"model.layers.9.mlp.up_proj.weight": torch.ones(96, 64)})
+    with pytest.raises(
+        UserError, match=r"trained model\.layers\.9\.mlp\.up_proj\.weight, which checkpoint .* not have"
+    ):
+        run(base, foreign, out)
+    wide = save_state(str(tmp_path / "wide"), {"model.layers.1.mlp.up_proj.weight": torch.ones(97, 64)})
+    with pytest.raises(UserError, match=r"is \[97, 64\], .* is \[96, 64\]"):
+        run(base, wide, out)
+    none = save_state(str(tmp_path / "none"), {})
+    with pytest.raises(UserError, match="holds no trained parameter"):
+        run(base, none, out)
+    part = save_state(str(tmp_path / "part"), changed(base, in_new_layers))
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    with pytest.raises(UserError, match=r"lacks model\.embed_tokens\.weight, so it cannot be exported without a base"):
+        run(None, part, out, config=config)
+    with pytest.raises(UserError, match="configuration is needed"):
+        run(None, part, out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_state(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = tmp_path / "state"
+    save_state(str(state), changed(base, in_new_layers))
+    (file,) = state.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+    with pytest.raises(UserError, match=r"training checkpoint .*state: is damaged"):
+        run(base, str(state), str(tmp_path / "out"))
+    file.unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        run(base, str(state), str(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.*"))
+
+
+def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(MachineError, match=r"the disk has 0\.00 GB free"):
+        run(base, state, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_can_be_written_elsewhere(tmp_path: Path) -> None:
+    """The plan and its files travel: each file is written from a copy that was pickled."""
+    base = families.make("llama", tmp_path / "base")
+    trained = changed(base, in_new_layers)
+    state = save_state(str(tmp_path / "state"), trained)
+
+    def elsewhere(plan: export_module.ExportPlan, files: Any) -> None:
+        for file in files:
+            write_file(*pickle.loads(pickle.dumps((plan, file))))
+
+    plan = plan_export(open_checkpoint(base), state, str(tmp_path / "out"))
+    assert len(pickle.dumps(plan)) < 100_000
+    export(plan, FACTS, elsewhere)
+    assert_exported(tmp_path / "out", base, trained)
