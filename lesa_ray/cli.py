@@ -16,7 +16,7 @@ import typer
 from lesa_ray.cli_options import with_options
 from lesa_ray.config import ExpandConfig, load_config, make_config
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.training.train_settings import TrainConfig, load_train_config
+from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig, load_train_config
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__
@@ -176,7 +176,7 @@ def pretrain(
     **given: Any,
 ) -> None:
     """Train a checkpoint on, or a configuration from scratch, on token blocks: CKPT, --data, --out."""
-    settings = load_train_config(config, checkpoint=checkpoint, **given)
+    settings = load_train_config(TrainConfig, config, checkpoint=checkpoint, **given)
     from lesa_ray.report import terminal
 
     with terminal.progress_lines() as listener:
@@ -184,9 +184,36 @@ def pretrain(
         from lesa_ray.distributed.train import pretrain as run
 
         result = run(settings, listener=listener)
+    _print_trained(result, as_json)
+
+
+@app.command()
+@with_options(FinetuneConfig, leave_out=("checkpoint", "architecture", "dtype"))
+def finetune(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CKPT", help="A folder, a Hugging Face repo id, or an fsspec URL.")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    **given: Any,
+) -> None:
+    """Fine-tune a checkpoint on conversations, the loss on the answers only: CKPT, --data, --out."""
+    settings = load_train_config(FinetuneConfig, config, checkpoint=checkpoint, **given)
+    from lesa_ray.report import terminal
+
+    with terminal.progress_lines() as listener:
+        listener.phase("starting", 0)
+        from lesa_ray.distributed.finetune import finetune as run
+
+        result = run(settings, listener=listener)
+    _print_trained(result, as_json)
+
+
+def _print_trained(result: Any, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(result))
         return
+    from lesa_ray.report import terminal
     from lesa_ray.report.training import training_lines
 
     terminal.console.print(training_lines(result), highlight=False)

@@ -2,8 +2,8 @@
 
 Decides
 - A document travels in fragments of about 260,000 characters: a tokenizer needs some 100 bytes for a character of one
-  call, and a document may be a file of any size. It is cut where a line ends and the next is not
-  indented, else between words; there the byte-level tokenizers of GPT-2, Llama 3 and Qwen give the same ids as for the whole. (A tokenizer
+  call, and a document may be a file of any size. It is cut where a line ends and the next is not indented, else between
+  words; there the byte-level tokenizers of GPT-2, Llama 3 and Qwen give the same ids as for the whole. (A tokenizer
   that puts a space before every text, as Llama 2's does, puts one there too.)
 - Bytes that are not UTF-8 become replacement characters, halves of surrogate pairs in JSON question marks.
 - Documents without a character are skipped. So are rows whose text is null.

@@ -5,9 +5,10 @@
 Decides
 - The result has the base's files: names, index, order of tensors, dtypes. A file without a trained tensor is copied
   whole; in the others the untouched tensors are copied as bytes, and each trained one is read from the training
-  checkpoint, rounded to the base's dtype, and written. Memory is bounded by the largest trained tensor.
+  checkpoint, rounded to the base's dtype, and written. Memory is bounded by the largest trained tensor (where the
+  model fuses the experts of a layer: by two of those).
 - Without a base (a model trained from random weights) all tensors come from the training checkpoint; tied weights are
-  written once, under the name under which transformers lists them first.
+  written once, names are those that transformers gives tensors in files.
 - OUT may hold the run's own `training/`. `training/export.json` names the export whose files lie there: the same export
   keeps the files that are whole, another one begins again. OUT becomes a checkpoint when `config.json` is written.
 """
@@ -36,7 +37,7 @@ from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState
 
 if TYPE_CHECKING:
-    import torch
+    from lesa_ray.training.export_sources import Sources
 
 RECORD_FILE = "training/export.json"
 FORMAT = 1
@@ -60,8 +61,8 @@ class ExportPlan:
     base: Checkpoint | None
     state: TrainedState
     files: tuple[OutFile, ...]
-    sources: Mapping[str, str]
-    """For each tensor that is written anew, the trained parameter it is."""
+    sources: Sources
+    """For each tensor that is written anew, the trained parameters it comes from."""
     config: dict[str, Any]
     """config.json of the result."""
     tokenizer: str | None
@@ -115,18 +116,21 @@ def plan_export(
     trained = TrainedState(state)
     if not trained.shapes:
         raise UserError(f"training checkpoint {state}: holds no trained parameter (model.*)")
+    from lesa_ray.training.export_sources import sources_of_base, sources_of_scratch
+
     if base is not None:
-        files, sources = _files_of_base(base, trained, state)
+        sources = sources_of_base(base, trained)
+        files = _files_of_base(base, sources)
         return ExportPlan(out, base, trained, files, sources, _trained_config(base), tokenizer)
     if config is None:
         raise UserError(f"training checkpoint {state}: without a base the model's configuration is needed")
     limit = parse_size(shard_size)
-    model = _model(config, "configuration")
-    tensors = _scratch_tensors(trained, state, model, dtype)
+    sources, shapes, model = sources_of_scratch(config, trained)
+    tensors = [OutTensor(name, FORMAT_NAMES[dtype], shape, None) for name, shape in shapes.items()]
     files = tuple(OutFile(shard.file, shard.nbytes, shard) for shard in plan_shards([tensors], limit))
-    content = {"architectures": [type(model).__name__], **config, "dtype": dtype, "use_cache": True}
+    content = {"architectures": [model], **config, "dtype": dtype, "use_cache": True}
     content.pop("torch_dtype", None)  # its old name
-    return ExportPlan(out, None, trained, files, {t.name: t.name for t in tensors}, content, tokenizer)
+    return ExportPlan(out, None, trained, files, sources, content, tokenizer)
 
 
 def begin_export(plan: ExportPlan) -> list[OutFile]:
@@ -164,7 +168,9 @@ def write_file(plan: ExportPlan, file: OutFile) -> None:
         assert plan.base is not None
         copy_file(plan.base.storage, storage, file.name, file.nbytes)
         return
-    write_shard(storage, file.shard, make=lambda name: plan.state.read(plan.sources[name]))
+    from lesa_ray.training.export_sources import Maker
+
+    write_shard(storage, file.shard, make=Maker(plan.state, plan.sources, plan.base, plan.config))
 
 
 def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
@@ -225,22 +231,8 @@ def _run_here(plan: ExportPlan, files: Sequence[OutFile]) -> None:
         list(pool.map(lambda file: write_file(plan, file), files))
 
 
-def _files_of_base(base: Checkpoint, trained: TrainedState, state: str) -> tuple[tuple[OutFile, ...], dict[str, str]]:
-    """The base's files, and which of their tensors are which trained parameter."""
-    aliases = _aliases(_model(base.config, f"checkpoint {base.base}"))
-    sources = {name: parameter for name in base.tensors if (parameter := aliases.get(name, name)) in trained.shapes}
-    for parameter, shape in trained.shapes.items():
-        if parameter not in sources.values():
-            raise UserError(
-                f"training checkpoint {state}: trained {parameter}, which checkpoint {base.base} does not have; "
-                "give the checkpoint the training began from"
-            )
-        for name in (name for name, source in sources.items() if source == parameter):
-            if base.tensors[name].shape != shape:
-                raise UserError(
-                    f"training checkpoint {state}: its {parameter} is {list(shape)}, {name} of checkpoint {base.base} "
-                    f"is {list(base.tensors[name].shape)}; give the checkpoint the training began from"
-                )
+def _files_of_base(base: Checkpoint, sources: Sources) -> tuple[OutFile, ...]:
+    """The base's files, those with a tensor that is written anew laid out again."""
     files = []
     for file in base.shards:
         entries = sorted((e for e in base.tensors.values() if e.file == file), key=lambda entry: entry.offset)
@@ -250,41 +242,12 @@ def _files_of_base(base: Checkpoint, trained: TrainedState, state: str) -> tuple
         name = SINGLE_FILE if INDEX_FILE not in base.files else file
         shard = Shard(name, tuple(_out_tensor(base, entry, entry.name in sources) for entry in entries))
         files.append(OutFile(name, shard.nbytes, shard))
-    return tuple(files), sources
+    return tuple(files)
 
 
 def _out_tensor(base: Checkpoint, entry: TensorEntry, is_trained: bool) -> OutTensor:
     span = Span(base.storage.url, entry.file, entry.offset, entry.nbytes, entry.dtype, entry.name)
     return OutTensor(entry.name, entry.dtype, entry.shape, None if is_trained else span)
-
-
-def _scratch_tensors(trained: TrainedState, state: str, model: torch.nn.Module, dtype: DtypeName) -> list[OutTensor]:
-    """All tensors of a model trained from random weights, in the model's order."""
-    names = [name for name, _ in model.named_parameters()]
-    for name in names:
-        if name not in trained.shapes:
-            raise UserError(
-                f"training checkpoint {state}: lacks {name}, so it cannot be exported without a base; give the "
-                "checkpoint the training began from"
-            )
-    if strange := trained.shapes.keys() - set(names):
-        raise UserError(f"training checkpoint {state}: holds {min(strange)}, which the configuration has no place for")
-    return [OutTensor(name, FORMAT_NAMES[dtype], trained.shapes[name], None) for name in names]
-
-
-def _aliases(model: torch.nn.Module) -> dict[str, str]:
-    """Every name of every parameter → the one under which it is trained. They differ where weights are tied:
-    `lm_head.weight` is trained as `model.embed_tokens.weight`, and old files hold both."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _model(config: Mapping[str, Any], where: str) -> torch.nn.Module:
-    """The model on the meta device: names and shapes."""
-    from lesa_ray.training.model import build
-
-    model: torch.nn.Module = build(dict(config), where)
-    return model
 
 
 def _trained_config(base: Checkpoint) -> dict[str, Any]:

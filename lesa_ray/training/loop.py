@@ -77,11 +77,12 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 
 
 def total_steps(config: TrainConfig, split: Split, seq_len: int) -> int:
-    """Optimizer steps of the run: as asked for, or the split once, rounded up."""
+    """Optimizer steps of the run."""
     if config.steps is not None:
         return config.steps
-    rows = split.rows if config.tokens is None else -(-config.tokens // seq_len)
-    return -(-rows // config.batch)
+    if config.tokens is not None:
+        return -(-config.tokens // (seq_len * config.batch))
+    return math.ceil(split.rows * (config.epochs or 1.0) / config.batch)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

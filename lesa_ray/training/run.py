@@ -125,8 +125,8 @@ def check_data(blocks: TokenBlocks, architecture: dict[str, Any], text_config: A
     """Raises: UserError if the token blocks do not suit the model."""
     if not blocks.train.rows:
         raise UserError(f"data {blocks.url}: there is no row to train on")
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < blocks.seq_len:
+    positions = longest(text_config)
+    if positions is not None and positions < blocks.seq_len:
         raise UserError(
             f"data {blocks.url}: its rows have {blocks.seq_len} tokens, {where} was made for {positions}; tokenize "
             f"with --seq-len {positions}"
@@ -137,6 +137,12 @@ def check_data(blocks: TokenBlocks, architecture: dict[str, Any], text_config: A
             f"data {blocks.url}: its tokens go up to {blocks.vocab_size - 1}, the vocabulary of {where} has {size}; "
             "tokenize with the model's own tokenizer"
         )
+
+
+def longest(text_config: Any) -> int | None:
+    """Tokens of the longest sequence a model was made for; None if it has no such bound."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def use_bf16(config: TrainConfig, gpus: bool) -> bool:
@@ -163,7 +169,7 @@ def identity_of(
     bf16: bool,
 ) -> str:
     """The hash of everything that a result depends on."""
-    named = {"checkpoint", "architecture", "data", "train", "steps", "tokens", "precision"}
+    named = {"checkpoint", "architecture", "data", "train", "steps", "tokens", "epochs", "precision"}
     content = {
         "settings": config.model_dump(mode="json", exclude={*OPERATIONAL, *named}),
         "base": architecture if checkpoint is None else {"config": architecture, "shards": checkpoint.digests()},
@@ -188,17 +194,24 @@ def out_state(run: Run) -> State:
     """What OUT is to this run. Raises: UserError if it holds anything else."""
     out = run.config.out
     storage = Storage(out)
-    if storage.is_empty():
-        return "fresh"
     record = read_json(storage, RUN_FILE)
     if record is None:
-        raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
+        check_place(storage, out)
+        return "fresh"
     if record.get("identity") != run.identity:
         raise UserError(
             f"OUT {out}: holds a run of other inputs or settings ({_differences(record, run)}); give a new place, or "
             "remove it"
         )
     return "done" if storage.exists("config.json") and storage.exists(RESULT_FILE) else "resume"
+
+
+def check_place(storage: Storage, out: str) -> None:
+    """Raises: UserError if OUT holds anything but token blocks that were made for this run (`training/data`)."""
+    ours = storage.within("training")
+    files = [name for name in (*storage.list(), *ours.list()) if not name.endswith(".tmp")]  # a killed write's
+    if files or set(storage.folders()) - {"training"} or set(ours.folders()) - {"data"}:
+        raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
 
 
 def _differences(record: dict[str, Any], run: Run) -> str:
@@ -210,7 +223,9 @@ def _differences(record: dict[str, Any], run: Run) -> str:
 
 def summary(run: Run) -> dict[str, Any]:
     """What a person would compare two runs by."""
-    shown = run.config.model_dump(mode="json", exclude={*OPERATIONAL, "architecture", "train", "tokens", "precision"})
+    shown = run.config.model_dump(
+        mode="json", exclude={*OPERATIONAL, "architecture", "train", "tokens", "epochs", "precision"}
+    )
     return {**shown, "steps": run.steps, "trained_parameters": run.trained_parameters, "bf16": run.bf16}
 
 

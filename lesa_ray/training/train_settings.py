@@ -6,7 +6,7 @@ round differently, no more). Those of `OPERATIONAL` are not: they may differ whe
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -58,7 +58,9 @@ class TrainConfig(Settings):
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
     tokens: int | None = Field(default=None, ge=1)
-    """Tokens to train on, instead of steps (rounded up to whole steps). Neither: the training split once."""
+    """Tokens to train on, instead of steps (rounded up to whole steps)."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes through the training split, instead of steps (rounded up to whole steps). None of the three: one."""
     batch: int = Field(default=64, ge=1)
     """Rows (sequences) of one optimizer step over all workers: 64 × 2,048 tokens are OpT-DeUS's step."""
     micro_batch: int | None = Field(default=None, ge=1)
@@ -142,8 +144,8 @@ class TrainConfig(Settings):
     def _consistent(self) -> TrainConfig:
         if (self.checkpoint is None) == (self.architecture is None):
             raise ValueError("give a checkpoint to train on or an architecture to begin from scratch, one of the two")
-        if self.steps is not None and self.tokens is not None:
-            raise ValueError("give steps or tokens, not both")
+        if sum(value is not None for value in (self.steps, self.tokens, self.epochs)) > 1:
+            raise ValueError("give steps, tokens or epochs, one of them")
         if self.checkpoint is not None and self.dtype is not None:
             raise ValueError("dtype: the result has the checkpoint's; it is a choice only from scratch")
         if self.architecture is not None and self.train not in ((), ("all",)):
@@ -165,8 +167,57 @@ class TrainConfig(Settings):
         return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
 
-def load_train_config(path: str | None, **given: object) -> TrainConfig:
-    """A `TrainConfig` from a YAML file (if any) and `given`, whose values win unless None.
+class FinetuneConfig(TrainConfig):
+    """Supervised fine-tuning on conversations: as `TrainConfig`, with the defaults usual for it.
+
+    They are Stanford Alpaca's (github.com/tatsu-lab/stanford_alpaca): 2e-5, cosine, 3 % warm-up, no weight decay, batch
+    128, 3 epochs."""
+
+    data: str
+    """Instruction data: .jsonl or .parquet rows with `messages`, or `prompt` and `response`; a file, a folder, a glob,
+    an fsspec URL, the name of a Hugging Face dataset; or token blocks made with `lesa-ray tokenize --kind chat`."""
+    train: tuple[str, ...] = ("all",)
+    """What is trained: `all`, `new` (layers that `expansion.json` calls new), `norms`, `embeddings`, `lm_head`, or
+    patterns of parameter names."""
+    batch: int = Field(default=128, ge=1)
+    """Rows of one optimizer step over all workers."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes through the data; 3 if neither steps nor tokens are given."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak of AdamW's learning rate."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Warm-up from zero: a share of the steps if below 1, else steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's, on matrices only."""
+    tokenizer: str | None = None
+    """A folder, repo id or URL with a tokenizer and its chat template; None: the checkpoint's."""
+    seq_len: int = Field(default=2048, ge=2)
+    """Tokens in a row; conversations are packed into rows whole, and do not see each other."""
+    holdout: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the conversations held out."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a conversation longer than a row."""
+
+    @model_validator(mode="after")
+    def _needs_checkpoint(self) -> FinetuneConfig:
+        if self.checkpoint is None:
+            raise ValueError("checkpoint: missing; fine-tuning starts from one")
+        return self
+
+    def on_blocks(self, url: str) -> TrainConfig:
+        """The training itself, once there are token blocks."""
+        own = set(FinetuneConfig.model_fields) - set(TrainConfig.model_fields)
+        values = self.model_dump(exclude=own) | {"data": url}
+        if self.steps is None and self.tokens is None and self.epochs is None:
+            values["epochs"] = 3.0
+        return TrainConfig.model_validate(values)
+
+
+Kind = TypeVar("Kind", bound=TrainConfig)
+
+
+def load_train_config(kind: type[Kind], path: str | None, **given: object) -> Kind:
+    """Settings from a YAML file (if any) and `given`, whose values win unless None.
 
     Raises: UserError if the file cannot be read, or a setting is unknown or wrong."""
     data: dict[str, object] = {}
@@ -176,7 +227,7 @@ def load_train_config(path: str | None, **given: object) -> TrainConfig:
     for name in ("data", "out"):
         if data.get(name) is None:
             raise UserError(f"{name.upper()}: missing; give it on the command line or in --config FILE")
-    return validated(TrainConfig, data, f"config {path}" if path else "options")
+    return validated(kind, data, f"config {path}" if path else "options")
 
 
 def read_yaml(path: str) -> dict[str, object]:
@@ -196,7 +247,7 @@ def read_yaml(path: str) -> dict[str, object]:
     return data
 
 
-def validated(kind: type[TrainConfig], data: dict[str, object], where: str) -> TrainConfig:
+def validated(kind: type[Kind], data: dict[str, object], where: str) -> Kind:
     """`data` as settings. Raises: UserError naming the first that is wrong."""
     try:
         return kind.model_validate(data)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.training import styles
 from transformers import PreTrainedTokenizerFast
 
 from lesa_ray.errors import UserError
 from lesa_ray.training.chat import ChatEncoder, Example, conversation, fit
 from lesa_ray.training.documents import Row
+from tests.training import styles
 
 pytestmark = pytest.mark.timeout(60)
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def changed(folder: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
 
 
 def in_new_layers(name: str) -> bool:
-    return any(f".{layer}." in name for layer in NEW)
+    return any(re.search(rf"(layers|h)\.{layer}\.", name) for layer in NEW)
 
 
 def save_state(url: str, trained: dict[str, Tensor]) -> str:
@@ -63,7 +64,7 @@ def run(base: str | None, state: str, out: str, **options: Any) -> Exported:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def assert_exported(out: Path, base: str, trained: dict[str, Tensor]) -> None:
@@ -189,6 +190,46 @@ def test_from_scratch(family: str, dtype: Any, shard_size: str, tmp_path: Path) 
     model = families.load_strict(out, family)
     assert (model.dtype, model.config.use_cache) == (getattr(torch, dtype), True)
     assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def train(base: str, family: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
+    """All parameters of a model, under the names it has in memory; the chosen ones changed."""
+    parameters = dict(families.load_strict(base, family, dtype=torch.float32).named_parameters())
+    return {n: p.detach() * 1.5 + 0.01 if chosen(n) else p.detach() for n, p in parameters.items()}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_neox", "pythia", "gpt2_bare"])
+def test_names_and_experts_go_back_to_those_of_the_files(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that name tensors otherwise than the model does, or hold each expert by itself."""
+    base = families.make(family, tmp_path / "base", dtype=torch.bfloat16)
+    values = train(base, family, in_new_layers)
+    trained = {name: value for name, value in values.items() if in_new_layers(name)}
+    read: list[str] = []
+    plain = TrainedState.read
+    monkeypatch.setattr(TrainedState, "read", lambda self, name: (read.append(name), plain(self, name))[1])
+    run(base, save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    assert sorted(read) == sorted(trained)  # each once, however many experts it holds
+    before, after = families.tensors(base), families.tensors(tmp_path / "out")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        if not in_new_layers(name):
+            assert torch.equal(bits(after[name]), bits(tensor)), name
+    for name, parameter in families.load_strict(tmp_path / "out", family).named_parameters():
+        assert torch.equal(parameter, values[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_neox"])
+def test_from_scratch_with_the_names_of_files(family: str, tmp_path: Path) -> None:
+    made = families.make(family, tmp_path / "made")
+    values = train(made, family, lambda name: True)
+    config = json.loads((tmp_path / "made/config.json").read_text())
+    run(None, save_state(str(tmp_path / "state"), values), str(tmp_path / "out"), config=config, dtype="float32")
+    assert families.tensors(tmp_path / "out").keys() == families.tensors(made).keys()
+    for name, parameter in families.load_strict(tmp_path / "out", family).named_parameters():
+        assert torch.equal(parameter, values[name]), name
 
 
 def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from tests.training import styles
 from transformers import PreTrainedTokenizerFast
 
 from lesa_ray.errors import UserError
 from lesa_ray.training.documents import fragments
 from lesa_ray.training.packing import Encoder, encode, fill_rows, hide, pack_examples
+from tests.training import styles
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -27,7 +28,7 @@ def test_a_document_is_what_the_tokenizer_makes_of_it_and_the_end(style: str) ->
     tokenizer = styles.STYLES[style]()
     texts = ["The café\n  opens – 𝄞", "x", "", " \n"]
     whole = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts if text]
-    assert stream(tokenizer, texts) == sum(whole, [])
+    assert stream(tokenizer, texts) == [number for ids in whole for number in ids]
     begins = {"llama2": "<s>", "llama3": "<|begin|>"}.get(style)
     assert tokenizer.convert_ids_to_tokens(whole[0][0]) == begins or begins is None
     assert Encoder.of(tokenizer, "it").prefix == ((whole[0][0],) if begins else ())
@@ -103,9 +104,9 @@ def test_packing_is_best_fit_among_open_rows(draw: str) -> None:
         "halves": np.full(301, 50),
     }[draw].tolist()
     packed = pack_examples(lengths, 100)
-    rows = [packed.examples[a:b].tolist() for a, b in zip(packed.starts, packed.starts[1:], strict=False)]
+    rows = [packed.examples[a:b].tolist() for a, b in pairwise(packed.starts)]
     assert rows == naive_best_fit(lengths, 100, 128)
-    assert sorted(sum(rows, [])) == list(range(len(lengths)))
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= 100 for row in rows)
     used = sum(lengths) / (100 * packed.rows)
     assert used > {"uniform": 0.97, "short": 0.99, "long": 0.5, "halves": 0.99}[draw]

@@ -166,7 +166,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, harm: str) -> None:
     blocks = open_blocks(str(tmp_path))
     if harm == "short":
         file.write_bytes(data[:-1])
-        with pytest.raises(UserError, match="part-00001.parquet is missing or of another size"):
+        with pytest.raises(UserError, match=r"part-00001\.parquet is missing or of another size"):
             open_blocks(str(tmp_path))
     if harm == "page":
         data[4:40] = bytes(36)

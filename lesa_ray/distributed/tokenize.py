@@ -1,0 +1,226 @@
+"""`lesa_ray.distributed.tokenize`: data → token blocks, by Ray Data.
+
+    find the data ▸ deal out pieces ▸ tokenise them (Ray Data) ▸ lay out rows ▸ write their files (Ray Data) ▸ manifest
+
+Decides
+- Ray Data schedules, balances and repeats the work; a row of its data sets is a piece of work, or the record of one.
+  Ids go to storage, so neither the driver nor Ray's object store holds more than records. Which work there is and what
+  comes of it does not depend on Ray: the same data and settings give the same bytes on any cluster.
+- While the work is under way, OUT holds `.lesa-ray/` and no manifest, so nothing can take it for token blocks. The same
+  command goes on with the pieces and files that are done. The manifest is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
+from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.training import layout, pieces, sources, tokens
+from lesa_ray.training.block_folder import STOP, abandon, claim, finish, out_state, prepare
+from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.layout import Layout, Written
+from lesa_ray.training.pieces import Job, PieceRecord
+from lesa_ray.training.sources import Part, Piece
+from lesa_ray.training.tokenizer import files_digest
+from lesa_ray.training.tokens import TokenBlocks, open_blocks
+
+_TRIES = 3
+_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "requests")
+
+Work = TypeVar("Work")
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What came of it."""
+
+    blocks: TokenBlocks
+    seconds: float
+    reused: bool
+    """OUT was complete already."""
+    resumed: bool
+    """An interrupted run was taken up."""
+
+
+def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokenized:
+    """Make token blocks of text or conversations.
+
+    Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call
+    goes on."""
+    listener = listener or Silent()
+    begin = time.monotonic()
+    listener.phase("looking at the data", 0)
+    storage = Storage(config.out)
+    run = prepare(config)
+    state = _reach(config.out, partial(out_state, storage, run))
+    if state == "done":
+        storage.remove_tree(WORK_DIR)
+        return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
+    job = Job(config, files_digest(run.tokenizer), tokens.rows_per_group(config.seq_len), layout.GROUPS_PER_FILE)
+    _reach(config.out, partial(claim, storage, run))
+    try:
+        dealt = _limited(job, sources.deal(run.sources, sources.PIECE_BYTES))
+        listener.phase("starting Ray", 0)
+        start_ray()
+        records = _tokenise(job, dealt, listener)
+        if not sum(record["counts"]["documents"] for record in records):
+            raise UserError(f"DATA {' '.join(config.data)}: is empty; there is not one document in it")
+        plan = layout.plan_text(job, records) if config.kind == "text" else layout.plan_chat(job, records, run.pad)
+        written = _write(job, plan, listener)
+        finish(storage, run, job, dealt, records, plan, written)
+    except UserError:
+        abandon(storage)
+        raise
+    except Exception as error:
+        if _is_fault(error):
+            raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
+        raise
+    return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=False, resumed=state == "resume")
+
+
+def _limited(job: Job, dealt: list[Piece]) -> list[Piece]:
+    """The pieces as far as the limit of documents goes. They are counted here: a limit is for a trial."""
+    left = job.config.limit
+    if left is None:
+        return dealt
+    kept = []
+    last: Part | None = None
+    for piece in dealt:
+        parts: list[Part] = []
+        for part in piece.parts:
+            rest = last is not None and part.source == last.source and part.source.kind == "plain"
+            if left or rest:  # the last document may lie in several parts
+                last = part
+                count = pieces.count_documents(part, job, left)
+                parts.append(Part(part.source, part.index, part.count, take=left))
+                left -= count
+        if parts:
+            kept.append(Piece(piece.number, tuple(parts)))
+    return kept
+
+
+def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRecord]:
+    """The records of all pieces, in their order; pieces with a record are done."""
+    storage = Storage(job.config.out)
+    there = Storage(f"{storage.url}/{pieces.PIECES}").list()
+    done = [piece for piece in dealt if pieces.piece_record(piece.number).rsplit("/", 1)[-1] in there]
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda piece: json.loads(storage.read(pieces.piece_record(piece.number))), done)
+        records: dict[int, PieceRecord] = {record["number"]: record for record in found}
+    left = [piece for piece in dealt if piece.number not in records]
+    listener.phase("tokenising", sum(piece.nbytes for piece in dealt))
+    nbytes = sum(piece.nbytes for piece in done)
+    for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left), strict=True):
+        records[piece.number] = record
+        nbytes += piece.nbytes
+        listener.progress(nbytes, f"{sum(sum(r['tokens'].values()) for r in records.values()):,} tokens")
+    return [records[piece.number] for piece in dealt]
+
+
+def _write(job: Job, plan: Layout, listener: Listener) -> list[Written]:
+    """All files of rows, in their order; those that are noted as done are not written again."""
+    storage = Storage(job.config.out)
+    there = Storage(f"{storage.url}/{layout.FILES}").list()
+    done = [file for file in plan.files if file.record.rsplit("/", 1)[-1] in there]
+    with ThreadPoolExecutor(16) as pool:
+        notes = pool.map(partial(layout.read_written, storage), done)
+        written = {file.name: note for file, note in zip(done, notes, strict=True)}
+    left = [file for file in plan.files if file.name not in written]
+    listener.phase("writing rows", sum(file.rows for file in plan.files))
+    rows = sum(file.rows for file in done)
+    for file, note in zip(left, _run_all(job, layout.write_file, left), strict=True):
+        written[file.name] = note
+        rows += file.rows
+        listener.progress(rows, file.name)
+    return [written[file.name] for file in plan.files]
+
+
+def _run_all(job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work]) -> Iterator[Any]:
+    """`work(job, item)` of each item, as Ray Data tasks, in the order of the items.
+
+    Raises: UserError when all tasks that had begun have ended, so that nothing is written any more; MachineError."""
+    if not items:
+        return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        rows = [{"item": pickle.dumps(item)} for item in items]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        dataset = dataset.map(_do, fn_args=(work, job), num_cpus=1)
+        dataset.context.execution_options.preserve_order = True
+        wrong: UserError | None = None
+        for row in dataset.iter_rows():
+            kind, result = pickle.loads(row["result"])
+            if kind == "machine":
+                raise MachineError(result)
+            if kind == "user" and wrong is None:
+                wrong = UserError(result)
+            elif kind == "done" and wrong is None:
+                yield result
+        if wrong:
+            raise wrong
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if cause is not None and not isinstance(cause, RayError):
+            raise cause from error
+        raise MachineError(f"a task was lost for good ({explain(error)[:200]})") from error
+    finally:
+        context.enable_progress_bars = before
+
+
+def _do(row: dict[str, Any], work: Callable[[Job, Any], Any], job: Job) -> dict[str, bytes]:
+    """One piece of work in a Ray worker. What the user did wrong and faults of the machine come back as words."""
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is given one CPU
+    storage = Storage(job.config.out)
+    item = pickle.loads(row["item"])
+    for attempt in range(1, _TRIES + 1):
+        try:
+            if storage.exists(STOP):
+                return {"result": pickle.dumps(("skipped", ""))}
+            return {"result": pickle.dumps(("done", work(job, item)))}
+        except UserError as error:
+            storage.write(STOP, b"")
+            return {"result": pickle.dumps(("user", str(error)))}
+        except Exception as error:
+            if not _is_fault(error):
+                raise
+            if attempt == _TRIES:
+                return {"result": pickle.dumps(("machine", explain(error)))}
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _is_fault(error: BaseException) -> bool:
+    """Whether an error is the machine's or the storage's."""
+    return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
+
+
+def _reach(out: str, call: Callable[[], Any]) -> Any:
+    """Run the first calls that touch OUT; a store that cannot be reached is the user's to mend."""
+    try:
+        return call()
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"OUT {out}: cannot be written ({explain(error)}); check the address and the credentials"
+        ) from error

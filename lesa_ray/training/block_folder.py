@@ -1,0 +1,199 @@
+"""The life of a folder of token blocks: what it depends on, claimed, valid at one moment.
+
+While work is under way OUT holds `.lesa-ray/run.json` (whose work this is) and no manifest, so nothing can take it for
+token blocks. The manifest is written last. A run that finds its own fingerprint goes on where the last one stopped, or
+has nothing to do; any other content is left alone and refused. The fingerprint covers the settings, the tokenizer's
+files, and of each file of the data its name, its size and the store's ETag or the time it was written: it is known
+before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.errors import UserError
+from lesa_ray.training import tokens
+from lesa_ray.training.chat import ChatEncoder
+from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.layout import Layout, Written
+from lesa_ray.training.packing import Encoder
+from lesa_ray.training.pieces import Job, PieceRecord
+from lesa_ray.training.sources import Piece, Source, find_sources
+from lesa_ray.training.tokenizer import files_digest, load_tokenizer, tokenizer_files, vocabulary_size
+from lesa_ray.training.tokens import MANIFEST, SPLITS, TOKENIZER_DIR, read_manifest
+
+_RUN_FILE = f"{WORK_DIR}/run.json"
+_SOURCES = "sources.jsonl"
+"""Name, bytes and digest of each file that was read."""
+STOP = f"{WORK_DIR}/stop"
+"""Written when the data turn out to be wrong: tasks not yet begun do nothing."""
+_PACKAGES = ("lesa-ray", "pyarrow", "tokenizers", "transformers")
+
+State = Literal["fresh", "resume", "done"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is known before the work begins."""
+
+    config: TokenizeConfig
+    sources: list[Source]
+    tokenizer: dict[str, bytes]
+    """Its files by name."""
+    vocab_size: int
+    pad: int
+    """Id that fills what examples leave of a row (chat)."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the token blocks depend on."""
+        return {
+            "format": tokens.FORMAT,
+            "settings": self.settings,
+            "tokenizer": files_digest(self.tokenizer),
+            "sources": [[source.name, source.nbytes, source.mark, source.shards] for source in self.sources],
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", exclude={"out"})
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(config: TokenizeConfig) -> Run:
+    """Find the data and load the tokenizer. Raises: UserError if one is not there, or the tokenizer cannot serve."""
+    found = find_sources(config.data, config.dataset_config, config.dataset_split)
+    tokenizer = load_tokenizer(config.tokenizer)
+    Encoder.of(tokenizer, config.tokenizer)
+    pad = ChatEncoder(tokenizer, config.tokenizer).pad if config.kind == "chat" else 0
+    return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad)
+
+
+def out_state(storage: Storage, run: Run) -> State:
+    """What OUT is to this run: fresh, resume or done. Raises: UserError if it holds anything else."""
+    if storage.is_empty():
+        return "fresh"
+    where = f"OUT {run.config.out}"
+    manifest = read_manifest(storage)
+    if manifest is not None:
+        if manifest.get("fingerprint") == run.fingerprint:
+            return "done"
+        raise UserError(f"{where}: holds token blocks of other data or settings; give a new place, or remove it")
+    if storage.exists(_RUN_FILE):
+        if json.loads(storage.read(_RUN_FILE)).get("fingerprint") == run.fingerprint:
+            return "resume"
+        raise UserError(f"{where}: holds unfinished work on other data or settings; repeat that command, or remove it")
+    raise UserError(f"{where}: is not empty; give a new place, or empty it")
+
+
+def claim(storage: Storage, run: Run) -> None:
+    """Mark OUT as this run's, and put the tokenizer where every task finds it."""
+    storage.write(_RUN_FILE, (json.dumps({"fingerprint": run.fingerprint}) + "\n").encode())
+    storage.remove(STOP)
+    for name, data in run.tokenizer.items():
+        storage.write(f"{TOKENIZER_DIR}/{name}", data)
+
+
+def abandon(storage: Storage) -> None:
+    """Remove what this run wrote (and OUT itself, if nothing else is in it): the input turned out to be wrong."""
+    for name in (WORK_DIR, TOKENIZER_DIR, *SPLITS):
+        storage.remove_tree(name)
+    storage.remove(_SOURCES)
+    storage.remove_leftovers()
+    if storage.is_local and storage.exists() and storage.is_empty():
+        storage.remove_tree()
+
+
+def finish(
+    storage: Storage,
+    run: Run,
+    job: Job,
+    dealt: Sequence[Piece],
+    records: Sequence[PieceRecord],
+    plan: Layout,
+    written: Sequence[Written],
+) -> None:
+    """Write the manifest: OUT is token blocks from then on."""
+    config = run.config
+    files = _source_records(run.sources, dealt, records)
+    counts = {name: sum(record["counts"][name] for record in records) for name in records[0]["counts"]}
+    splits = {}
+    for split in SPLITS:
+        mine = [note for note in written if note.file["name"].startswith(f"{split}/")]
+        splits[split] = {
+            "rows": sum(note.file["rows"] for note in mine),
+            "tokens": plan.tokens[split],
+            "scored": sum(note.scored for note in mine),
+            "files": [note.file for note in mine],
+        }
+    manifest = {
+        "format": tokens.FORMAT,
+        "kind": config.kind,
+        "seq_len": config.seq_len,
+        "vocab_size": run.vocab_size,
+        "rows_per_group": job.rows_per_group,
+        "digest": tokens.content_digest(config.kind, config.seq_len, [note.file for note in written]),
+        "fingerprint": run.fingerprint,
+        "documents": counts["documents"],
+        "truncated": counts["truncated"],
+        "left_out": counts["left_out"],
+        "dropped_tokens": plan.dropped,
+        "heldout_from_end": plan.heldout_from_end,
+        "splits": splits,
+        "tokenizer": files_digest(run.tokenizer),
+        "settings": run.settings,
+        "packages": {name: version(name) for name in _PACKAGES},
+        "sources": _summary(files),
+    }
+    storage.write(_SOURCES, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files).encode())
+    storage.write(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    storage.remove_tree(WORK_DIR)
+    for folder in ("", TOKENIZER_DIR, *SPLITS):
+        Storage(f"{storage.url}/{folder}").remove_leftovers()
+
+
+def _source_records(
+    found: list[Source], dealt: Sequence[Piece], records: Sequence[PieceRecord]
+) -> list[dict[str, Any]]:
+    """Name, bytes and digest of each source: SHA-256 of the documents read from it, or of its parts' digests."""
+    digests: dict[str, list[str]] = {source.name: [] for source in found}
+    for piece, record in zip(dealt, records, strict=True):
+        for part, digest in zip(piece.parts, record["digests"], strict=True):
+            digests[part.source.name].append(digest)
+    return [
+        {
+            "name": source.name,
+            "given": source.given,
+            "bytes": source.nbytes,
+            "digest": parts[0] if len(parts) == 1 else _together(parts),
+        }
+        for source in found
+        if (parts := digests[source.name])
+    ]
+
+
+def _summary(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for each of DATA: a folder may have so many files that the manifest is no place for their names."""
+    return [
+        {
+            "name": given,
+            "files": len(mine),
+            "bytes": sum(file["bytes"] for file in mine),
+            "digest": _together([file["digest"] for file in mine]),
+        }
+        for given in dict.fromkeys(file["given"] for file in files)
+        if (mine := [file for file in files if file["given"] == given])
+    ]
+
+
+def _together(digests: list[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
