@@ -14,9 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from lesa_ray.cli_options import with_options
-from lesa_ray.config import ExpandConfig, load_config, make_config
+from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig, load_train_config
+from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__
@@ -75,7 +77,8 @@ def expand(
     as_json: AsJson = False,
 ) -> None:
     """Grow a checkpoint deeper: BASE to OUT."""
-    settings = _settings(
+    settings = load_settings(
+        ExpandConfig,
         config,
         base=base,
         out=out,
@@ -151,7 +154,8 @@ def inspect(
     from lesa_ray.expansion.prepare import prepare
     from lesa_ray.report import terminal
 
-    settings = _settings(
+    settings = load_settings(
+        ExpandConfig,
         config,
         base=base,
         out="expanded",
@@ -166,6 +170,39 @@ def inspect(
 
 
 @app.command()
+@with_options(TokenizeConfig, leave_out=("data", "tokenizer", "out"))
+def tokenize(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA... TOKENIZER OUT", help="Text to read, a tokenizer, a new folder or URL."),
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    **given: Any,
+) -> None:
+    """Turn text or conversations into token blocks, which training reads: DATA... TOKENIZER OUT."""
+    if places and len(places) < 3:
+        raise UserError("DATA, TOKENIZER and OUT: give all three, or --config FILE")
+    *data, tokenizer, out = places or (None, None, None)
+    settings = load_settings(
+        TokenizeConfig, config, data=data if places else None, tokenizer=tokenizer, out=out, **given
+    )
+    from lesa_ray.report import terminal
+
+    with terminal.progress_lines() as listener:
+        listener.phase("starting", 0)
+        from lesa_ray.distributed.tokenize import tokenize as run
+
+        result = run(settings, listener=listener)
+    from lesa_ray.report.data import describe_tokens, token_lines
+
+    if as_json:
+        _print_json(describe_tokens(result))
+        return
+    terminal.console.print(token_lines(result), highlight=False)
+
+
+@app.command()
 @with_options(TrainConfig, leave_out=("checkpoint",))
 def pretrain(
     checkpoint: Annotated[
@@ -176,7 +213,7 @@ def pretrain(
     **given: Any,
 ) -> None:
     """Train a checkpoint on, or a configuration from scratch, on token blocks: CKPT, --data, --out."""
-    settings = load_train_config(TrainConfig, config, checkpoint=checkpoint, **given)
+    settings = load_settings(TrainConfig, config, checkpoint=checkpoint, **given)
     from lesa_ray.report import terminal
 
     with terminal.progress_lines() as listener:
@@ -198,7 +235,7 @@ def finetune(
     **given: Any,
 ) -> None:
     """Fine-tune a checkpoint on conversations, the loss on the answers only: CKPT, --data, --out."""
-    settings = load_train_config(FinetuneConfig, config, checkpoint=checkpoint, **given)
+    settings = load_settings(FinetuneConfig, config, checkpoint=checkpoint, **given)
     from lesa_ray.report import terminal
 
     with terminal.progress_lines() as listener:
@@ -209,6 +246,55 @@ def finetune(
     _print_trained(result, as_json)
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="OUT of a training run: a folder or an fsspec URL.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder or an fsspec URL.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Which checkpoint of the run: last, best (least held-out loss), or a step.")
+    ] = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Write any checkpoint of a training run as a Hugging Face folder."""
+    from lesa_ray.training.finish import export_checkpoint
+
+    result = export_checkpoint(run, out, checkpoint)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    from lesa_ray.report import terminal
+
+    how = " (it was there already)" if result.reused else ""
+    terminal.console.print(f"{result.out}: {terminal.size(result.nbytes)}{how}", highlight=False)
+
+
+@app.command()
+@with_options(EvaluateConfig, leave_out=("checkpoints",))
+def evaluate(
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(metavar="CKPT...", help="Folders, Hugging Face repo ids, or fsspec URLs.")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    **given: Any,
+) -> None:
+    """Measure checkpoints side by side: perplexity on text or token blocks, tasks of lm-evaluation-harness."""
+    settings = load_settings(EvaluateConfig, config, checkpoints=checkpoints, **given)
+    from lesa_ray.report import terminal
+
+    with terminal.progress_lines() as listener:
+        listener.phase("starting", 0)  # importing transformers takes seconds
+        from lesa_ray.distributed.evaluate import evaluate as run
+
+        report = run(settings, listener=listener)
+    if as_json:
+        _print_json(report)
+        return
+    from lesa_ray.report.evaluation import evaluation_table
+
+    terminal.console.print(evaluation_table(report))
+
+
 def _print_trained(result: Any, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(result))
@@ -217,15 +303,6 @@ def _print_trained(result: Any, as_json: bool) -> None:
     from lesa_ray.report.training import training_lines
 
     terminal.console.print(training_lines(result), highlight=False)
-
-
-def _settings(config: str | None, **given: Any) -> ExpandConfig:
-    if config is not None:
-        return load_config(config, **given)
-    for name in ("base", "out"):
-        if given[name] is None:
-            raise UserError(f"{name.upper()}: missing; give it on the command line or in --config FILE")
-    return make_config({}, where="options", **given)
 
 
 def _print_json(value: object) -> None:

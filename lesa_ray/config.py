@@ -6,7 +6,8 @@ The models read from and write to YAML; a setting that is not known is an error,
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -115,36 +116,51 @@ class ExpandConfig(Settings):
         return self
 
 
-def load_config(path: str, **overrides: object) -> ExpandConfig:
-    """Read an `ExpandConfig` from a YAML file; `overrides` that are not None replace its values.
+Kind = TypeVar("Kind", bound=Settings)
 
-    Raises: UserError if the file cannot be read, is not a mapping, or holds an unknown or wrong setting.
+
+def load_settings(kind: type[Kind], path: str | None, /, **given: object) -> Kind:
+    """Settings from a YAML file (a path or an fsspec URL), if one is named, with the values `given` on top.
+
+    What is None or empty does not count as given; a mapping is merged into the file's key by key.
+    Raises: UserError if the file cannot be read or is not a mapping, or naming the first setting that is missing,
+    unknown or wrong.
     """
+    data = {} if path is None else read_yaml(path)
+    for name, value in given.items():
+        if isinstance(value, dict):
+            inner = data.get(name) or {}
+            data[name] = {**(inner if isinstance(inner, dict) else {}), **value}
+        elif value is not None and value != () and value != []:
+            data[name] = value
+    return validated(kind, data, "options" if path is None else f"config {path}")
+
+
+def read_yaml(path: str) -> dict[str, object]:
+    """A YAML file's mapping. Raises: UserError."""
+    import fsspec
+
+    from lesa_ray.checkpoint.storage import filesystem_options
+
     try:
-        with open(path, encoding="utf-8") as file:
+        with fsspec.open(path, "rt", encoding="utf-8", **filesystem_options(path)) as file:
             data = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"config {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"config {path}: {lines[0]}") from error
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
-    return make_config(data, where=f"config {path}", **overrides)
+    return data
 
 
-def make_config(data: dict[str, object], where: str = "settings", **overrides: object) -> ExpandConfig:
-    """Build an `ExpandConfig` from plain values. A `lesa` override is merged key by key.
-
-    Raises: UserError naming the first setting that is wrong.
-    """
-    merged = dict(data)
-    for key, value in overrides.items():
-        if isinstance(value, dict):
-            inner = merged.get(key) or {}
-            merged[key] = {**(inner if isinstance(inner, dict) else {}), **value}
-        elif value is not None:
-            merged[key] = value
+def validated(kind: type[Kind], data: Mapping[str, object], where: str) -> Kind:
+    """`data` as settings. Raises: UserError naming the first that is missing, unknown or wrong."""
     try:
-        return ExpandConfig.model_validate(merged)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from error
+        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        if first["type"] == "missing":
+            raise UserError(f"{name.upper()}: missing; give it on the command line or in --config FILE") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {name}: {message}" if name else f"{where}: {message}") from error

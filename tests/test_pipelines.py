@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lesa_ray.config import ExpandConfig, LesaSettings, load_config
+from lesa_ray.config import ExpandConfig, LesaSettings, load_settings
 from tests import families
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
@@ -20,13 +20,13 @@ Bases = Callable[[str], str]
 
 
 def test_the_shipped_configuration_is_the_papers(tmp_path: Path) -> None:
-    config = load_config(str(PIPELINES / "expand.yaml"))
+    config = load_settings(ExpandConfig, str(PIPELINES / "expand.yaml"))
     assert config.lesa == LesaSettings()
     defaults = ExpandConfig(base=config.base, out=config.out, factor=1.5)
     assert config == defaults
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    assert load_config(str(again)) == config
+    assert load_settings(ExpandConfig, str(again)) == config
 
 
 def test_the_expand_job_takes_a_file_and_flags(bases: Bases, tmp_path: Path) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lesa_ray.config import Settings
-from lesa_ray.errors import UserError
 
 
 class TokenizeConfig(Settings):
@@ -38,13 +37,3 @@ class TokenizeConfig(Settings):
     """Which configuration of a Hugging Face dataset; None: its default."""
     dataset_split: str = "train"
     """Which split of a Hugging Face dataset."""
-
-
-def make_tokenize_config(where: str = "options", **given: object) -> TokenizeConfig:
-    """A `TokenizeConfig` from plain values; those that are None keep their defaults. Raises: UserError."""
-    try:
-        return TokenizeConfig.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "settings"
-        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -21,7 +21,7 @@ from lesa_ray.training.trained_state import TrainedState
 if TYPE_CHECKING:
     import torch
 
-_FUSED_HELD = 1
+_FUSED_HELD = 2
 """A layer's gate-and-up and down projections, whose experts take turns in the files."""
 
 Sources = dict[str, Conversion]

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.errors import MachineError
+from lesa_ray.config import validated
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener
-from lesa_ray.training.checkpoints import FOLDER, Record, find_complete, folder_name
-from lesa_ray.training.export import ExportPlan, OutFile, export, plan_export
+from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
+from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export
 from lesa_ray.training.metrics import read_metrics
-from lesa_ray.training.run import RESULT_FILE, Run, read_json
+from lesa_ray.training.run import RESULT_FILE, RUN_FILE, Run, prepare, read_json
 from lesa_ray.training.tokens import TOKENIZER_DIR
+from lesa_ray.training.train_settings import TrainConfig
 
 ExportWork = Callable[[ExportPlan, Sequence[OutFile]], None]
 
@@ -65,6 +67,48 @@ def export_plan(run: Run, record: Record, out: str) -> ExportPlan:
         tokenizer=tokenizer.url if has_tokenizer and (run.checkpoint is None or run.blocks.kind == "chat") else None,
         dtype=run.config.dtype or "bfloat16",
     )
+
+
+def export_checkpoint(url: str, out: str, which: str) -> Exported:
+    """Write a checkpoint of the run at `url` as a Hugging Face folder at `out`.
+
+    which: `last`, `best` (the least held-out loss) or a step. Raises: UserError if there is no such run or checkpoint."""
+    storage = Storage(url)
+    content = read_json(storage, RUN_FILE)
+    if content is None:
+        raise UserError(f"RUN {url}: holds no training run (no {RUN_FILE})")
+    records = find_complete(url, content["identity"])
+    record = chosen(records, which, url)
+    config = validated(TrainConfig, {**content["config"], "out": url}, f"RUN {url}")
+    run = prepare(config, gpus=False)
+    if run.identity != content["identity"]:
+        raise UserError(f"RUN {url}: the checkpoint or the data it was trained on have changed since")
+    rows = {row["step"]: row for row in read_metrics(url) if row.get("heldout_loss") is not None}
+    told = {
+        "steps": record.step,
+        "tokens": record.tokens,
+        "heldout_before": rows.get(0, {}).get("heldout_loss"),
+        "heldout_after": record.heldout_loss,
+    }
+    return export(export_plan(run, record, out), facts(run, told))
+
+
+def chosen(records: list[Record], which: str, url: str) -> Record:
+    """The checkpoint that `which` names. Raises: UserError."""
+    if not records:
+        raise UserError(f"RUN {url}: has no complete checkpoint yet")
+    if which == "last":
+        return records[-1]
+    if which == "best":
+        best = best_of(records)
+        if best is None:
+            raise UserError(f"RUN {url}: none of its checkpoints was measured on held-out rows; give last or a step")
+        return best
+    found = [record for record in records if str(record.step) == which]
+    if not found:
+        steps = ", ".join(str(record.step) for record in records)
+        raise UserError(f"RUN {url}: has no checkpoint {which}; there are {steps}, last and best")
+    return found[0]
 
 
 def facts(run: Run, content: dict[str, Any]) -> dict[str, Any]:

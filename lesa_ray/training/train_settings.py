@@ -6,13 +6,11 @@ round differently, no more). Those of `OPERATIONAL` are not: they may differ whe
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lesa_ray.config import Settings
-from lesa_ray.errors import UserError
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -211,47 +209,3 @@ class FinetuneConfig(TrainConfig):
         if self.steps is None and self.tokens is None and self.epochs is None:
             values["epochs"] = 3.0
         return TrainConfig.model_validate(values)
-
-
-Kind = TypeVar("Kind", bound=TrainConfig)
-
-
-def load_train_config(kind: type[Kind], path: str | None, **given: object) -> Kind:
-    """Settings from a YAML file (if any) and `given`, whose values win unless None.
-
-    Raises: UserError if the file cannot be read, or a setting is unknown or wrong."""
-    data: dict[str, object] = {}
-    if path is not None:
-        data = read_yaml(path)
-    data |= {key: value for key, value in given.items() if value is not None}
-    for name in ("data", "out"):
-        if data.get(name) is None:
-            raise UserError(f"{name.upper()}: missing; give it on the command line or in --config FILE")
-    return validated(kind, data, f"config {path}" if path else "options")
-
-
-def read_yaml(path: str) -> dict[str, object]:
-    """A YAML file's mapping; `path` may be any fsspec URL. Raises: UserError."""
-    import fsspec
-
-    from lesa_ray.checkpoint.storage import filesystem_options
-
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8", **filesystem_options(path)) as file:
-            data = yaml.safe_load(file)
-    except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
-        first = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"config {path}: {first[0]}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
-    return data
-
-
-def validated(kind: type[Kind], data: dict[str, object], where: str) -> Kind:
-    """`data` as settings. Raises: UserError naming the first that is wrong."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise UserError(f"{where}: {name}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -56,6 +56,22 @@ def test_one_document_in_parts_is_the_same_text(tmp_path: Path, text: str, piece
     assert len({f.key for f in found}) == 1
 
 
+@pytest.mark.parametrize("text", ["a b\n  c\nd e\n\n\nf  g\n" * 40, " naïve \n    words" * 60])
+def test_parts_of_a_document_begin_with_a_line_or_a_word(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, newline="")
+    texts = [fragment.text for part in parts_of(deal(find(tmp_path), 37)) for fragment in _whole(part)]
+    starts = [len("".join(texts[:number])) for number in range(1, len(texts))]
+    assert len(set(starts)) > 10
+    for start in set(starts) - {len(text)}:
+        line = text[start - 1] == "\n" and not text[start].isspace()
+        word = not text[start - 1].isspace() and text[start] == " " and not text[start + 1].isspace()
+        assert line or word
+
+
+def _whole(part: Part) -> list[Fragment]:
+    return list(read_fragments(part, "", NO_DATASET))
+
+
 def test_row_groups_are_shared_among_parts(tmp_path: Path) -> None:
     texts = [f"row {number}" for number in range(50)]
     pq.write_table(pa.table({"text": texts, "other": range(50)}), tmp_path / "a.parquet", row_group_size=7)

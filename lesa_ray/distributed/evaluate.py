@@ -1,0 +1,229 @@
+"""`lesa_ray.distributed.evaluate.evaluate`: several checkpoints on the same data, side by side.
+
+    headers of all checkpoints, files of the data, names of the tasks ▸ a Ray task each ▸ differences ▸ report
+
+Whatever is wrong and can be seen in headers is found before anything is loaded. One checkpoint on data alone is
+measured in this process, since starting Ray would cost more, unless RAY_ADDRESS names a cluster. Tasks always run in a
+process of Ray's: lm-evaluation-harness prints to standard output as it pleases, where `--json` belongs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.evaluation.checkpoints import Bounds, read_bounds
+from lesa_ray.evaluation.data import BlockData, TextData, open_data
+from lesa_ray.evaluation.harness import resolve_tasks
+from lesa_ray.evaluation.measure import Job, Outcome, make_job, measure
+from lesa_ray.evaluation.paired import difference
+from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.expansion.runner import Listener, Silent
+
+FORMAT = 1
+FILE = "evaluation.json"
+_POLL_SECONDS = 0.5
+_RETRIES = 3
+_INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers, the logits of a batch
+
+
+def evaluate(
+    config: EvaluateConfig, listener: Listener | None = None, *, use_ray: bool | None = None
+) -> dict[str, Any]:
+    """Measure every checkpoint of `config`; the report as JSON values, which `config.out` gets too.
+
+    use_ray: None decides by the number of checkpoints, tasks and RAY_ADDRESS.
+    Raises: UserError for wrong input, naming the checkpoint or the data; MachineError for a fault."""
+    listener, begin = listener or Silent(), time.monotonic()
+    place = None if config.out is None else _place(config.out)
+    listener.phase("reading the headers", 0)
+    with ThreadPoolExecutor(8) as pool:
+        bounds = list(pool.map(read_bounds, config.checkpoints))
+    config = config.model_copy(update={"tasks": resolve_tasks(config.tasks)})
+    job = make_job(config, open_data(config), bounds)
+    if use_ray is None:
+        use_ray = len(bounds) > 1 or bool(config.tasks) or bool(os.environ.get("RAY_ADDRESS"))
+    if use_ray:
+        listener.phase("starting Ray", 0)
+        outcomes = _side_by_side(job, bounds, listener)
+    else:
+        outcomes = _in_turn(job, bounds, listener)
+    report = _report(job, outcomes, time.monotonic() - begin)
+    if place is not None:
+        _write(report, *place)
+    return report
+
+
+def _place(out: str) -> tuple[Storage, str]:
+    """The folder and the name that `out`, a `.json` file or a folder for `FILE`, means.
+
+    Raises: UserError if it cannot be reached or is a file; found before the work, not after."""
+    folder, name = out.rstrip("/"), FILE
+    if folder.endswith(".json"):
+        folder, _, name = folder.rpartition("/")
+    try:
+        storage = Storage(folder or ("/" if out.startswith("/") else "."))
+        storage.list()
+        taken = storage.fs.isfile(storage.root)
+    except (UserError, MachineError) as error:
+        raise type(error)(f"--out {out}: {error}") from None
+    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        raise UserError(f"--out {out}: cannot be reached ({explain(error)[:200]})") from error
+    if taken:
+        raise UserError(f"--out {out}: {storage.url} is a file; give a folder or a .json file")
+    return storage, name
+
+
+def _write(report: dict[str, Any], storage: Storage, name: str) -> None:
+    try:
+        storage.write(name, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    except MachineError:
+        raise
+    except Exception as error:
+        raise MachineError(f"--out {storage.url}/{name}: cannot be written ({explain(error)[:200]})") from error
+
+
+def _in_turn(job: Job, bounds: list[Bounds], listener: Listener) -> list[Outcome]:
+    """One checkpoint after another in this process."""
+    listener.phase(_title(job.config.checkpoints), len(bounds))
+    outcomes: list[Outcome] = []
+    for bound in bounds:
+
+        def progress(phase: str, share: float, bound: Bounds = bound) -> None:
+            listener.progress(len(outcomes) + share, f"{bound.name}: {phase}")
+
+        outcomes.append(measure(job, bound, progress))
+    return outcomes
+
+
+def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Outcome]:
+    """One Ray task for each checkpoint; the first to fail stops the others."""
+    import ray
+
+    from lesa_ray.distributed.ray_runner import _Board, _get, start_ray
+
+    start_ray()
+    names = job.config.checkpoints
+    listener.phase(_title(names), len(names))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = _share(job.config, len(names), nodes)
+    most_memory = max(node.get("memory", 0) for node in nodes)
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    running: dict[Any, int] = {}
+    outcomes: dict[int, Outcome] = {}
+    try:
+        for index, bound in enumerate(bounds):
+            task = ray.remote(_task).options(
+                name=f"evaluate {bound.name}",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                memory=int(min(_weights(bound, job.config) + _INTERPRETER_BYTES, most_memory * 0.9)),
+                max_retries=_RETRIES,
+                retry_exceptions=[MachineError],
+            )
+            running[task.remote(job, bound, cpus, str(index), board)] = index
+        while running:
+            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            for reference in done:
+                index = running.pop(reference)
+                outcomes[index] = _get(reference, f"checkpoint {names[index]}")
+            state = ray.get(board.get.remote(), timeout=60)
+            shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
+            busy = [
+                f"{name}: {state[str(i)][0]}" for i, name in enumerate(names) if i not in outcomes and str(i) in state
+            ]
+            listener.progress(sum(shares), ", ".join(busy[:2]))
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        ray.kill(board)
+    return [outcomes[index] for index in range(len(names))]
+
+
+def _weights(bound: Bounds, config: EvaluateConfig) -> int:
+    """Bytes of a checkpoint's weights as they are computed with."""
+    return bound.nbytes if config.dtype is None else bound.parameters * (4 if config.dtype == "float32" else 2)
+
+
+def _share(config: EvaluateConfig, checkpoints: int, nodes: list[dict[str, float]]) -> tuple[float, int]:
+    """GPUs and CPU cores of one task. Raises: UserError if a GPU is asked for and there is none; MachineError if no
+    node has so many."""
+    most_gpus, most_cpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU"))
+    gpus = config.gpus_per_task
+    if gpus is None:
+        gpus = 1 if most_gpus and config.device != "cpu" else 0
+    if config.device == "cuda" and not gpus:
+        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
+    total = sum(node.get("CPU", 0) for node in nodes)
+    cpus = config.cpus_per_task or max(1, int(min(most_cpus, total // checkpoints)))
+    if gpus > most_gpus or cpus > most_cpus:
+        raise MachineError(
+            f"a checkpoint asks for {gpus:g} GPUs and {cpus} CPUs; the largest node has {most_gpus:g} and {most_cpus:g}"
+        )
+    return gpus, cpus
+
+
+def _task(job: Job, bound: Bounds, threads: int, key: str, board: Any) -> Outcome:
+    import ray
+    import torch
+
+    torch.set_num_threads(threads)
+    if not ray.get_gpu_ids():
+        job = replace(job, config=job.config.model_copy(update={"device": "cpu"}))
+    told, shown = -math.inf, ""
+
+    def progress(phase: str, share: float) -> None:
+        nonlocal told, shown
+        if time.monotonic() - told > _POLL_SECONDS or phase.split(",")[0] != shown:
+            told, shown = time.monotonic(), phase.split(",")[0]
+            board.put.remote(key, phase, share)
+
+    return measure(job, bound, progress)
+
+
+def _title(names: tuple[str, ...]) -> str:
+    return f"measuring {names[0]}" if len(names) == 1 else f"measuring {len(names)} checkpoints"
+
+
+def _report(job: Job, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
+    first = outcomes[0]
+    records = []
+    for outcome in outcomes:
+        record = dict(outcome.record)
+        if outcome is not first and outcome.scores is not None and first.scores is not None:
+            record["difference"] = difference(outcome.scores, first.scores, first.record["checkpoint"])
+        records.append(record)
+    return {
+        "format": FORMAT,
+        "lesa_ray": version("lesa-ray"),
+        "settings": job.config.model_dump(mode="json"),
+        "data": _data_record(job.data),
+        "window": job.window or None,
+        "stride": job.stride or None,
+        "checkpoints": records,
+        "seconds": seconds,
+    }
+
+
+def _data_record(data: TextData | BlockData | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    if isinstance(data, TextData):
+        return {"kind": "text", "name": data.name, "files": len(data.files), "file_bytes": data.total}
+    return {
+        "kind": "blocks",
+        "name": data.name,
+        "content": data.kind,
+        "split": data.split.name,
+        "seq_len": data.split.seq_len,
+        "rows": data.split.rows,
+        "digest": data.digest,
+    }

@@ -1,0 +1,233 @@
+"""A checkpoint to measure, from wherever it lies: its bounds, its tokenizer, its model.
+
+Decides
+- transformers reads folders, so a checkpoint behind a URL is copied to a scratch folder of this machine, which goes
+  when the measuring ends; nothing is ever written where the checkpoint lies. Repo ids go through the hub's own cache.
+- What its predictions would be worthless without is checked: all tensors are there, none is made up, and the model
+  cannot see the token it is to predict (an encoder such as BERT can, and would seem to be nearly perfect).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
+from lesa_ray.config import DtypeName
+from lesa_ray.errors import MachineError, UserError
+
+_COPIED_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""What a tokenizer and the settings are made of; weights are copied by the checkpoint's own list."""
+_PART = 32 * 2**20
+_TOKENIZER_FILES = re.compile(r"tokenizer|vocab|tekken|\.(model|tiktoken)$")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a checkpoint can be asked for, from its config.json. `positions`: its longest window, if it has a bound."""
+
+    name: str
+    url: str
+    """Where it is, whatever the working folder: an absolute path or a URL."""
+    vocab_size: int
+    positions: int | None
+    parameters: int
+    nbytes: int
+    """Of its weights; both 0 where that is not known before they are fetched (a repo id)."""
+    has_tokenizer: bool | None
+    """None where that is not known yet."""
+
+
+def read_bounds(name: str) -> Bounds:
+    """A checkpoint's bounds, without its weights. Raises: UserError if it is not a whole checkpoint of a language
+    model that transformers knows."""
+    url = _resolve(name)
+    if url.startswith("hf://"):
+        config = _text_config(name, _read_config(name, _fetch(name, url, ["config.json"])))
+        return Bounds(name, url, int(config.vocab_size), longest_window(config), 0, 0, None)
+    checkpoint = _open(name, url)
+    config = _text_config(name, checkpoint.config)
+    has_tokenizer = any(_TOKENIZER_FILES.search(file) for file in checkpoint.files)
+    vocab_size, positions = int(config.vocab_size), longest_window(config)
+    return Bounds(name, url, vocab_size, positions, checkpoint.parameters, checkpoint.nbytes, has_tokenizer)
+
+
+def _text_config(name: str, raw: dict[str, Any]) -> Any:
+    family = raw.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise UserError(f"checkpoint {name}: transformers does not know the family {family!r} of its config.json")
+    try:
+        return CONFIG_MAPPING[family].from_dict(dict(raw)).get_text_config()
+    except Exception as error:  # each family validates in its own way
+        raise UserError(f"checkpoint {name}: config.json: transformers refuses it ({explain(error)[:200]})") from error
+
+
+def longest_window(config: Any) -> int | None:
+    """Positions a model was made for; None if it has no such bound (Mamba). `config`: its text configuration."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _read_config(name: str, folder: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(Storage(folder).read("config.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {name}: config.json cannot be read ({explain(error)[:200]})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"checkpoint {name}: config.json is not a JSON object")
+    return raw
+
+
+@contextmanager
+def local_folder(name: str, url: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """A folder of this machine with the checkpoint in it, and the digests of its weights.
+
+    Raises: UserError; MachineError if the scratch disk has no room or the store fails."""
+    if url.startswith("hf://"):
+        folder = _fetch(name, url, ["*.safetensors", *(f"*{kind}" for kind in _COPIED_KINDS), "model*.index.json"])
+        yield folder, _open(name, folder).digests()
+        return
+    checkpoint = _open(name, url)
+    digests = checkpoint.digests()
+    if checkpoint.storage.is_local:
+        yield checkpoint.storage.root, digests
+        return
+    with tempfile.TemporaryDirectory(prefix="lesa-ray-evaluate-") as scratch:
+        _copy(name, checkpoint, Storage(scratch))
+        yield scratch, digests
+
+
+def _copy(name: str, checkpoint: Checkpoint, scratch: Storage) -> None:
+    """Weights, configuration and tokenizer into a scratch folder, in parts of 32 MiB."""
+    files = {*checkpoint.shards, *(file for file in checkpoint.files if file.endswith(_COPIED_KINDS))}
+    needed, free = sum(checkpoint.files[file] for file in files), scratch.free_bytes() or 0
+    if needed > free:
+        raise MachineError(
+            f"checkpoint {name}: a copy needs {needed / 1e9:.2f} GB, {scratch.root} has {free / 1e9:.2f} GB free; "
+            "set TMPDIR to a larger disk"
+        )
+
+    def copy(file: str) -> None:
+        size = checkpoint.files[file]
+        with scratch.create(file) as target:
+            for start in range(0, size, _PART):
+                target.write(checkpoint.storage.read(file, start, min(start + _PART, size)))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(copy, sorted(files)))
+
+
+def _resolve(name: str) -> str:
+    try:
+        return resolve_base(name)
+    except UserError as error:
+        raise UserError(_renamed(error, name, name)) from None
+
+
+def _open(name: str, url: str) -> Checkpoint:
+    try:
+        return open_checkpoint(url)
+    except UserError as error:
+        raise UserError(_renamed(error, name, url)) from None
+
+
+def _renamed(error: UserError, name: str, url: str) -> str:
+    """The reader speaks of BASE, as `lesa-ray expand` does; here it is a checkpoint, called `name`."""
+    return f"checkpoint {name}: {str(error).removeprefix(f'BASE {url}: ')}"
+
+
+def _fetch(name: str, url: str, patterns: list[str]) -> str:
+    """A folder of the hub's cache with those files of a repository; fetched where they are not there yet."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = url.removeprefix("hf://").partition("@")
+    try:
+        # "*/*": some repositories keep the same weights again in folders or as consolidated.*
+        folder: str = snapshot_download(
+            repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except Exception as error:  # the hub's client has its own class for each way in which it may refuse
+        raise UserError(
+            f"checkpoint {name}: cannot be fetched from the hub ({explain(error)[:200]}); is it a folder, "
+            "and is the network up?"
+        ) from error
+    return folder
+
+
+def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises: UserError if it has none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        works = bool(tokenizer("a b", add_special_tokens=False)["input_ids"])  # without files some are made, empty
+    except Exception as error:  # missing files surface in many ways
+        raise UserError(f"checkpoint {name}: its tokenizer cannot be loaded ({explain(error)[:160]})") from error
+    if not works:
+        raise no_tokenizer(name)
+    return tokenizer
+
+
+def no_tokenizer(name: str) -> UserError:
+    """The error for text or tasks on a checkpoint without a tokenizer."""
+    return UserError(
+        f"checkpoint {name}: has no tokenizer, which text and tasks need; copy its tokenizer.json there, or measure on "
+        "token blocks"
+    )
+
+
+def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = None) -> PreTrainedModel:
+    """The model of a folder or repo id, ready to evaluate. `name`: what errors call it.
+
+    Raises: UserError also where weights are missing, which would be random, and where it sees what it predicts."""
+    name = name or checkpoint
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype or "auto", output_loading_info=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # shapes that differ, files that are not there: each surfaces in its own way
+        raise UserError(f"{name}: cannot be loaded: {explain(error)[:300]}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserError(f"{name}: {len(names)} tensors are missing, the first {names[0]}")
+    ready: PreTrainedModel = model.eval()
+    if not is_causal(ready):
+        raise UserError(
+            f"{name}: its predictions depend on the tokens they are to predict ({type(model).__name__}, an encoder?), "
+            "so they have no perplexity"
+        )
+    return ready
+
+
+@torch.inference_mode()
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether a token leaves what the model computes before it unchanged, but for rounding."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(6).remainder(vocabulary).repeat(2, 1).to(model.device)  # (2, 6)
+    ids[1, -1] = (ids[1, -1] + 1) % vocabulary
+    one, two = model(input_ids=ids, use_cache=False).logits.float()[:, :-1]  # (5, vocabulary) each
+    scale = float(one.std())
+    # NaN is not for this check to judge
+    return not bool((one - two).abs().max() > 0.05 * scale)
+
+
+def choose_device(device: str | None = None) -> str:
+    """`device`, or a GPU where there is one. Raises: UserError if a GPU is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,46 @@
+"""What a person, or a program, is told of token blocks that were made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lesa_ray.distributed.tokenize import Tokenized
+from lesa_ray.report.terminal import count, duration
+
+
+def describe_tokens(result: Tokenized) -> dict[str, Any]:
+    """As JSON values."""
+    blocks = result.blocks
+    told = ("documents", "truncated", "left_out", "dropped_tokens", "heldout_from_end")
+    return {
+        "out": blocks.url,
+        "kind": blocks.kind,
+        "seq_len": blocks.seq_len,
+        "train": {"rows": blocks.train.rows, "tokens": blocks.train.tokens},
+        "heldout": {"rows": blocks.heldout.rows, "tokens": blocks.heldout.tokens},
+        **{name: blocks.manifest[name] for name in told if name in blocks.manifest},
+        "digest": blocks.digest,
+        "seconds": round(result.seconds, 3),
+        "reused": result.reused,
+        "resumed": result.resumed,
+    }
+
+
+def token_lines(result: Tokenized) -> str:
+    """How much there is, and what was not taken as it was."""
+    blocks, facts = result.blocks, describe_tokens(result)
+    how = (
+        " (they were there already)"
+        if result.reused
+        else " (an interrupted run was taken up)"
+        if result.resumed
+        else ""
+    )
+    lines = [
+        f"{blocks.url}: {count(blocks.train.tokens)} tokens in {blocks.train.rows:,} rows of {blocks.seq_len:,} to train "
+        f"on, {blocks.heldout.rows:,} rows held out, {duration(result.seconds)}{how}"
+    ]
+    for name, what in (("truncated", "cut to a row"), ("left_out", "left out")):
+        if facts.get(name):
+            lines.append(f"{facts[name]:,} conversations {what}, longer than {blocks.seq_len:,} tokens")
+    return "\n".join(lines)
