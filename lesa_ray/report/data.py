@@ -29,16 +29,11 @@ def describe_tokens(result: Tokenized) -> dict[str, Any]:
 def token_lines(result: Tokenized) -> str:
     """How much there is, and what was not taken as it was."""
     blocks, facts = result.blocks, describe_tokens(result)
-    how = (
-        " (they were there already)"
-        if result.reused
-        else " (an interrupted run was taken up)"
-        if result.resumed
-        else ""
-    )
+    again = " (they were there already)" if result.reused else ""
+    how = " (an interrupted run was taken up)" if result.resumed else again
     lines = [
-        f"{blocks.url}: {count(blocks.train.tokens)} tokens in {blocks.train.rows:,} rows of {blocks.seq_len:,} to train "
-        f"on, {blocks.heldout.rows:,} rows held out, {duration(result.seconds)}{how}"
+        f"{blocks.url}: {count(blocks.train.tokens)} tokens in {blocks.train.rows:,} rows of {blocks.seq_len:,} to "
+        f"train on, {blocks.heldout.rows:,} rows held out, {duration(result.seconds)}{how}"
     ]
     for name, what in (("truncated", "cut to a row"), ("left_out", "left out")):
         if facts.get(name):

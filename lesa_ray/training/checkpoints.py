@@ -24,13 +24,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from lesa_ray.checkpoint.storage import Storage, explain, filesystem_options
+from lesa_ray.checkpoint.storage import Storage, explain
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training.state_files import StateReader, StateWriter
 
 FOLDER = "training/checkpoints"
 COMPLETE_FILE = "complete.json"
@@ -113,15 +113,11 @@ def load(out: str, record: Record, trained: Mapping[str, nn.Parameter], optimize
     Raises: UserError if it is one of other parameters; MachineError if it cannot be read."""
     if record.names != list(trained):
         raise UserError(f"{out}: its checkpoint holds other parameters than are to be trained now")
-    url = Storage(out).within(f"{FOLDER}/{folder_name(record.step)}").url
+    storage = Storage(out).within(f"{FOLDER}/{folder_name(record.step)}")
     try:
-        load_state(
-            state_of(trained, optimizer),
-            storage_reader=FsspecReader(_with_scheme(url), **filesystem_options(url)),
-            no_dist=not dist.is_initialized(),
-        )
+        load_state(state_of(trained, optimizer), storage_reader=StateReader(storage), no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise MachineError(f"{url}: cannot be read ({_first_cause(error)})") from error
+        raise MachineError(f"{storage.url}: cannot be read ({_first_cause(error)})") from error
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["step"].fill_(record.step)
@@ -131,7 +127,7 @@ class Saver:
     """Writes checkpoints of a run in the background. All workers make one and call it at the same steps."""
 
     def __init__(self, out: str, identity: str, keep: int, group: dist.ProcessGroup) -> None:
-        """group: of its own, on gloo, so that its collectives do not mix with training's."""
+        """group: of its own, on gloo: what the thread that uploads says to the others must not mix with training's."""
         self._out, self._identity, self._keep, self._group = out, identity, keep, group
         self._under_way: tuple[Any, int, int, float | None, list[str]] | None = None
 
@@ -149,10 +145,11 @@ class Saver:
         self.wait()
         storage = Storage(self._out).within(f"{FOLDER}/{folder_name(step)}")
         if dist.get_rank() == 0:
-            storage.remove(COMPLETE_FILE)  # of an earlier try, before its files are replaced
+            _remove(storage)  # what an earlier try left, maybe of another number of workers
         dist.barrier(self._group)
-        writer = FsspecWriter(_with_scheme(storage.url), **filesystem_options(storage.url))
-        future = async_save(state_of(trained, optimizer), storage_writer=writer, process_group=self._group)
+        future = async_save(
+            state_of(trained, optimizer), storage_writer=StateWriter(storage), process_group=self._group
+        )
         self._under_way = (future, step, tokens, heldout_loss, list(trained))
 
     def poll(self) -> None:
@@ -160,7 +157,7 @@ class Saver:
         if self._under_way is None:
             return
         done = torch.tensor([int(self._under_way[0].done())])
-        dist.all_reduce(done, dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(done, dist.ReduceOp.MIN)  # the group is the thread's: messages would mix
         if done.item():
             self.wait()
 
@@ -173,12 +170,12 @@ class Saver:
         storage = Storage(self._out).within(f"{FOLDER}/{folder_name(step)}")
         try:
             future.result()
+            if dist.get_rank() == 0:
+                record = Record(self._identity, step, tokens, heldout_loss, names, storage.list())
+                storage.write(COMPLETE_FILE, (json.dumps(asdict(record)) + "\n").encode())
         except (CheckpointException, OSError) as error:
             raise MachineError(f"{storage.url}: cannot be written ({_first_cause(error)})") from error
         if dist.get_rank() == 0:
-            files = {name: size for name, size in storage.list().items() if name != COMPLETE_FILE}
-            record = Record(self._identity, step, tokens, heldout_loss, names, files)
-            storage.write(COMPLETE_FILE, (json.dumps(asdict(record)) + "\n").encode())
             prune(self._out, self._identity, self._keep)
 
 
@@ -192,12 +189,13 @@ def prune(out: str, identity: str, keep: int) -> None:
     names = {folder_name(step) for step in kept}
     for name in storage.folders():
         if name not in names and name <= folder_name(records[-1].step if records else -1):
-            storage.within(name).remove(COMPLETE_FILE)
-            storage.remove_tree(name)
+            _remove(storage.within(name))
 
 
-def _with_scheme(url: str) -> str:
-    return url if "://" in url else f"file://{url}"
+def _remove(storage: Storage) -> None:
+    """Remove a checkpoint, such that it never counts with some of its files gone."""
+    storage.remove(COMPLETE_FILE)
+    storage.remove_tree()
 
 
 def _first_cause(error: BaseException) -> str:

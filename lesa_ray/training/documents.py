@@ -61,6 +61,11 @@ class Row:
     values: dict[str, Any]
 
 
+def document_key(head: bytes) -> bytes:
+    """What a file of text is known by when documents are held out. head: its first bytes, 64 KiB or more."""
+    return head.removeprefix(_BOM)[:_KEY_BYTES]
+
+
 def is_heldout(key: bytes, share: float) -> bool:
     """Whether a document that begins so is among the `share` held out."""
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < share * 2**64
@@ -116,7 +121,7 @@ def _plain(part: Part, longest: int) -> Iterator[Fragment]:
     source = part.source
     with _open(source.name) as file:
         head = file.read(_KEY_BYTES + len(_BOM))
-        key = head.removeprefix(_BOM)[:_KEY_BYTES]
+        key = document_key(head)
         if not key:
             return
         start, end = part.span(source.nbytes)

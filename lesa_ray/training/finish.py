@@ -72,7 +72,8 @@ def export_plan(run: Run, record: Record, out: str) -> ExportPlan:
 def export_checkpoint(url: str, out: str, which: str) -> Exported:
     """Write a checkpoint of the run at `url` as a Hugging Face folder at `out`.
 
-    which: `last`, `best` (the least held-out loss) or a step. Raises: UserError if there is no such run or checkpoint."""
+    which: `last`, `best` (the least held-out loss) or a step.
+    Raises: UserError if there is no such run or checkpoint."""
     storage = Storage(url)
     content = read_json(storage, RUN_FILE)
     if content is None:

@@ -8,25 +8,22 @@ tensor, `.metadata` says where they are. Each shard is one range read, so memory
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lesa_ray.checkpoint.storage import Storage, explain, filesystem_options
+from lesa_ray.checkpoint.storage import Storage, explain
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training.state_files import METADATA_FILE, StateReader
 
 PREFIX = "model."
-_METADATA_FILE = ".metadata"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, AttributeError, EOFError, pickle.UnpicklingError)
 """What PyTorch raises where the bytes are not what the metadata say."""
@@ -39,8 +36,8 @@ class TrainedState:
         """Raises: UserError if there is no such checkpoint; MachineError if the store does not answer."""
         self.storage = Storage(url)
         self.url = self.storage.url
-        if not self.storage.exists(_METADATA_FILE):
-            raise UserError(f"training checkpoint {url}: there is no {_METADATA_FILE} in it; it was not finished")
+        if not self.storage.exists(METADATA_FILE):
+            raise UserError(f"training checkpoint {url}: there is no {METADATA_FILE} in it; it was not finished")
 
     def __reduce__(self) -> tuple[type[TrainedState], tuple[str]]:
         return TrainedState, (self.url,)
@@ -86,13 +83,8 @@ class TrainedState:
         return sha.hexdigest()
 
     @cached_property
-    def _reader(self) -> _Reader:
-        url = self.url if "://" in self.url else f"file://{self.url}"
-        # Ranges are read as they are asked for: the usual 50 MB ahead would be read for every tensor.
-        exact: dict[str, Any] = {} if self.storage.is_local else {"use_listings_cache": False}
-        if url.startswith(("s3://", "s3a://")):
-            exact["default_cache_type"] = "none"
-        return _Reader(url, **exact, **filesystem_options(url))
+    def _reader(self) -> StateReader:
+        return StateReader(self.storage)
 
     @cached_property
     def _metadata(self) -> Metadata:
@@ -113,11 +105,3 @@ class TrainedState:
             ) from error
         except Exception as error:  # each backend has its own classes
             raise MachineError(f"training checkpoint {self.url}: cannot be read ({explain(error)[:200]})") from error
-
-
-class _Reader(FsspecReader):
-    """PyTorch's reader, taking each shard in one read: unpacking it in place seeks, and each seek is a request."""
-
-    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
-        file.seek(sinfo.offset)
-        return io.BytesIO(file.read(sinfo.length))

@@ -21,23 +21,19 @@ from lesa_ray.training.model import build, initialise, load, shard, stored_types
 from lesa_ray.training.run import Run
 
 
-def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> None:
-    """Train from the last complete checkpoint (or the start) to the end. The process group must be up.
+def set_up(run: Run, device: torch.device, *, fresh: bool = False) -> tuple[Trainer, int, float]:
+    """The trainer of this worker, as the last complete checkpoint left it; the steps done; model FLOPs of a step.
 
-    tell: is called on rank 0 now and then. Raises: UserError, MachineError."""
+    fresh: look for no checkpoint. The process group must be up. Raises: UserError, MachineError."""
     config = run.config
     place = Place(dist.get_rank(), dist.get_world_size(), device)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-    mesh = init_device_mesh(device.type, (place.workers,))
     model = build(run.architecture, run.name)
     freeze(model, run.trained)
-    flops = step_flops(
-        model, tokens=config.batch * run.blocks.seq_len, seq_len=run.blocks.seq_len, lowest_layer=run.lowest
-    )
+    seq_len = run.blocks.seq_len
+    flops = step_flops(model, tokens=config.batch * seq_len, seq_len=seq_len, lowest_layer=run.lowest)
     shard(
         model,
-        mesh,
+        init_device_mesh(device.type, (place.workers,)),
         bf16=run.bf16,
         stored={} if run.checkpoint is None else stored_types(run.checkpoint, run.conversions),
         lowest=run.lowest,
@@ -48,18 +44,26 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
     trained = trained_parameters(model, run.trained)
     optimizer = make_optimizer(trained, config)
     checkpoints.init_optimizer_state(optimizer)
-    last = _last_checkpoint(run)
+    last = None if fresh else _last_checkpoint(run)
     if run.checkpoint is not None:
         load(model, run.checkpoint, run.conversions)
     elif last is None:
         initialise(model, run.architecture, config.seed)
     if last is not None:
         checkpoints.load(config.out, last, trained, optimizer)
-    first = last.step if last is not None else 0
-    own_group = dist.new_group(backend="gloo")
-    saver = checkpoints.Saver(config.out, run.identity, config.keep, own_group)
+    trainer = Trainer(model, trained, optimizer, config, place, run.steps, seq_len)
+    return trainer, last.step if last is not None else 0, flops
+
+
+def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> None:
+    """Train from the last complete checkpoint (or the start) to the end. The process group must be up.
+
+    tell: is called on rank 0 now and then. Raises: UserError, MachineError."""
+    config = run.config
+    trainer, first, flops = set_up(run, device)
+    saver = checkpoints.Saver(config.out, run.identity, config.keep, dist.new_group(backend="gloo"))
     metrics = None
-    if place.rank == 0:
+    if trainer.place.rank == 0:
         metrics = MetricsLog(
             config.out,
             config.loggers,
@@ -68,10 +72,10 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
             settings=config.model_dump(mode="json"),
         )
     try:
-        peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if device.type == "cuda" else None
-        loop = Loop(Trainer(model, trained, optimizer, config, place, run.steps, run.blocks.seq_len), run.blocks,
-                    saver, metrics, tell, flops, peak if run.bf16 else None)  # fmt: skip
-        loop.run(first)
+        peak = None
+        if device.type == "cuda" and run.bf16:
+            peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16)
+        Loop(trainer, run.blocks, saver, metrics, tell, flops, peak).run(first)
     finally:
         if metrics is not None:
             metrics.close()
