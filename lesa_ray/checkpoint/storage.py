@@ -31,6 +31,10 @@ _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "os
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
 _OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
 """As s3fs translates 503 SlowDown, 500 InternalError and RequestTimeout."""
+_LOST = frozenset(
+    {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
+)
+"""What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
 
@@ -205,7 +209,7 @@ class Storage:
         try:
             yield
         except Exception as error:
-            if self.is_local or not _is_outage(error):
+            if self.is_local or not is_outage(error):
                 raise
             raise MachineError(f"{self.url}: the store does not answer ({explain(error)})") from error
 
@@ -240,12 +244,15 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _is_outage(error: BaseException) -> bool:
+def is_outage(error: BaseException) -> bool:
     """Whether a backend's error says that the store is away or overloaded, not that the request was wrong."""
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     if isinstance(error, OSError) and error.errno in _OUTAGE_ERRNOS:
         return True
+    for kind in type(error).__mro__:
+        if kind.__name__ in _LOST and kind.__module__.split(".")[0] in ("botocore", "aiohttp"):
+            return True
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

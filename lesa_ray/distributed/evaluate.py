@@ -108,7 +108,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     """One Ray task for each checkpoint; the first to fail stops the others."""
     import ray
 
-    from lesa_ray.distributed.ray_runner import _Board, _get, start_ray
+    from lesa_ray.distributed.ray_runner import Board, result_of, start_ray
 
     start_ray()
     names = job.config.checkpoints
@@ -116,7 +116,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = _share(job.config, len(names), nodes)
     most_memory = max(node.get("memory", 0) for node in nodes)
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
     running: dict[Any, int] = {}
     outcomes: dict[int, Outcome] = {}
     try:
@@ -134,7 +134,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
             for reference in done:
                 index = running.pop(reference)
-                outcomes[index] = _get(reference, f"checkpoint {names[index]}")
+                outcomes[index] = result_of(reference, f"checkpoint {names[index]}")
             state = ray.get(board.get.remote(), timeout=60)
             shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
             busy = [

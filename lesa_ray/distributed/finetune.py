@@ -7,16 +7,21 @@ Token blocks made before (`lesa-ray tokenize --kind chat`) are taken as they are
 
 from __future__ import annotations
 
+from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.finish import Trained
+from lesa_ray.training.freeze import trained_names
+from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.model import build
+from lesa_ray.training.packing_check import check_packing
 from lesa_ray.training.run import RUN_FILE, check_place, longest
+from lesa_ray.training.tokenizer import load_tokenizer, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig
 
@@ -26,43 +31,56 @@ DATA_DIR = "training/data"
 def finetune(config: FinetuneConfig, listener: Listener | None = None) -> Trained:
     """Fine-tune; go on with a run that was interrupted; or find that it is done.
 
-    Raises: UserError for wrong input, MachineError for a fault, after which the same call goes on."""
+    Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call
+    goes on."""
     listener = listener or Silent()
     if _is_blocks(config.data):
-        return pretrain(config.on_blocks(_chat_blocks(config.data)), listener)
+        _check_blocks(config)
+        return pretrain(config.on_blocks(config.data), listener)
+    storage = Storage(config.out)
+    if not storage.exists(RUN_FILE):
+        check_place(storage, config.out)
+    listener.phase("reading the headers", 0)
+    _check_model(config)
+    blocks = storage.within(DATA_DIR)
+    claimed, made = storage.exists(RUN_FILE), blocks.is_empty()
+    try:
+        tokenize(config.to_tokenize(blocks.url), listener)
+        return pretrain(config.on_blocks(blocks.url), listener)
+    except UserError:
+        if made and storage.exists(RUN_FILE) == claimed:  # what was found wrong is not of the training itself
+            storage.remove_tree(DATA_DIR)
+            _remove_if_empty(storage.within("training"))
+            _remove_if_empty(storage)
+        raise
+
+
+def _check_model(config: FinetuneConfig) -> None:
+    """What tokenizing or training would find wrong with the checkpoint, before the data are read. Raises: UserError."""
+    check_loggers(config.loggers)
     assert config.checkpoint is not None
     try:
         checkpoint = open_checkpoint(config.checkpoint)
     except UserError as error:
         raise UserError(str(error).replace("BASE ", "checkpoint ", 1)) from error
-    positions = longest(build(checkpoint.config, f"checkpoint {config.checkpoint}").config.get_text_config())
+    where = f"checkpoint {config.checkpoint}"
+    model = build(checkpoint.config, where)
+    text_config = model.config.get_text_config()
+    positions = longest(text_config)
     if positions is not None and config.seq_len > positions:
-        raise UserError(f"seq_len {config.seq_len}: checkpoint {config.checkpoint} was made for {positions} tokens")
-    storage = Storage(config.out)
-    fresh = not storage.exists(RUN_FILE)
-    if fresh:
-        check_place(storage, config.out)
-    blocks = storage.within(DATA_DIR).url
-    try:
-        tokenize(
-            TokenizeConfig(
-                data=(config.data,),
-                tokenizer=config.tokenizer or config.checkpoint,
-                out=blocks,
-                kind="chat",
-                seq_len=config.seq_len,
-                holdout=config.holdout,
-                too_long=config.too_long,
-            ),
-            listener,
+        raise UserError(
+            f"seq_len {config.seq_len}: {where} was made for {positions} tokens; give --seq-len {positions} or less"
         )
-        return pretrain(config.on_blocks(blocks), listener)
-    except UserError:
-        if fresh and not storage.exists(RUN_FILE):
-            storage.remove_tree(DATA_DIR)
-            _remove_if_empty(storage.within("training"))
-            _remove_if_empty(storage)
-        raise
+    trained_names(model, config.train or ("all",), read_manifest(checkpoint.storage), where)
+    check_packing(checkpoint.config, where, config.seq_len)
+    name = config.tokenizer or config.checkpoint
+    tokenizer = load_tokenizer(name)
+    ChatEncoder(tokenizer, name)
+    if vocabulary_size(tokenizer) > text_config.vocab_size:
+        raise UserError(
+            f"tokenizer {name}: its tokens go up to {vocabulary_size(tokenizer) - 1}, the vocabulary of {where} has "
+            f"{text_config.vocab_size}; give one without added tokens, or a checkpoint with room for them"
+        )
 
 
 def _is_blocks(data: str) -> bool:
@@ -72,11 +90,18 @@ def _is_blocks(data: str) -> bool:
     return Storage(data).exists(MANIFEST)
 
 
-def _chat_blocks(url: str) -> str:
-    """`url`, if it holds conversations. Raises: UserError."""
-    if open_blocks(url).kind != "chat":
-        raise UserError(f"data {url}: holds text, not conversations; train on it with `lesa-ray pretrain`")
-    return url
+def _check_blocks(config: FinetuneConfig) -> None:
+    """Raises: UserError if the token blocks hold text, or are asked to be others than they are."""
+    blocks = open_blocks(config.data)
+    if blocks.kind != "chat":
+        raise UserError(f"data {config.data}: holds text, not conversations; train on it with `lesa-ray pretrain`")
+    for name in sorted(config.of_data & config.model_fields_set):
+        made = blocks.manifest.get("settings", {}).get(name)
+        if getattr(config, name) != made:
+            raise UserError(
+                f"{name} {getattr(config, name)}: data {config.data} are token blocks already, made with {made}; leave "
+                "it out, or give the conversations themselves"
+            )
 
 
 def _remove_if_empty(storage: Storage) -> None:

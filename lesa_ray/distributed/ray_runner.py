@@ -54,7 +54,7 @@ def start_ray() -> bool:
     return True
 
 
-class _Board:
+class Board:
     """Keeps how far each unit is, for the driver to look at."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class RayRunner:
         if gpus > self._gpus:
             raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
         shared = ray.put(expansion)
-        board = ray.remote(num_cpus=0)(_Board).remote()
+        board = ray.remote(num_cpus=0)(Board).remote()
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
         running: dict[Any, Unit] = {}
@@ -138,7 +138,7 @@ class RayRunner:
                 done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
                 for reference in done:
                     unit = running.pop(reference)
-                    records[unit.name], peak = _get(reference, f"unit {unit.name}")
+                    records[unit.name], peak = result_of(reference, f"unit {unit.name}")
                     self._peak = max(self._peak, peak)
                 self._tell(listener, units, records, board)
         finally:
@@ -162,7 +162,7 @@ class RayRunner:
                 done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
                 for reference in done:
                     shard = running.pop(reference)
-                    self._peak = max(self._peak, _get(reference, shard.file))
+                    self._peak = max(self._peak, result_of(reference, shard.file))
                     written += shard.nbytes
                 listener.progress(written, ", ".join(shard.file for shard in list(running.values())[:2]))
         finally:
@@ -173,7 +173,7 @@ class RayRunner:
         return max(self._peak, own_peak_memory())
 
 
-def _get(reference: Any, what: str) -> Any:
+def result_of(reference: Any, what: str) -> Any:
     """A task's result. Raises: the task's own error, or MachineError if its workers were lost."""
     try:
         return ray.get(reference)

@@ -3,9 +3,9 @@
     prepare (headers) ▸ room on the cluster ▸ claim OUT ▸ Ray Train: workers train ▸ export ▸ config.json
 
 Decides
-- Workers find the last complete checkpoint in OUT themselves; Ray Train is told of none, so its own bookkeeping (in
-  OUT/training/, removed at the end) decides nothing. It starts the workers again after a fault, on as many machines as
-  there are then if `workers` is a range.
+- Workers find the last complete checkpoint in OUT themselves; Ray Train is told of none. Its own storage is a
+  filesystem in memory: nothing it would keep there is needed, and a store that fails has one way less to stop the run.
+- It starts the workers again after a fault, on as many machines as there are then if `workers` is a range.
 - A worker that finds the input wrong (a loss that is no number, say) leaves the reason on a board that outlives it:
   nothing is tried again.
 """
@@ -17,17 +17,18 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from lesa_ray.checkpoint.storage import Storage, explain
-from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.distributed.ray_runner import result_of, start_ray
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.training.finish import Trained, finish_run, trained_result
+from lesa_ray.training.export import ExportPlan, OutFile, write_file
+from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
 from lesa_ray.training.loop import Progress
 from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.run import Run, claim, out_state, prepare
@@ -36,6 +37,7 @@ from lesa_ray.training.train_settings import TrainConfig
 _POLL_SECONDS = 0.5
 _TIMEOUT_SECONDS = 1800
 _AGREE_SECONDS = 5.0
+_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,41 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     Raises: UserError for wrong input; MachineError for a fault, after which the same call goes on."""
     listener = listener or Silent()
     check_loggers(config.loggers)
-    listener.phase("starting Ray", 0)
-    embedded = start_ray()
     listener.phase("reading the headers", 0)
-    run = prepare(config, gpus=_wants_gpus(config))
+    run = prepare(config, gpus=False)  # wrong input, and a run that is done, are found before Ray is started
     state = out_state(run)
     if state == "done":
         return trained_result(run, reused=True)
-    resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
-    claim(run)
-    _fit(run, resources, listener)
-    finish_run(run, listener)
+    listener.phase("starting Ray", 0)
+    embedded = start_ray()
+    if state == "fresh" and config.precision == "auto" and _wants_gpus(config):
+        run = prepare(config, gpus=True)
+    if not is_trained(run):
+        resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
+        claim(run)
+        _fit(run, resources, listener)
+    finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
     return trained_result(run, resumed=state == "resume")
+
+
+def _is_shared(run: Run) -> bool:
+    """Whether more machines than this one can write at OUT."""
+    return not Storage(run.config.out).is_local or len([node for node in ray.nodes() if node["Alive"]]) > 1
+
+
+def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
+    """Write files of weights as Ray tasks, each on a core of its own. Raises: UserError, MachineError."""
+    task = ray.remote(write_file).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
+    shared = ray.put(plan)
+    running = {task.remote(shared, file): file for file in files}
+    try:
+        while running:
+            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            for reference in done:
+                result_of(reference, running.pop(reference).name)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
 
 
 def _wants_gpus(config: TrainConfig) -> bool:
@@ -145,8 +170,8 @@ def _fit(run: Run, resources: Resources, listener: Listener) -> None:
     listener.phase(f"starting {resources.fewest} worker{'s' if resources.fewest > 1 else ''}", 0)
     board = ray.remote(num_cpus=0, max_concurrency=4)(_Board).remote()
     try:
-        with _scratch(run) as storage, _watching(board, run, listener):
-            _trainer(run, resources, storage, board).fit()
+        with _watching(board, run, listener):
+            _trainer(run, resources, board).fit()
         _raise_failure(board)
     except (UserError, MachineError):
         raise
@@ -165,12 +190,13 @@ def _raise_failure(board: Any) -> None:
         raise UserError(failure) from None
 
 
-def _trainer(run: Run, resources: Resources, storage: tuple[str, str, Any], board: Any) -> Any:
+def _trainer(run: Run, resources: Resources, board: Any) -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    from fsspec.implementations.memory import MemoryFileSystem
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    path, name, filesystem = storage
     elastic = resources.fewest != resources.most
     return TorchTrainer(
         _worker,
@@ -184,9 +210,9 @@ def _trainer(run: Run, resources: Resources, storage: tuple[str, str, Any], boar
             backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=_TIMEOUT_SECONDS
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
+            name=f"lesa-ray-{uuid.uuid4().hex[:8]}",
+            storage_path="/ray-train",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=run.config.retries),
         ),
     )
@@ -216,26 +242,6 @@ def _worker(loop_config: dict[str, Any]) -> None:
                 return  # all found the same: nobody is left waiting for this worker
             time.sleep(0.1)
         raise
-
-
-@contextlib.contextmanager
-def _scratch(run: Run) -> Iterator[tuple[str, str, Any]]:
-    """Where Ray Train may keep its own files while it runs: path, name and pyarrow filesystem."""
-    storage = Storage(run.config.out).within("training")
-    for name in storage.folders():
-        if name.startswith("ray-"):
-            storage.remove_tree(name)
-    name = f"ray-{uuid.uuid4().hex[:8]}"
-    filesystem = None
-    if not storage.is_local:
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        filesystem = PyFileSystem(FSSpecHandler(storage.fs))
-    try:
-        yield storage.root, name, filesystem
-    finally:
-        with contextlib.suppress(Exception):  # what stopped the run is what matters
-            storage.remove_tree(name)
 
 
 @contextlib.contextmanager

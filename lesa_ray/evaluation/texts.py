@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import fsspec
 
-from lesa_ray.checkpoint.storage import _is_outage, explain, filesystem_options
+from lesa_ray.checkpoint.storage import explain, filesystem_options, is_outage
 from lesa_ray.errors import MachineError, UserError
 
 PLAIN = (".txt", ".md", ".py")
@@ -80,7 +80,7 @@ def _files_of(source: str) -> list[TextFile]:
     except FileNotFoundError:
         raise UserError(f"--data {source}: there is no such file or folder") from None
     except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        if _is_outage(error):
+        if is_outage(error):
             raise MachineError(f"--data {source}: the store does not answer ({explain(error)[:200]})") from error
         raise UserError(f"--data {source}: cannot be listed ({explain(error)[:200]})") from error
     if not sizes:

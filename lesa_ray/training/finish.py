@@ -40,6 +40,12 @@ class Trained:
     resumed: bool
 
 
+def is_trained(run: Run) -> bool:
+    """Whether the run's last checkpoint is there, so that only the export is missing."""
+    records = find_complete(run.config.out, run.identity)
+    return bool(records) and records[-1].step == run.steps
+
+
 def finish_run(run: Run, listener: Listener, work: ExportWork | None = None) -> None:
     """Write the summary and the checkpoint; from then on the run is done.
 
