@@ -17,7 +17,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +103,24 @@ def _wants_gpus(config: TrainConfig) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def _resources(config: TrainConfig) -> Resources:
-    """Those asked for, or what the cluster suggests."""
+def _resources(config: TrainConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[Resources, int]:
+    """What a worker asks for, and how many such workers the machines can give.
+
+    Where cores are not asked for, each worker gets as many as leave room for the most workers, else for the fewest."""
     fewest, most = config.worker_range
     gpus = config.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    cpus = config.cpus_per_worker or (1 if gpus else max(1, int(ray.cluster_resources().get("CPU", 1) // fewest)))
-    return Resources(fewest, most, cpus, gpus)
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+    cores = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    choices = [config.cpus_per_worker or (1 if gpus else 0)]
+    if not choices[0]:
+        choices = list(range(max(1, cores), 0, -1))
+    room = {
+        cpus: sum(_fitting(node, Resources(fewest, most, cpus, gpus).per_worker) for node in nodes) for cpus in choices
+    }
+    fitting = [cpus for wanted in (most, fewest) for cpus in choices if room[cpus] >= wanted]
+    cpus = fitting[0] if fitting else choices[-1]
+    return Resources(fewest, most, cpus, gpus), room[cpus]
 
 
 def wait_for_room(config: TrainConfig, seconds: float, listener: Listener) -> Resources:
@@ -119,9 +129,7 @@ def wait_for_room(config: TrainConfig, seconds: float, listener: Listener) -> Re
     Raises: UserError if they still cannot after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        resources = _resources(config)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = sum(_fitting(node, resources.per_worker) for node in nodes)
+        resources, room = _resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         if room >= resources.fewest:
             return resources
         if time.monotonic() >= deadline:
@@ -135,7 +143,7 @@ def wait_for_room(config: TrainConfig, seconds: float, listener: Listener) -> Re
         time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
 
 
-def _fitting(node: dict[str, float], each: dict[str, float]) -> int:
+def _fitting(node: Mapping[str, float], each: Mapping[str, float]) -> int:
     return int(min(node.get(kind, 0.0) // amount for kind, amount in each.items()))
 
 

@@ -5,6 +5,8 @@ Decides
 - A row of metrics for every step (loss before the step, norm of the gradient, learning rate), looked at every
   `log_every` steps, so that the device is not waited for in between. If the loss is not a number there, the run stops;
   checkpoints are only begun after looking, so the last one is good.
+- The loss is that of the next token alone: a mixture of experts' auxiliary loss, which balances experts from scratch,
+  is not added.
 - Held-out loss, checkpoints and the rest happen between steps, at step numbers alone, so that all workers agree.
 """
 
@@ -32,8 +34,8 @@ from lesa_ray.training.schedule import learning_rate
 from lesa_ray.training.tokens import Split, TokenBlocks
 from lesa_ray.training.train_settings import TrainConfig
 
-_MICRO_TOKENS = 8192
-_EVAL_TOKENS = 16384
+_MICRO_TOKENS = 4096
+"""Logits and their gradient take 12 bytes a token and entry of the vocabulary: 6 GB at 128,256."""
 
 
 class Metrics(Protocol):
@@ -104,11 +106,14 @@ class Trainer:
         place: Place,
         steps: int,
         seq_len: int,
+        scored: int | None = None,
     ) -> None:
+        """scored: tokens that are predicted in a step, over all workers, where it is always the same number."""
         self.model, self.optimizer, self.trained = model, optimizer, trained
         self.config, self.place, self.steps = config, place, steps
         share = -(-config.batch // place.workers)
         self.micro = min(config.micro_batch or max(1, _MICRO_TOKENS // seq_len), share)
+        self._scored = scored
         self._loss_sum = torch.compile(token_losses) if config.compile else token_losses
 
     def losses(self, rows: Rows) -> torch.Tensor:
@@ -130,10 +135,7 @@ class Trainer:
 
         Returns the loss it began with, summed over this worker's tokens and divided by everybody's, and the norm of the
         gradient before clipping."""
-        count = torch.tensor(scored_tokens(rows["labels"]), dtype=torch.int64, device=self.place.device)
-        dist.all_reduce(count)
-        if not count.item():
-            raise UserError(f"step {step + 1}: no token of its {self.config.batch} rows is scored; give a larger batch")
+        count = self._scored or self._count(step, rows)
         total = torch.zeros((), dtype=torch.float64 if self.place.device.type == "cpu" else torch.float32,
                             device=self.place.device)  # fmt: skip
         for micro in cut(rows, self.micro):
@@ -150,15 +152,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm.to(self.place.device)
 
+    def _count(self, step: int, rows: Rows) -> int:
+        """The scored tokens of all workers. Counted on the CPU, so that a GPU is not waited for."""
+        count = torch.tensor(scored_tokens(rows["labels"]))
+        dist.all_reduce(count)
+        if not count.item():
+            raise UserError(f"step {step + 1}: no token of its {self.config.batch} rows is scored; give a larger batch")
+        return int(count.item())
+
     @torch.no_grad()
-    def heldout_loss(self, split: Split, rows: int, seq_len: int) -> float:
+    def heldout_loss(self, split: Split, rows: int) -> float:
         """Mean loss over the first `rows` rows, shared among the workers."""
-        size = max(1, _EVAL_TOKENS // seq_len)
         sums = torch.zeros(2, dtype=torch.float64)
         own, filler = worker_share(np.arange(rows), self.place.rank, self.place.workers)
         self.model.eval()
-        for first in range(0, len(own), size):
-            part = own[first : first + size]
+        for first in range(0, len(own), self.micro):
+            part = own[first : first + self.micro]
             padding = max(0, first + len(part) - (len(own) - filler))
             found = labelled(split.read(part), min(padding, len(part)))
             sums += torch.tensor([float(self.losses(found)), scored_tokens(found["labels"])], dtype=torch.float64)
@@ -210,7 +219,7 @@ class Loop:
         rows = min(config.eval_rows, self.blocks.heldout.rows)
         heldout = None
         if rows and first == 0:
-            heldout = trainer.heldout_loss(self.blocks.heldout, rows, seq_len)
+            heldout = trainer.heldout_loss(self.blocks.heldout, rows)
             self._write(0, {"heldout_loss": heldout})
         window: list[tuple[torch.Tensor, torch.Tensor]] = []
         begun = time.monotonic()
@@ -226,7 +235,7 @@ class Loop:
             window = []
             self._tell_rows(done, losses, norms, seconds, heldout)
             if evaluate:
-                heldout = trainer.heldout_loss(self.blocks.heldout, rows, seq_len)
+                heldout = trainer.heldout_loss(self.blocks.heldout, rows)
                 self._write(done, {"heldout_loss": heldout})
             if self.metrics is not None:
                 self.metrics.flush(now=save)  # no row before a checkpoint can be lost

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lesa_ray.config import Settings
+from lesa_ray.training.data_settings import TokenizeConfig
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -63,7 +64,7 @@ class TrainConfig(Settings):
     """Rows (sequences) of one optimizer step over all workers: 64 × 2,048 tokens are OpT-DeUS's step."""
     micro_batch: int | None = Field(default=None, ge=1)
     """Rows a worker takes through the model at once; the rest of its share follows (gradient accumulation). None: as
-    many as have at most 8,192 tokens."""
+    many as have at most 4,096 tokens."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak of AdamW's learning rate (LLaMA Pro, arXiv 2401.02415, section 4.1)."""
     schedule: Schedule = "cosine"
@@ -127,6 +128,12 @@ class TrainConfig(Settings):
             return value
         return tuple(name.strip() for part in parts for name in str(part).split(",") if name.strip())
 
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _two(cls, value: object) -> object:
+        """`0.9,0.95` is two."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
     @field_validator("workers", mode="before")
     @classmethod
     def _range(cls, value: object) -> object:
@@ -168,33 +175,41 @@ class TrainConfig(Settings):
 class FinetuneConfig(TrainConfig):
     """Supervised fine-tuning on conversations: as `TrainConfig`, with the defaults usual for it.
 
-    They are Stanford Alpaca's (github.com/tatsu-lab/stanford_alpaca): 2e-5, cosine, 3 % warm-up, no weight decay, batch
-    128, 3 epochs."""
+    They are Stanford Alpaca's (github.com/tatsu-lab/stanford_alpaca): 2e-5, cosine, 3 % warm-up, no weight decay, 3
+    epochs. Its batch of 128 conversations, about 120 tokens each, fills 8 packed rows of 2,048; 16 leave room for
+    longer ones."""
 
     data: str
-    """Instruction data: .jsonl or .parquet rows with `messages`, or `prompt` and `response`; a file, a folder, a glob,
-    an fsspec URL, the name of a Hugging Face dataset; or token blocks made with `lesa-ray tokenize --kind chat`."""
+    """Instruction data: .jsonl or .parquet rows with `messages`, `prompt` and `response`, or `instruction` and
+    `output`; a file, a folder, a glob, an fsspec URL, the name of a Hugging Face dataset; or token blocks made with
+    `lesa-ray tokenize --kind chat`."""
     train: tuple[str, ...] = ("all",)
     """What is trained: `all`, `new` (layers that `expansion.json` calls new), `norms`, `embeddings`, `lm_head`, or
-    patterns of parameter names."""
-    batch: int = Field(default=128, ge=1)
-    """Rows of one optimizer step over all workers."""
+    patterns of parameter names as in `*.mlp.*`."""
+    batch: int = Field(default=16, ge=1)
+    """Rows of one optimizer step over all workers, each of many conversations."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes through the data; 3 if neither steps nor tokens are given."""
+    """Passes through the conversations, instead of steps. None of the three: 3."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak of AdamW's learning rate."""
     warmup: float = Field(default=0.03, ge=0)
     """Warm-up from zero: a share of the steps if below 1, else steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
+    seed: int = 0
+    """Order of the data."""
     tokenizer: str | None = None
     """A folder, repo id or URL with a tokenizer and its chat template; None: the checkpoint's."""
-    seq_len: int = Field(default=2048, ge=2)
+    seq_len: int = Field(default=2048, ge=2, le=2**24)
     """Tokens in a row; conversations are packed into rows whole, and do not see each other."""
     holdout: float = Field(default=0.01, ge=0, lt=1)
     """Share of the conversations held out."""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """What becomes of a conversation longer than a row."""
+    """What becomes of a conversation longer than a row: cut after `seq_len` tokens, or left out."""
+    dataset_config: str | None = None
+    """Which configuration of a Hugging Face dataset; None: its default."""
+    dataset_split: str = "train"
+    """Which split of a Hugging Face dataset."""
 
     @model_validator(mode="after")
     def _needs_checkpoint(self) -> FinetuneConfig:
@@ -202,10 +217,20 @@ class FinetuneConfig(TrainConfig):
             raise ValueError("checkpoint: missing; fine-tuning starts from one")
         return self
 
+    @property
+    def of_data(self) -> set[str]:
+        """Names of the settings that say how conversations become token blocks."""
+        return set(FinetuneConfig.model_fields) - set(TrainConfig.model_fields)
+
     def on_blocks(self, url: str) -> TrainConfig:
         """The training itself, once there are token blocks."""
-        own = set(FinetuneConfig.model_fields) - set(TrainConfig.model_fields)
-        values = self.model_dump(exclude=own) | {"data": url}
+        values = self.model_dump(exclude=self.of_data) | {"data": url}
         if self.steps is None and self.tokens is None and self.epochs is None:
             values["epochs"] = 3.0
         return TrainConfig.model_validate(values)
+
+    def to_tokenize(self, url: str) -> TokenizeConfig:
+        """How the conversations become token blocks at `url`."""
+        assert self.checkpoint is not None
+        given = self.model_dump(include=self.of_data) | {"tokenizer": self.tokenizer or self.checkpoint}
+        return TokenizeConfig.model_validate({**given, "data": (self.data,), "out": url, "kind": "chat"})

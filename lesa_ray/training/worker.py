@@ -51,7 +51,8 @@ def set_up(run: Run, device: torch.device, *, fresh: bool = False) -> tuple[Trai
         initialise(model, run.architecture, config.seed)
     if last is not None:
         checkpoints.load(config.out, last, trained, optimizer)
-    trainer = Trainer(model, trained, optimizer, config, place, run.steps, seq_len)
+    scored = config.batch * (seq_len - 1) if run.blocks.kind == "text" else None
+    trainer = Trainer(model, trained, optimizer, config, place, run.steps, seq_len, scored)
     return trainer, last.step if last is not None else 0, flops
 
 

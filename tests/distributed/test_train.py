@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lesa_ray import UserError
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.distributed.train import pretrain
+from lesa_ray.distributed.train import _resources, pretrain
 from lesa_ray.training import checkpoints
 from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.train_settings import TrainConfig
@@ -238,6 +238,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
         assert record.step < 30
     assert not Storage(out).exists("config.json")
     assert not [name for name in Storage(out).within("training").folders() if name.startswith("ray-")]
+
+
+def test_cores_are_shared_out_among_the_workers() -> None:
+    def of(workers: Any, nodes: list[dict[str, float]], **more: Any) -> tuple[int, int]:
+        config = TrainConfig.model_validate(settings("c", "d", "o", batch=8, **more) | {"workers": workers, **more})
+        resources, room = _resources(config.model_copy(update={"cpus_per_worker": more.get("cpus_per_worker")}), nodes)
+        return resources.cpus, room
+
+    assert of(1, [{"CPU": 2}]) == (2, 1)
+    assert of(2, [{"CPU": 1}, {"CPU": 5}]) == (2, 2)
+    assert of(4, [{"CPU": 3}, {"CPU": 3}]) == (1, 6)
+    assert of((1, 2), [{"CPU": 4}]) == (2, 2)
+    assert of((1, 4), [{"CPU": 3}]) == (3, 1)
+    assert of(4, [{"CPU": 2}]) == (1, 2)
+    assert of(2, [{"CPU": 16, "GPU": 2}]) == (1, 2)
+    assert of(2, [{"CPU": 16, "GPU": 1}, {"CPU": 64}]) == (1, 1)
+    assert of(2, [{"CPU": 16}], cpus_per_worker=3) == (3, 5)
 
 
 def test_more_workers_than_there_is_room_for(local_ray: None, bases: Bases, data: str, tmp_path: Path) -> None:
