@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lesa_ray.config import ExpandConfig, LesaSettings, load_settings
+from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
+from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.tokens import open_blocks
+from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 from tests import families
+from tests.training import styles
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 Bases = Callable[[str], str]
@@ -27,6 +32,59 @@ def test_the_shipped_configuration_is_the_papers(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_settings(ExpandConfig, str(again)) == config
+
+
+SHIPPED: dict[str, type[Settings]] = {
+    "evaluate": EvaluateConfig,
+    "expand": ExpandConfig,
+    "finetune": FinetuneConfig,
+    "pretrain": TrainConfig,
+    "tokenize": TokenizeConfig,
+}
+
+
+def test_every_shipped_file_is_a_job_s_and_they_fit_together() -> None:
+    assert {path.stem for path in PIPELINES.glob("*.yaml")} == SHIPPED.keys()
+    shipped = {name: load_settings(kind, str(PIPELINES / f"{name}.yaml")) for name, kind in SHIPPED.items()}
+    expand, tokenize, train, tune = (
+        shipped[name].model_dump() for name in ("expand", "tokenize", "pretrain", "finetune")
+    )
+    assert train["checkpoint"] == expand["out"]
+    assert train["data"] == tokenize["out"]
+    assert tokenize["tokenizer"] == expand["base"]
+    assert tune["checkpoint"] == train["out"]
+    published = TrainConfig(checkpoint="c", data="d", out="o")
+    same = ("batch", "learning_rate", "schedule", "warmup", "weight_decay", "betas", "clip", "final_rate")
+    assert {name: train[name] for name in same} == {name: getattr(published, name) for name in same}
+    tuned = FinetuneConfig(checkpoint="c", data="d", out="o")
+    assert {name: tune[name] for name in same} == {name: getattr(tuned, name) for name in same}
+
+
+@pytest.mark.timeout(120)
+def test_the_tokenize_job_takes_a_file_and_flags(tmp_path: Path) -> None:
+    tokenizer, text, out = tmp_path / "tokenizer", tmp_path / "text.txt", tmp_path / "blocks"
+    styles.gpt2().save_pretrained(tokenizer)
+    text.write_text("The café opens at nine.\n" * 200)
+    command = [sys.executable, "-m", "pipelines.tokenize", "--config", str(PIPELINES / "tokenize.yaml")]
+    command += [str(text), str(tokenizer), str(out), "--seq-len", "16", "--json"]
+    done = subprocess.run(
+        command, cwd=PIPELINES.parent, capture_output=True, text=True, timeout=110, check=False,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert open_blocks(str(out)).seq_len == 16
+    assert json.loads(done.stdout)["out"] == str(out)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_training_jobs_take_a_file_and_flags(name: str, bases: Bases, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"pipelines.{name}", "--config", str(PIPELINES / f"{name}.yaml"), bases("llama")]
+    command += ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), "--workers", "3"]
+    done = subprocess.run(command, cwd=PIPELINES.parent, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 2
+    assert "batch" in done.stderr
+    assert "cannot be divided among 3 workers" in done.stderr
 
 
 def test_the_expand_job_takes_a_file_and_flags(bases: Bases, tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ travels. When a worker dies Ray starts the task again, on the same or another ma
 it is whole, and the same seed gives the same bytes.
 
 Ray is the running cluster's where there is one (RAY_ADDRESS, `ray start`, a submitted job), else an embedded local one.
+An embedded one has this process's environment. A cluster's machines have their own, and are given what says here where
+stores are (`PASSED_ON`); no secrets, as Ray shows an environment that travels in its logs and dashboard.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -26,6 +29,16 @@ from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
 
+PASSED_ON = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+)
+"""Environment variables of this process that tasks on a cluster get."""
 _POLL_SECONDS = 0.5
 _RETRIES = 3
 _INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
@@ -44,7 +57,7 @@ def start_ray() -> bool:
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
         if address != "local":
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env=_passed_on(), **quiet)
             return False
     except ConnectionError as error:
         if address != "auto":
@@ -52,6 +65,15 @@ def start_ray() -> bool:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     ray.init(address="local", include_dashboard=False, **quiet)
     return True
+
+
+def _passed_on() -> dict[str, Any]:
+    """What of this process's environment goes to a cluster, as Ray's runtime environment.
+
+    What the submitted job's own names is left out: it is there already, and Ray refuses to hear it twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    names = [name for name in PASSED_ON if name in os.environ and name not in (job.get("env_vars") or {})]
+    return {"env_vars": {name: os.environ[name] for name in names}} if names else {}
 
 
 class Board:

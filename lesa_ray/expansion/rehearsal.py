@@ -8,34 +8,20 @@ bit. It costs 5 to 10 s, most of it the import of transformers, and no weight of
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
-from lesa_ray.checkpoint.anatomy import config_depth
-from lesa_ray.checkpoint.depth import LAYER_INDICES, PER_LAYER, completed_config
+from lesa_ray.checkpoint.depth import completed_config
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.miniature import miniature, quiet_transformers, shake
 from lesa_ray.expansion.out import finish, make_manifest
 from lesa_ray.expansion.prepare import Expansion, prepare
 
 _LAYERS = 2
-_SMALLER = {  # settings that shrink the miniature and leave its structure
-    "vocab_size": 64,
-    "intermediate_size": 64,
-    "n_inner": 64,
-    "ffn_dim": 64,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "max_position_embeddings": 128,
-    "n_positions": 128,
-}
 
 
 def rehearse(expansion: Expansion) -> None:
@@ -49,7 +35,7 @@ def rehearse(expansion: Expansion) -> None:
             f"{job.method.name}: {job.anatomy.family} is not known to transformers, so it cannot be tried whether "
             f"zeroed output projections keep its function; {hint}"
         )
-    with tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, _quiet_transformers():
+    with tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, quiet_transformers():
         try:
             difference = _difference(full, folder)
         except UserError:
@@ -66,37 +52,18 @@ def rehearse(expansion: Expansion) -> None:
         )
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' remarks and progress bars on the miniature from the user."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _difference(full: dict[str, Any], folder: str) -> float:
     """Largest difference of the miniature's outputs before and after; NaN counts as infinite."""
     import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = _miniature(full)
+    raw = miniature(full, layers=_LAYERS)
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     base, out = os.path.join(folder, "base"), os.path.join(folder, "out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _new_model(full, config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn_like(parameter)
-                parameter.copy_(noise * 0.1 if parameter.ndim > 1 else parameter + noise * 0.1)
+        shake(model)
     tokens = torch.arange(2, 34).reshape(2, 16)
     model = model.eval()
     with torch.no_grad():
@@ -112,30 +79,6 @@ def _difference(full: dict[str, Any], folder: str) -> float:
         after = deeper(tokens)[0]
     worst = (before - after).abs().max().item()
     return worst if worst == worst else float("inf")
-
-
-def _miniature(full: dict[str, Any]) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    raw = copy.deepcopy(full)
-    depth = config_depth(raw)
-    assert depth is not None
-    for key in PER_LAYER:
-        if isinstance(raw.get(key), list):
-            raw[key] = raw[key][:_LAYERS]
-    for key in LAYER_INDICES:
-        if isinstance(raw.get(key), list):
-            raw[key] = [index for index in raw[key] if index < _LAYERS]
-    raw[depth[0]] = _LAYERS
-    for key, value in _SMALLER.items():
-        if isinstance(raw.get(key), int):
-            raw[key] = min(raw[key], value)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if raw.get(key) is not None:
-            raw[key] = 0
-    raw.pop("dtype", None)
-    raw.pop("torch_dtype", None)
-    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
 
 
 def _new_model(full: dict[str, Any], config: Any) -> Any:

@@ -152,6 +152,15 @@ class ChatEncoder:
         except Exception as error:  # a template may fail in any way, and says in words of its own what it wants
             raise UserError(f"DATA {row.where}: the chat template does not take it ({explain(error)[:200]})") from error
 
+    def stop(self) -> int:
+        """The id that ends an answer: where generation is to stop."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            (example,) = self(Row("a trial", {"messages": messages}), messages)
+        except UserError:  # a template of other needs
+            return self.eos
+        return int(example.ids[np.flatnonzero(example.scored)[-1]])
+
     def _marked(self, messages: Messages, tools: Any) -> Example:
         out = self._tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

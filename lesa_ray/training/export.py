@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 RECORD_FILE = "training/export.json"
 FORMAT = 1
 _MARGIN = 64 * 2**20
+_GENERATION = "generation_config.json"
+_TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class ExportPlan:
     """config.json of the result."""
     tokenizer: str | None
     """A folder whose files go into the result, over those of the base."""
+    stop: int | None = None
+    """A token at which generation is to stop, beside those at which the base stops."""
 
     @property
     def nbytes(self) -> int:
@@ -105,12 +109,14 @@ def plan_export(
     tokenizer: str | None = None,
     dtype: DtypeName = "bfloat16",
     shard_size: str = "5GB",
+    stop: int | None = None,
 ) -> ExportPlan:
     """Decide and lay out an export, from headers and metadata alone. Writes nothing.
 
     base: the checkpoint that was trained on; None: trained from random weights, then `config` (content of config.json),
     `dtype` and `shard_size` say what the result is like. state: URL of the training checkpoint (a DCP folder).
-    tokenizer: a folder whose files go into the result, over those of the base.
+    tokenizer: a folder whose files go into the result, over those of the base. stop: a token at which generation is to
+    stop, beside the base's (what ends an answer after fine-tuning).
     Raises: UserError if state and base do not belong together; MachineError if a store does not answer.
     """
     trained = TrainedState(state)
@@ -121,7 +127,7 @@ def plan_export(
     if base is not None:
         sources = sources_of_base(base, trained)
         files = _files_of_base(base, sources)
-        return ExportPlan(out, base, trained, files, sources, _trained_config(base), tokenizer)
+        return ExportPlan(out, base, trained, files, sources, _trained_config(base), tokenizer, stop)
     if config is None:
         raise UserError(f"training checkpoint {state}: without a base the model's configuration is needed")
     limit = parse_size(shard_size)
@@ -130,7 +136,7 @@ def plan_export(
     files = tuple(OutFile(shard.file, shard.nbytes, shard) for shard in plan_shards([tensors], limit))
     content = {"architectures": [model], **config, "dtype": dtype, "use_cache": True}
     content.pop("torch_dtype", None)  # its old name
-    return ExportPlan(out, None, trained, files, sources, content, tokenizer)
+    return ExportPlan(out, None, trained, files, sources, content, tokenizer, stop)
 
 
 def begin_export(plan: ExportPlan) -> list[OutFile]:
@@ -183,6 +189,8 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
     if plan.tokenizer is not None:
         tokenizer = Storage(plan.tokenizer)
         copy_small_files(tokenizer, storage, side_files(tokenizer.list()))
+    if plan.stop is not None:
+        _add_stop(storage, plan.config, plan.stop)
     manifest = read_manifest(plan.base.storage) if plan.base else None
     storage.write(CARD_FILE, training_card(plan.base, manifest, plan.config, facts).encode())
     if len(plan.files) > 1:
@@ -229,6 +237,19 @@ def abandon_export(plan: ExportPlan) -> None:
 def _run_here(plan: ExportPlan, files: Sequence[OutFile]) -> None:
     with ThreadPoolExecutor(1 if Storage(plan.out).is_local else 4) as pool:
         list(pool.map(lambda file: write_file(plan, file), files))
+
+
+def _add_stop(storage: Storage, config: Mapping[str, Any], stop: int) -> None:
+    """Let generation stop at `stop` too: a base model stops at the end of a text, not of an answer."""
+    try:
+        content = json.loads(storage.read(_GENERATION))
+    except FileNotFoundError:  # then transformers takes these from config.json
+        content = {key: config[key] for key in _TEXT_TOKENS if config.get(key) is not None}
+    there = content.get("eos_token_id")
+    stops = there if isinstance(there, list) else [] if there is None else [there]
+    if stop not in stops:
+        content["eos_token_id"] = [stop, *stops] if stops else stop
+        storage.write(_GENERATION, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _files_of_base(base: Checkpoint, sources: Sources) -> tuple[OutFile, ...]:

@@ -11,10 +11,12 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import validated
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener
+from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
 from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export
 from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.run import RESULT_FILE, RUN_FILE, Run, prepare, read_json
+from lesa_ray.training.tokenizer import load_tokenizer
 from lesa_ray.training.tokens import TOKENIZER_DIR
 from lesa_ray.training.train_settings import TrainConfig
 
@@ -64,14 +66,16 @@ def export_plan(run: Run, record: Record, out: str) -> ExportPlan:
     """How a training checkpoint of the run becomes a Hugging Face folder at `out`."""
     state = Storage(run.config.out).within(f"{FOLDER}/{folder_name(record.step)}").url
     tokenizer = Storage(run.blocks.url).within(TOKENIZER_DIR)
-    has_tokenizer = bool(tokenizer.list())
+    has_tokenizer, chat = bool(tokenizer.list()), run.blocks.kind == "chat"
+    stop = ChatEncoder(load_tokenizer(tokenizer.url), tokenizer.url).stop() if chat and has_tokenizer else None
     return plan_export(
         run.checkpoint,
         state,
         out,
         config=run.architecture,
-        tokenizer=tokenizer.url if has_tokenizer and (run.checkpoint is None or run.blocks.kind == "chat") else None,
+        tokenizer=tokenizer.url if has_tokenizer and (run.checkpoint is None or chat) else None,
         dtype=run.config.dtype or "bfloat16",
+        stop=stop,
     )
 
 

@@ -10,8 +10,9 @@ several kinds) is asked two things:
 - in training mode, do the logits of a conversation stay when others in its row, and the padding, change?
 - are they those of the conversation alone, without any neighbour or `position_ids`?
 
-It costs half a second. What a miniature cannot show is looked at in the configuration: long-RoPE, which takes one set
-of frequencies for a whole batch, by the longest conversation in it."""
+It costs half a second (rarely ten, where a family cannot be made narrow). What a miniature cannot show is looked at
+in the configuration: long-RoPE, which takes one set of frequencies for a whole batch, by the longest conversation in
+it."""
 
 from __future__ import annotations
 
@@ -37,7 +38,14 @@ _SEQ_LEN = 24
 _TOLERANCE = 1e-3
 """Of the logits' standard deviation. Rounding is at 1e-6; a neighbour that is seen, at 0.1 and more."""
 _HEADS = 4
-_NARROW = {"sliding_window": 4, "num_local_experts": 8, "num_experts": 8, "n_routed_experts": 8}
+_NARROW = {
+    "sliding_window": 4,
+    "num_local_experts": 8,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 64,
+}
 
 
 def check_packing(architecture: dict[str, Any], where: str, seq_len: int) -> None:
@@ -55,9 +63,9 @@ def check_packing(architecture: dict[str, Any], where: str, seq_len: int) -> Non
     difference = _difference(json.dumps(architecture, sort_keys=True), where)
     if not difference <= _TOLERANCE:
         raise UserError(
-            f"{where}: {family} does not keep conversations packed into one row apart (the logits of a miniature "
-            f"differ by {difference:.2g} of their standard deviation from those of each alone), so it cannot be "
-            "fine-tuned on them; take a model whose layers are all attention"
+            f"{where}: transformers' {family} does not keep conversations packed into one row apart (a miniature's "
+            f"logits differ by {difference:.2g} standard deviations from those of each alone), so it cannot be "
+            "fine-tuned on them"
         )
 
 
@@ -96,13 +104,14 @@ def _layers(full: dict[str, Any]) -> int:
     depth = config_depth(full)
     lists = [full[key] for key in PER_LAYER if isinstance(full.get(key), list) and full[key]]
     kinds = [1 + max(kind.index(value) for value in kind) for kind in lists]
-    return min(max([2, *kinds]), depth[1] if depth else 2)
+    enough: int = max([2, *kinds])
+    return min(enough, depth[1]) if depth else enough
 
 
 def _narrow(config: Any) -> dict[str, int]:
     """Bounds that make the miniature of a wide model a narrow one: four heads of the same size."""
-    heads, width = config.num_attention_heads, config.hidden_size
-    if heads <= _HEADS or width % heads:
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int) or heads <= _HEADS or width % heads:
         return _NARROW
     groups = getattr(config, "num_key_value_heads", None) or heads
     fewer = {"num_attention_heads": _HEADS, "n_head": _HEADS, "num_key_value_heads": _HEADS if groups == heads else 2}

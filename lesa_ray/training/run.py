@@ -70,6 +70,7 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     from lesa_ray.training.freeze import default_choice, freeze, trained_names
     from lesa_ray.training.loop import total_steps
     from lesa_ray.training.model import build, layers_of
+    from lesa_ray.training.packing_check import check_packing
 
     blocks = open_blocks(config.data)
     checkpoint = manifest = None
@@ -87,6 +88,8 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     layers_of(model)
     conversions = () if checkpoint is None else tuple(plan_conversions(model, checkpoint.tensors, where))
     check_data(blocks, architecture, model.config.get_text_config(), where)
+    if blocks.kind == "chat":
+        check_packing(architecture, where, blocks.seq_len)
     chosen = config.train or (("all",) if checkpoint is None else default_choice(manifest, str(config.checkpoint)))
     trained = trained_names(model, chosen, manifest, where)
     lowest = freeze(model, trained)

@@ -156,6 +156,17 @@ def test_the_losses_do_not_depend_on_the_number_of_workers(
         assert np.allclose(list(two.values()), list(other.values()), rtol=1e-5), workers
 
 
+@pytest.mark.timeout(150)
+def test_a_range_of_workers_runs_with_the_fewest_where_there_is_no_room_for_more(
+    reference: str, bases: Bases, data: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    train(bases("llama"), data, out, train="all", workers="1-2", cpus_per_worker=3)  # of four
+    names = {path.name for path in (Path(out) / checkpoints.FOLDER / "step-00000060").glob("*.distcp")}
+    assert names == {"__0_0.distcp"}, "there was one worker"
+    assert np.allclose(list(curve(out).values()), list(curve(reference).values()), rtol=1e-5)
+
+
 @pytest.mark.timeout(250)
 def test_a_killed_worker_changes_nothing(reference: str, bases: Bases, data: str, tmp_path: Path) -> None:
     out, killed = str(tmp_path / "out"), []

@@ -1,15 +1,10 @@
-"""An S3 server that answers 503: now and then, and from some moment on. Nothing is lost, the result is the same."""
+"""An S3 server that answers 503 or half an answer now and then, or is away. Nothing is lost, the result is the same."""
 
 from __future__ import annotations
 
-import http.client
 import os
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 import pytest
 from s3fs import S3FileSystem
@@ -17,74 +12,15 @@ from s3fs import S3FileSystem
 from lesa_ray import ExpandConfig, MachineError, expand
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.expansion.runner import InlineRunner
+from tests.moody import Moody
 
 Bases = Callable[[str], str]
-SLOW_DOWN = (
-    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
-
-
-class Moody:
-    """A proxy before a real S3 server that answers 503 whenever `refuses` says so of the request's number."""
-
-    def __init__(self, upstream: str) -> None:
-        self.refuses: Callable[[int], bool] = lambda number: False
-        self.seen = self.refused = 0
-        lock, address = threading.Lock(), urlparse(upstream).netloc
-        moody = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                with lock:
-                    moody.seen += 1
-                    refuse = moody.refuses(moody.seen)
-                    moody.refused += refuse
-                if refuse:
-                    self.answer(503, [], SLOW_DOWN)
-                    return
-                connection = http.client.HTTPConnection(address, timeout=30)
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    connection.putheader(name, value)
-                connection.endheaders(body)
-                response = connection.getresponse()
-                self.answer(response.status, response.getheaders(), response.read())
-                connection.close()
-
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
-
-            def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-                self.send_response(status)
-                kept = [(n, v) for n, v in headers if n.lower() not in ("transfer-encoding", "connection", "date")]
-                for name, value in kept:
-                    if name.lower() != "content-length":
-                        self.send_header(name, value)
-                length = next((v for n, v in kept if n.lower() == "content-length"), str(len(body)))
-                self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join(timeout=10)
 
 
 @pytest.fixture
 def moody(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moody]:
     proxy = Moody(os.environ["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server.server_port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own retries wait for minutes; s3fs's are left
     S3FileSystem.clear_instance_cache()
     yield proxy
@@ -92,18 +28,19 @@ def moody(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moody]:
     proxy.stop()
 
 
-def test_a_store_that_refuses_now_and_then(
-    s3: str, moody: Moody, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mood", ["refuses", "cuts"])
+def test_a_store_that_fails_now_and_then(
+    mood: str, s3: str, moody: Moody, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
-    storage = Storage(f"{s3}/moody/base")
+    storage = Storage(f"{s3}/moody/base-{mood}")
     for file in Path(bases("llama")).iterdir():
         storage.write(file.name, file.read_bytes())
-    moody.refuses = lambda number: number % 7 == 0
-    out = f"{s3}/moody/out"
+    setattr(moody, mood, lambda number: number % 7 == 0)
+    out = f"{s3}/moody/out-{mood}"
     result = expand(ExpandConfig(base=storage.url, out=out, method="avg-deus"), runner=InlineRunner())
-    assert moody.refused > 5
-    moody.refuses = lambda number: False
+    assert moody.refused + moody.cut > 5
+    setattr(moody, mood, lambda number: False)
     assert not result.resumed
     expand(ExpandConfig(base=bases("llama"), out=str(tmp_path / "local"), method="avg-deus"), runner=InlineRunner())
     for file in (tmp_path / "local").glob("model*"):
@@ -137,3 +74,7 @@ def test_a_base_whose_store_is_away(s3: str, moody: Moody, bases: Bases, tmp_pat
         with pytest.raises(MachineError, match="the store does not answer"):
             expand(ExpandConfig(base=storage.url, out=str(tmp_path / "out"), method="solar"), runner=InlineRunner())
         assert not (tmp_path / "out" / "config.json").exists()
+    moody.stop()
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(MachineError, match="the store does not answer"):
+        expand(ExpandConfig(base=storage.url, out=str(tmp_path / "out"), method="solar"), runner=InlineRunner())

@@ -39,3 +39,18 @@ def make_blocks(
     }  # fmt: skip
     storage.write("manifest.json", json.dumps(manifest).encode())
     return url
+
+
+def make_chat_blocks(url: str, columns: dict[str, np.ndarray]) -> str:
+    """Token blocks of kind chat at `url`: the rows of `columns`, each (rows, seq_len), to train on and held out."""
+    storage, (rows, seq_len) = Storage(url), columns["input_ids"].shape
+    splits, files = {}, []
+    for name in ("train", "heldout"):
+        files.append(write_rows(storage, f"{name}/part-00000.parquet", "chat", seq_len, [columns]))
+        splits[name] = {"rows": rows, "tokens": rows * seq_len, "files": [files[-1]]}
+    manifest = {
+        "format": 1, "kind": "chat", "seq_len": seq_len, "vocab_size": int(columns["input_ids"].max()) + 1,
+        "rows_per_group": rows, "digest": content_digest("chat", seq_len, files), "splits": splits,
+    }  # fmt: skip
+    storage.write("manifest.json", json.dumps(manifest).encode())
+    return url

@@ -59,6 +59,21 @@ def test_the_answers_and_their_ends_are_learnt(tokenizer: Any, ends: str, messag
     assert [run.lstrip() for run in learnt(tokenizer, example)] == answers
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "end"),
+    [
+        (styles.qwen(styles.MARKED), "<|im_end|>"),
+        (styles.llama3(styles.LLAMA3), "<|eot|>"),
+        (styles.llama2(styles.MISTRAL), "</s>"),
+        (styles.llama3(styles.PLAIN), "<|end|>"),
+        (styles.qwen("{{ raise_exception('no') }}"), "<|im_end|>"),
+    ],
+    ids=["marked", "llama3", "mistral", "plain", "refuses"],
+)
+def test_generation_stops_where_answers_end(tokenizer: Any, end: str) -> None:
+    assert ChatEncoder(tokenizer, "it").stop() == tokenizer.convert_tokens_to_ids(end)
+
+
 def test_the_mark_of_the_template_wins() -> None:
     template = styles.MARKED.replace("{% generation %}", "THOUGHT{% generation %}")
     tokenizer = styles.qwen(template)

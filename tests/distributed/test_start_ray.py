@@ -1,0 +1,49 @@
+"""What of the driver's environment reaches tasks on a running cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, os, sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+try:
+    os.environ.update(
+        RAY_ADDRESS=cluster.address, AWS_ENDPOINT_URL="http://127.0.0.1:1", AWS_DEFAULT_REGION="there",
+        AWS_SECRET_ACCESS_KEY="secret", HF_HUB_OFFLINE="1", **json.loads(sys.argv[1]),
+    )
+    import ray
+    from lesa_ray.distributed.ray_runner import start_ray
+
+    assert start_ray() is False
+    print("FOUND", json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote(), timeout=60)))
+    ray.shutdown()
+finally:
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool) -> None:
+    """submitted: as a job whose own runtime environment names some of it already."""
+    job = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "MINE": "1"}}, "metadata": {}}
+    more = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)} if submitted else {}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "HF_", "RAY_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(more)], env=clean, capture_output=True, text=True, timeout=110,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.split("FOUND", 1)[1].splitlines()[0])
+    assert found["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1"
+    assert (found["AWS_DEFAULT_REGION"], found["HF_HUB_OFFLINE"]) == ("there", "1")
+    assert "AWS_SECRET_ACCESS_KEY" not in found
+    assert found.get("MINE") == ("1" if submitted else None)

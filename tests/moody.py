@@ -1,0 +1,117 @@
+"""A proxy before a real S3 server that has moods: it refuses, cuts answers off in the middle, or is away."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlparse
+
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+
+
+class Moody:
+    """Asks `refuses` and `cuts` of each request's number. Refused is answered 503. Cut off: half of an answer's body is
+    sent under its whole length; where there is none, the connection is closed in place of the answer; and an upload's
+    connection is closed half-way, before the store has seen it. It goes away when `leaves` says so of a request, as
+    "PUT /bucket/name"."""
+
+    def __init__(self, upstream: str) -> None:
+        self.refuses: Callable[[int], bool] = lambda number: False
+        self.cuts: Callable[[int], bool] = lambda number: False
+        self.leaves: Callable[[str], bool] = lambda request: False
+        self.seen = self.refused = self.cut = 0
+        self._address = urlparse(upstream).netloc
+        self._lock = threading.Lock()
+        self._open: set[Any] = set()
+        self.server = self._serve(0)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def stop(self) -> None:
+        """Go away: nothing listens, and what was connected is closed."""
+        self.leaves = lambda request: False
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in list(self._open):
+            connection.close_connection = True
+            connection.connection.close()
+
+    def come_back(self) -> None:
+        """At the same address."""
+        self.server = self._serve(self.server.server_port)
+
+    def _serve(self, port: int) -> ThreadingHTTPServer:
+        moody = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                moody._open.add(self)
+
+            def finish(self) -> None:
+                moody._open.discard(self)
+                super().finish()
+
+            def handle_any(self) -> None:
+                if moody.leaves(f"{self.command} {self.path}"):
+                    self.close_connection = True
+                    threading.Thread(target=moody.stop).start()
+                    return
+                length = int(self.headers.get("Content-Length") or 0)
+                with moody._lock:
+                    moody.seen += 1
+                    refuse, cut = moody.refuses(moody.seen), moody.cuts(moody.seen)
+                    moody.refused += refuse
+                    moody.cut += cut and not refuse
+                if cut and not refuse and length:
+                    self.rfile.read(length // 2)
+                    self.close_connection = True
+                    return
+                body = self.rfile.read(length)
+                if refuse:
+                    self.answer(503, [], SLOW_DOWN)
+                    return
+                connection = http.client.HTTPConnection(moody._address, timeout=30)
+                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    connection.putheader(name, value)
+                connection.endheaders(body)
+                response = connection.getresponse()
+                self.answer(response.status, response.getheaders(), response.read(), cut)
+                connection.close()
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
+
+            def answer(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
+                self.close_connection = self.close_connection or cut
+                if cut and not (body and self.command != "HEAD"):
+                    return
+                self.send_response(status)
+                kept = [(n, v) for n, v in headers if n.lower() not in ("transfer-encoding", "connection", "date")]
+                for name, value in kept:
+                    if name.lower() != "content-length":
+                        self.send_header(name, value)
+                length = next((v for n, v in kept if n.lower() == "content-length"), str(len(body)))
+                self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body[: len(body) // 2] if cut else body)
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            allow_reuse_address = True
+            request_queue_size = 64
+
+            def handle_error(self, request: Any, client_address: Any) -> None: ...
+
+        server = Server(("127.0.0.1", port), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server

@@ -1,0 +1,129 @@
+"""Ways to run the same training, by real workers without Ray: where memory lies, compiled, in bf16, by any number of
+workers. What is computed stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.training import checkpoints
+from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.run import prepare
+from lesa_ray.training.train_settings import TrainConfig
+from lesa_ray.training.trained_state import TrainedState
+from lesa_ray.training.worker import set_up, train
+from tests import families
+from tests.training.blocks import make_blocks
+from tests.training.workers import run_workers
+
+Bases = Callable[[str], str]
+Curve = list[tuple[float, float]]
+CPU = torch.device("cpu")
+UPPER = ("*.layers.3.*", "*.layers.4.*")
+
+
+def settings(base: str, data: str, out: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "checkpoint": base, "data": data, "out": str(out), "train": "all", "steps": 6, "batch": 4, "workers": (1, 3),
+        "learning_rate": 3e-3, "precision": "fp32", "checkpoint_every": 3, "eval_every": 3, "log_every": 3, **more,
+    }  # fmt: skip
+
+
+def curves(cases: list[dict[str, Any]]) -> list[Curve]:
+    """Loss and gradient norm of each step, for one run after another."""
+    for case in cases:
+        train(prepare(TrainConfig.model_validate(case), gpus=False), CPU, lambda progress: None)
+        dist.barrier()
+    return [
+        [(row["loss"], row["gradient_norm"]) for row in read_metrics(case["out"]) if "loss" in row] for case in cases
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_blocks(str(tmp_path_factory.mktemp("data") / "blocks"), rows=24)
+
+
+def types_of(case: dict[str, Any]) -> dict[str, tuple[torch.dtype, str]]:
+    """Element type and device of what this worker keeps of each parameter, after a step."""
+    trainer, _, _ = set_up(prepare(TrainConfig.model_validate(case), gpus=False), CPU, fresh=True)
+    ids = np.arange(64, dtype=np.int32).reshape(2, 32)
+    trainer.step(0, {"input_ids": ids, "labels": ids})
+    return {name: (p.dtype, str(p.to_local().device)) for name, p in trainer.model.named_parameters()}
+
+
+def options(cases: list[dict[str, Any]], typed: dict[str, Any]) -> tuple[list[Curve], dict[str, Any]]:
+    return curves(cases), types_of(typed)
+
+
+@pytest.mark.timeout(150)
+def test_offloaded_or_in_bf16(bases: Bases, data: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    families.make("llama", base, dtype=torch.bfloat16)
+    cases = [
+        settings(str(base), data, tmp_path / "plain", train=UPPER),
+        settings(str(base), data, tmp_path / "offload", train=UPPER, cpu_offload=True),
+        settings(str(base), data, tmp_path / "bf16", train=UPPER, precision="bf16"),
+        settings(str(base), data, tmp_path / "all", train=UPPER, precision="bf16", cpu_offload=True,
+                 activation_checkpointing=True),
+    ]  # fmt: skip
+    (plain, offload, bf16, everything), types = run_workers(options, 2, cases, cases[2])[0]
+    assert len(plain) == 6
+    assert offload == plain
+    losses = np.array([loss for loss, _ in plain])
+    for half in (bf16, everything):
+        found = np.array([loss for loss, _ in half])
+        assert np.allclose(found, losses, rtol=0.02)
+        assert not np.array_equal(found, losses), "it was not bf16"
+    for name, (dtype, _) in types.items():
+        trained = any(f".layers.{layer}." in name for layer in (3, 4))
+        assert dtype is (torch.float32 if trained else torch.bfloat16), name
+    state = TrainedState(str(tmp_path / "bf16" / checkpoints.FOLDER / "step-00000006"))
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert state.shapes.keys() == {name for name in types if types[name][0] is torch.float32}
+    assert state.read(name).dtype is torch.float32
+    moved = (state.read(name) - open_checkpoint(str(base)).read(name).float()).abs()
+    assert 0 < moved.mean() < 0.05
+
+
+def with_graphs(plain: dict[str, Any], compiled: dict[str, Any]) -> tuple[Curve, Curve, int, int]:
+    """Both curves, and how many graphs the compiler had made after each."""
+    from torch._dynamo.utils import counters
+
+    one = curves([plain])[0]
+    before = counters["stats"]["unique_graphs"]
+    two = curves([compiled])[0]
+    return one, two, before, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.timeout(200)
+def test_compiled(bases: Bases, data: str, tmp_path: Path) -> None:
+    """About half a minute: the compiler's."""
+    one = settings(bases("llama"), data, tmp_path / "plain", steps=3)
+    two = settings(bases("llama"), data, tmp_path / "compiled", steps=3, compile=True)
+    plain, compiled, none, graphs = run_workers(with_graphs, 2, one, two)[0]
+    assert none == 0 < graphs
+    assert len(plain) == 3
+    assert np.allclose(plain, compiled, rtol=1e-5, atol=0)
+
+
+@pytest.mark.timeout(150)
+def test_a_batch_that_the_workers_cannot_divide(bases: Bases, data: str, tmp_path: Path) -> None:
+    """Three workers and four rows: one has two rows, the others a row and a filler, which counts for nothing."""
+    one = run_workers(curves, 1, [settings(bases("llama"), data, tmp_path / "one")])[0][0]
+    three = run_workers(curves, 3, [settings(bases("llama"), data, tmp_path / "three", micro_batch=1)])[0][0]
+    assert len(one) == 6
+    assert np.allclose(one, three, rtol=1e-5, atol=0)
+    heldout = [
+        [row["heldout_loss"] for row in read_metrics(str(tmp_path / name)) if "heldout_loss" in row]
+        for name in ("one", "three")
+    ]
+    assert len(heldout[0]) == 3
+    assert np.allclose(*heldout, rtol=1e-5, atol=0)
