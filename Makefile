@@ -3,6 +3,7 @@
 # make test    set-up, then all tests
 # make lint    set-up, then ruff and mypy
 PYTHON ?= python3
+EXTRAS ?= dev
 READY := .venv/.ready
 
 .PHONY: setup demo test lint clean
@@ -14,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lesa-ray needs Python 3.11 or newer; set PYTHON=")'
 	@echo "setting up .venv (minutes the first time)"
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup

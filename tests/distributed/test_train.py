@@ -23,10 +23,12 @@ from lesa_ray import UserError
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.train import _resources, pretrain
-from lesa_ray.training import checkpoints
+from lesa_ray.training import checkpoints, worker
 from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.run import Run, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.training.blocks import make_blocks
+from tests.training.workers import run_workers
 
 Bases = Callable[[str], str]
 Grow = Callable[..., Any]
@@ -144,27 +146,21 @@ def test_what_is_new_learns_and_what_is_old_stays(
         train(base, data, out, learning_rate=0.1)
 
 
+def worker_of(run: Run) -> None:
+    worker.train(run, torch.device("cpu"), lambda _: None)
+
+
 @pytest.mark.timeout(250)
+@pytest.mark.parametrize("workers", [1, 4])
 def test_the_losses_do_not_depend_on_the_number_of_workers(
-    reference: str, bases: Bases, data: str, tmp_path: Path
-) -> None:
-    two = curve(reference)
-    for workers in (1, 4):
-        out = str(tmp_path / str(workers))
-        train(bases("llama"), data, out, train="all", workers=workers, micro_batch=1)
-        other = curve(out)
-        assert np.allclose(list(two.values()), list(other.values()), rtol=1e-5), workers
-
-
-@pytest.mark.timeout(150)
-def test_a_range_of_workers_runs_with_the_fewest_where_there_is_no_room_for_more(
-    reference: str, bases: Bases, data: str, tmp_path: Path
+    workers: int, reference: str, bases: Bases, data: str, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
-    train(bases("llama"), data, out, train="all", workers="1-2", cpus_per_worker=3)  # of four
-    names = {path.name for path in (Path(out) / checkpoints.FOLDER / "step-00000060").glob("*.distcp")}
-    assert names == {"__0_0.distcp"}, "there was one worker"
-    assert np.allclose(list(curve(out).values()), list(curve(reference).values()), rtol=1e-5)
+    config = settings(bases("llama"), data, out, train="all", workers=workers, micro_batch=1)
+    run = prepare(TrainConfig.model_validate(config), gpus=False)
+    run_workers(worker_of, workers, run)
+    assert np.allclose(list(curve(reference).values()), list(curve(out).values()), rtol=1e-5)
+    assert np.allclose(list(heldout(reference).values()), list(heldout(out).values()), rtol=1e-5)
 
 
 @pytest.mark.timeout(250)
