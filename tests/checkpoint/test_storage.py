@@ -31,6 +31,10 @@ def test_what_is_written_is_read_listed_and_removed(place: Place) -> None:
     assert storage.size("a") is None
     storage.write("a", b"0123456789")
     storage.write("sub/b", b"x")
+    storage.write("sub/none", b"")
+    assert (storage.read("sub/none"), storage.read("a", 10)) == (b"", b"")
+    with pytest.raises(FileNotFoundError):
+        storage.read("c")
     assert storage.list() == {"a": 10}
     assert (storage.read("a"), storage.read("a", 2, 5)) == (b"0123456789", b"234")
     assert (storage.size("a"), storage.exists("a"), storage.exists("c")) == (10, True, False)
