@@ -1,4 +1,4 @@
-"""Grow a pretrained language model deeper, and see what it costs and what it gives.
+"""Grow a pretrained language model deeper, train it on, and see what it costs and what it gives.
 
 Standard output is for results (`--json`), standard error for people. Exit code 0: done; 2: wrong input, one line says
 what, nothing was written; 1: a fault of the machine, the same command goes on; 130: interrupted, likewise.

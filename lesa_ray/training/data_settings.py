@@ -34,6 +34,6 @@ class TokenizeConfig(Settings):
     too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a conversation longer than a row: cut after `seq_len` tokens, or left out."""
     dataset_config: str | None = None
-    """Which configuration of a Hugging Face dataset; None: its default."""
+    """Which configuration of a Hugging Face dataset, if not its default."""
     dataset_split: str = "train"
     """Which split of a Hugging Face dataset."""

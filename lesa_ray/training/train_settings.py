@@ -51,7 +51,7 @@ class TrainConfig(Settings):
     """Where the trained checkpoint goes, and the run's own files in `training/` below it: a folder or an fsspec URL."""
     train: tuple[str, ...] = ()
     """What is trained: `new` (layers that `expansion.json` calls new), `all`, `norms`, `embeddings`, `lm_head`, or
-    patterns of parameter names as in `*.mlp.*`; none: what `expansion.json` says its method trains, `all` from
+    patterns of parameter names as in `*.mlp.*`. By default what `expansion.json` says its method trains, `all` from
     scratch."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -59,12 +59,12 @@ class TrainConfig(Settings):
     tokens: int | None = Field(default=None, ge=1)
     """Tokens to train on, instead of steps (rounded up to whole steps)."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes through the training split, instead of steps (rounded up to whole steps). None of the three: one."""
+    """Passes through the training split, instead of steps (rounded up to whole steps). One by default."""
     batch: int = Field(default=64, ge=1)
     """Rows (sequences) of one optimizer step over all workers: 64 × 2,048 tokens are OpT-DeUS's step."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Rows a worker takes through the model at once; the rest of its share follows (gradient accumulation). None: as
-    many as have at most 4,096 tokens."""
+    """Rows a worker takes through the model at once; the rest of its share follows (gradient accumulation). By
+    default as many as have at most 4,096 tokens."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak of AdamW's learning rate (LLaMA Pro, arXiv 2401.02415, section 4.1)."""
     schedule: Schedule = "cosine"
@@ -101,9 +101,9 @@ class TrainConfig(Settings):
     workers: int | tuple[int, int] = 1
     """Worker processes, or the fewest and the most (elastic: as many as the cluster can give)."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """None: one where the cluster has GPUs, else none."""
+    """GPUs of a worker. By default one where the cluster has GPUs, else none."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPU cores and threads of a worker; None: one beside a GPU, else the cluster's cores divided by the workers."""
+    """CPU cores and threads of a worker. By default one beside a GPU, else the cluster's cores shared out."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints: what a killed run loses at most."""
     keep: int = Field(default=2, ge=1)
@@ -199,7 +199,7 @@ class FinetuneConfig(TrainConfig):
     seed: int = 0
     """Order of the data."""
     tokenizer: str | None = None
-    """A folder, repo id or URL with a tokenizer and its chat template; None: the checkpoint's."""
+    """A folder, repo id or URL with a tokenizer and its chat template. By default the checkpoint's."""
     seq_len: int = Field(default=2048, ge=2, le=2**24)
     """Tokens in a row; conversations are packed into rows whole, and do not see each other."""
     holdout: float = Field(default=0.01, ge=0, lt=1)
@@ -207,7 +207,7 @@ class FinetuneConfig(TrainConfig):
     too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a conversation longer than a row: cut after `seq_len` tokens, or left out."""
     dataset_config: str | None = None
-    """Which configuration of a Hugging Face dataset; None: its default."""
+    """Which configuration of a Hugging Face dataset, if not its default."""
     dataset_split: str = "train"
     """Which split of a Hugging Face dataset."""
 
