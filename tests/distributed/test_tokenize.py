@@ -348,7 +348,7 @@ def test_wrong_input_ends_with_one_line_and_leaves_nothing(
     [
         ({"seq_len": 1}, "options: seq_len: Input should be greater than or equal to 2"),
         ({"holdout": 1}, "options: holdout: Input should be less than 1"),
-        ({"data": []}, "options: data: "),
+        ({"data": []}, "DATA: missing; give it"),
         ({"kind": "speech"}, "options: kind: "),
         ({"limit": 0}, "options: limit: "),
         ({"sequence": 5}, "options: sequence: Extra inputs are not permitted"),

@@ -116,14 +116,14 @@ def test_data_that_cannot_be_measured_on(tmp_path: Path) -> None:
         ({}, "nothing to measure: give data, tasks or both"),
         ({"data": "x", "window": 4, "stride": 5}, "stride 5: is longer than the window"),
         ({"data": "x", "window": 0}, "window"),
-        ({"data": "x", "checkpoints": []}, "checkpoints: missing; give at least one"),
+        ({"data": "x", "checkpoints": []}, "CHECKPOINTS: missing; give it on the command line"),
         ({"data": "x", "split": "test"}, "split"),
         ({"data": "x", "windows": 4}, "windows"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        load_settings(EvaluateConfig, None, checkpoints=["a"], **settings)
+        load_settings(EvaluateConfig, None, **{"checkpoints": ["a"], **settings})
 
 
 def test_the_shipped_configuration_can_be_read() -> None:
