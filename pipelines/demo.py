@@ -84,7 +84,7 @@ class Row:
     """Bytes of the largest process; None where it was not measured (the base)."""
 
 
-def run(out: str, minutes: float, steps: int | None) -> None:
+def run(out: str, minutes: float, steps: int | None, rows: int | None) -> None:
     """Every step, in order."""
     try:
         os.makedirs(out, exist_ok=True)
@@ -92,15 +92,16 @@ def run(out: str, minutes: float, steps: int | None) -> None:
         raise UserError(f"--out {out}: cannot be made: {error.strerror}") from error
     blocks = make_blocks(out, make_corpus(out))
     planned = plan_base(out, blocks, minutes, steps)
-    base = train(base_config(out, blocks, planned))
+    heldout = min(rows or blocks.heldout.rows, blocks.heldout.rows)
+    base = train(base_config(out, blocks, planned, heldout))
     with console.status("loading the expansion methods"):
         from lesa_ray.expansion.registry import METHODS
     grown = {method: grow(out, method) for method in METHODS}
-    rows = measure(out, blocks, base, grown)
-    console.print(table(rows))
-    console.print(reading(rows))
+    measured = measure(out, blocks, base, grown, heldout)
+    console.print(table(measured))
+    console.print(reading(measured))
     more = max(1, planned // 8)
-    results = {name: train(more_config(out, blocks, name, more)) for name in ("base", *TRAINED_ON)}
+    results = {name: train(more_config(out, blocks, name, more, heldout)) for name in ("base", *TRAINED_ON)}
     console.print(trained_table(results))
     console.print(trained_reading(results))
     console.print("Next, your own model:")
@@ -138,7 +139,7 @@ def make_blocks(out: str, corpus: Corpus) -> TokenBlocks:
     return result.blocks
 
 
-def base_config(out: str, blocks: TokenBlocks, steps: int) -> TrainConfig:
+def base_config(out: str, blocks: TokenBlocks, steps: int, heldout: int) -> TrainConfig:
     """How the base is pre-trained: warm-up, a constant rate, a linear decay over the last 30 % (after 0.3 M tokens that
     gave 4.87, 50 % 4.91, 90 % 5.10)."""
     return TrainConfig(
@@ -154,11 +155,11 @@ def base_config(out: str, blocks: TokenBlocks, steps: int) -> TrainConfig:
         dtype="float32",
         checkpoint_every=100,
         eval_every=steps,
-        eval_rows=blocks.heldout.rows,
+        eval_rows=heldout,
     )
 
 
-def more_config(out: str, blocks: TokenBlocks, name: str, steps: int) -> TrainConfig:
+def more_config(out: str, blocks: TokenBlocks, name: str, steps: int, heldout: int) -> TrainConfig:
     """How the base and two of its expansions are trained on."""
     return TrainConfig(
         checkpoint=os.path.join(out, name),
@@ -171,7 +172,7 @@ def more_config(out: str, blocks: TokenBlocks, name: str, steps: int) -> TrainCo
         schedule="cosine",
         checkpoint_every=100,
         eval_every=steps,
-        eval_rows=blocks.heldout.rows,
+        eval_rows=heldout,
         seed=1,
     )
 
@@ -209,7 +210,7 @@ def steps_within(minutes: float, out: str, blocks: TokenBlocks, timed: int = 7) 
         from lesa_ray.training.run import prepare
         from lesa_ray.training.worker import set_up
 
-        config = base_config(out, blocks, timed)
+        config = base_config(out, blocks, timed, 0)
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         try:
             trainer, _, _ = set_up(prepare(config, gpus=False), torch.device("cpu"), fresh=True)
@@ -243,11 +244,11 @@ def expand_with_progress(config: ExpandConfig) -> Expanded:
         return expand(config, listener=listener)
 
 
-def measure(out: str, blocks: TokenBlocks, base: Trained, grown: dict[str, Expanded]) -> list[Row]:
+def measure(out: str, blocks: TokenBlocks, base: Trained, grown: dict[str, Expanded], heldout: int) -> list[Row]:
     """`lesa-ray evaluate` on the held-out rows, all checkpoints side by side; the base's row first."""
     made = {"base": read_json(os.path.join(base.out, "training", "run.json"))["identity"]}
     made |= {method: result.manifest["fingerprint"] for method, result in grown.items()}
-    key = hashlib.sha256(json.dumps([made, blocks.digest]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([made, blocks.digest, heldout]).encode()).hexdigest()
     path = os.path.join(out, "results.json")
     known = read_json(path)
     if known.get("key") == key:
@@ -255,7 +256,8 @@ def measure(out: str, blocks: TokenBlocks, base: Trained, grown: dict[str, Expan
     with console.status("evaluate: loading"):
         from lesa_ray.distributed.evaluate import evaluate
         from lesa_ray.evaluation.settings import EvaluateConfig
-    config = EvaluateConfig(checkpoints=tuple(os.path.join(out, name) for name in made), data=(blocks.url,))
+    checkpoints = tuple(os.path.join(out, name) for name in made)
+    config = EvaluateConfig(checkpoints=checkpoints, data=(blocks.url,), limit=heldout)
     with terminal.progress_lines() as listener:
         report = evaluate(config, listener)
     rows = []
@@ -342,6 +344,7 @@ def main(
     out: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "demo",
     minutes: Annotated[float, typer.Option(min=0.0, help="Longest time for pre-training the base.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Pre-training steps, instead of --minutes.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Measure on so many held-out rows; all by default.")] = None,
 ) -> None:
     """Pre-train a small model on this machine, grow it with every method, train two results on, compare."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the demo draws its own
@@ -350,7 +353,7 @@ def main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console.print(f"lesa-ray demo, everything goes to {out}/")
     try:
-        run(out, minutes, steps)
+        run(out, minutes, steps, rows)
     except (UserError, MachineError) as error:
         print(f"demo: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

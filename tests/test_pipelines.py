@@ -126,7 +126,7 @@ def test_variants_join_the_training_rows(bases: Bases, tmp_path: Path) -> None:
 def test_the_demo_from_start_to_end_and_again(tmp_path: Path) -> None:
     """The whole story with a base of a few steps: every method's row is there, and a second run only reads."""
     out = tmp_path / "demo"
-    command = [sys.executable, "-m", "pipelines.demo", "--out", str(out), "--steps", "3"]
+    command = [sys.executable, "-m", "pipelines.demo", "--out", str(out), "--steps", "3", "--rows", "16"]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     first, second = (
         subprocess.run(
