@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -97,23 +98,13 @@ def test_the_expand_job_takes_a_file_and_flags(bases: Bases, tmp_path: Path) -> 
     families.load_strict(out, "mistral")
 
 
-def test_variants_join_the_training_rows(bases: Bases, tmp_path: Path) -> None:
+def test_variants_join_the_training_rows(bases: Bases, grow: Callable[..., Any], tmp_path: Path) -> None:
     """Llama and its fine-tunes (paper, section 4.4): three checkpoints give three times the triples."""
     others = [families.make("llama", tmp_path / f"tuned-{seed}", seed=seed) for seed in (1, 2)]
-    reports = {}
-    for name, variants in {"alone": [], "joined": others}.items():
-        flags = [flag for variant in variants for flag in ("--variants", variant)]
-        command = [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(tmp_path / name), "--json"]
-        done = subprocess.run(
-            [*command, "--epochs", "1", *flags],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-            env={**os.environ, "RAY_ADDRESS": "local"},
-        )
-        assert done.returncode == 0, done.stderr
-        reports[name] = json.loads(done.stdout)["manifest"]
+    reports = {
+        name: grow(bases("llama"), variants=variants, lesa={"epochs": 1}).manifest
+        for name, variants in {"alone": [], "joined": others}.items()
+    }
     alone, joined = (reports[name]["fit"]["mlp.up_proj.weight"] for name in ("alone", "joined"))
     triples = families.LAYERS - 2
     assert alone["triples_trained"] + alone["triples_held_out"] == triples
