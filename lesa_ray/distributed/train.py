@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import threading
 import time
 import uuid
@@ -25,6 +26,7 @@ import ray
 
 from lesa_ray.checkpoint.storage import Storage, explain
 from lesa_ray.distributed.ray_runner import result_of, start_ray
+from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.training.export import ExportPlan, OutFile, write_file
@@ -36,7 +38,6 @@ from lesa_ray.training.train_settings import TrainConfig
 
 _POLL_SECONDS = 0.5
 _TIMEOUT_SECONDS = 1800
-_AGREE_SECONDS = 5.0
 _RETRIES = 3
 
 
@@ -147,36 +148,10 @@ def _fitting(node: Mapping[str, float], each: Mapping[str, float]) -> int:
     return int(min(node.get(kind, 0.0) // amount for kind, amount in each.items()))
 
 
-class _Board:
-    """Keeps how far the run is, and what stopped it, for the driver and for workers that are started again."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._failure: str | None = None
-        self._failed = 0
-
-    def put(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def get(self) -> Progress | None:
-        return self._progress
-
-    def fail(self, message: str) -> None:
-        self._failure = self._failure or message
-        self._failed += 1
-
-    def failed(self) -> int:
-        """How many workers have found the input wrong."""
-        return self._failed
-
-    def failure(self) -> str | None:
-        return self._failure
-
-
 def _fit(run: Run, resources: Resources, listener: Listener) -> None:
     """Let Ray Train run the workers until the last step is done. Raises: UserError, MachineError."""
     listener.phase(f"starting {resources.fewest} worker{'s' if resources.fewest > 1 else ''}", 0)
-    board = ray.remote(num_cpus=0, max_concurrency=4)(_Board).remote()
+    board = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
     try:
         with _watching(board, run, listener):
             _trainer(run, resources, board).fit()
@@ -207,8 +182,8 @@ def _trainer(run: Run, resources: Resources, board: Any) -> Any:
 
     elastic = resources.fewest != resources.most
     return TorchTrainer(
-        _worker,
-        train_loop_config={"run": run, "board": board, "threads": resources.cpus},
+        work,
+        train_loop_config={"run": pickle.dumps(run), "board": board, "threads": resources.cpus},
         scaling_config=ScalingConfig(
             num_workers=(resources.fewest, resources.most) if elastic else resources.fewest,
             use_gpu=resources.gpus > 0,
@@ -226,32 +201,6 @@ def _trainer(run: Run, resources: Resources, board: Any) -> Any:
     )
 
 
-def _worker(loop_config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker."""
-    import torch
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    from lesa_ray.training.worker import train
-
-    board = loop_config["board"]
-    if ray.get(board.failure.remote()) is not None:
-        return
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(loop_config["threads"])
-    try:
-        train(loop_config["run"], device, lambda progress: board.put.remote(progress))
-    except UserError as error:
-        ray.get(board.fail.remote(str(error)))
-        deadline = time.monotonic() + _AGREE_SECONDS
-        while time.monotonic() < deadline:
-            if ray.get(board.failed.remote()) == get_context().get_world_size():
-                return  # all found the same: nobody is left waiting for this worker
-            time.sleep(0.1)
-        raise
-
-
 @contextlib.contextmanager
 def _watching(board: Any, run: Run, listener: Listener) -> Iterator[None]:
     """Show the run's progress while the block runs."""
@@ -261,9 +210,10 @@ def _watching(board: Any, run: Run, listener: Listener) -> Iterator[None]:
         last: Progress | None = None
         while not stop.wait(_POLL_SECONDS):
             try:
-                progress: Progress | None = ray.get(board.get.remote(), timeout=30)
+                values: dict[str, Any] | None = ray.get(board.get.remote(), timeout=30)
             except Exception:  # the board is a comfort; the run does not depend on it
                 continue
+            progress = None if values is None else Progress(**values)
             if progress is not None and progress != last:
                 if last is None:
                     listener.phase("training", run.steps)
