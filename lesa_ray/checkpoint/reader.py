@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.checkpoint.ranges import read_into
 from lesa_ray.checkpoint.storage import Storage, resolve_base
 from lesa_ray.errors import MachineError, UserError
 
@@ -98,7 +99,7 @@ class Checkpoint:
                         raise UserError(f"{entry.file}: ends inside tensor {name}; the file changed or is truncated")
                     done += count
         else:
-            view[:] = self.storage.read(entry.file, entry.offset, entry.offset + entry.nbytes)
+            read_into(self.storage, entry.file, entry.offset, view)
         return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
 
     def digests(self) -> dict[str, dict[str, Any]]:

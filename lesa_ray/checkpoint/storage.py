@@ -15,18 +15,18 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, cast
 
 import fsspec
 
+from lesa_ray.checkpoint.part_plan import UPLOADED, Part
+from lesa_ray.checkpoint.s3_upload import S3Upload
 from lesa_ray.errors import MachineError, UserError
 
 WORK_DIR = ".lesa-ray"
 """Folder inside OUT that holds unfinished work; it goes when the result is complete."""
 
-_PART = 32 * 2**20
-"""Bytes of one part of an upload: S3 takes 10,000 parts, so files of up to 320 GB."""
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"})
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
 _OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
@@ -67,6 +67,7 @@ class Storage:
             raise UserError(f"{url}: {error}") from error
         self.root: str = root.rstrip("/")
         self.is_local: bool = "file" in _protocols(self.fs)
+        self.is_s3: bool = "s3" in _protocols(self.fs)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.url,)
@@ -131,15 +132,20 @@ class Storage:
             with self._answering():
                 data: bytes = self.fs.cat_file(self.path(name), start=start, end=end)
         except OSError as error:
-            if error.errno == errno.EINVAL and self.size(name) == start:
+            if error.errno == errno.EINVAL and (self.size(name) or 0) <= start:
                 return b""  # S3 calls it wrong to ask for a range of nothing
             raise
         return data
 
+    def info(self, name: str) -> dict[str, Any]:
+        """What the filesystem says of a file, in its own words. Raises: FileNotFoundError if it is not there."""
+        with self._answering():
+            info: dict[str, Any] = self.fs.info(self.path(name))
+        return info
+
     def etag(self, name: str) -> str | None:
         """What the object store says identifies this content (ETag or the hub's blob id), if it says anything."""
-        with self._answering():
-            info = self.fs.info(self.path(name))
+        info = self.info(name)
         tag = info.get("ETag") or info.get("blob_id") or info.get("etag")
         return str(tag).strip('"') if tag else None
 
@@ -149,8 +155,11 @@ class Storage:
             file.write(data)
 
     @contextlib.contextmanager
-    def create(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a new file for writing. It takes its name when the block ends well; otherwise it never existed."""
+    def create(self, name: str, plan: Sequence[Part] | None = None) -> Iterator[IO[bytes]]:
+        """Open a new file for writing. It takes its name when the block ends well; otherwise it never existed.
+
+        plan (S3 only): the parts of the file; the block writes those that the server does not copy, in order.
+        """
         target = self.path(name)
         folder, _, last = target.rpartition("/")
         temporary = f"{folder}/.{last}.{uuid.uuid4().hex[:8]}.tmp"
@@ -168,8 +177,18 @@ class Storage:
                 raise
             return
         with self._answering():
+            if self.is_s3:
+                upload = S3Upload(self.fs, target, plan)
+                try:
+                    yield cast(IO[bytes], upload)
+                    upload.finish()
+                except BaseException:
+                    with contextlib.suppress(Exception):  # what stopped it is what matters
+                        upload.abort()
+                    raise
+                return
             if _OBJECT_STORES.intersection(_protocols(self.fs)):
-                file = self.fs.open(target, "wb", block_size=_PART)
+                file = self.fs.open(target, "wb", block_size=UPLOADED)
                 try:
                     yield file
                 except BaseException:
@@ -232,7 +251,8 @@ def filesystem_options(url: str) -> dict[str, Any]:
     """Options of the filesystem behind a URL.
 
     S3: some servers (rclone's among them) send the whole object's checksum with a range of it, which botocore would
-    compare with the range and refuse; so checksums are compared only where the protocol requires them.
+    compare with the range and refuse; so checksums are compared only where the protocol requires them. Connections:
+    reads ahead, parts uploaded and parts copied run side by side.
     """
     if url.split("://", 1)[0] not in ("s3", "s3a"):
         return {}
@@ -240,6 +260,7 @@ def filesystem_options(url: str) -> dict[str, Any]:
         "config_kwargs": {
             "response_checksum_validation": "when_required",
             "request_checksum_calculation": "when_required",
+            "max_pool_connections": 32,
             "retries": {"mode": "standard", "max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", "6"))},
         }
     }

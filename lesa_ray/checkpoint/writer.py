@@ -2,7 +2,8 @@
 
 A shard's header follows from names, dtypes and shapes alone, so the place of every byte is known ahead and tensors
 can be copied in from where they lie, without being parsed or held: within a local filesystem by the kernel
-(`copy_file_range`, which shares extents where the filesystem can), elsewhere in chunks of 16 MiB.
+(`copy_file_range`, which shares extents where the filesystem can), within S3 by the server (UploadPartCopy), elsewhere
+in chunks of 16 MiB, read ahead and uploaded several at a time.
 
 Old tensors keep the order they had in the base, so neighbours in a file stay neighbours and one copy moves many
 tensors."""
@@ -10,23 +11,22 @@ tensors."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-from lesa_ray.checkpoint.finite import FiniteCheck
+from lesa_ray.checkpoint.copying import Readers, write_run
+from lesa_ray.checkpoint.part_plan import Piece, plan_parts, uploaded_ranges
 from lesa_ray.checkpoint.reader import FLOAT_BYTES, SINGLE_FILE, TORCH_NAMES
+from lesa_ray.checkpoint.server_copy import ServerCopies
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 16 * 2**20
 _OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
@@ -116,26 +116,22 @@ def header_bytes(tensors: tuple[OutTensor, ...]) -> bytes:
 def write_shard(storage: Storage, shard: Shard, make: Callable[[str], torch.Tensor] | None = None) -> None:
     """Write one file of the result from its sources. It appears whole or not at all.
 
-    make: gives the tensor of a name, for those without a source, one at a time; without it they are zeros.
-    Raises: UserError if a tensor that is made, checked, or converted to a narrower type holds NaN or Inf (which one).
+    Where source and target lie in the same S3, the server copies: the bytes of long runs do not pass through this
+    machine and are not looked at, whatever their spans' `check` says. A server that makes no such copies is found out
+    by asking, and then everything is written from here.
+
+    make: gives the tensor of a name, for those without a source, one at a time (again, if the server refused to copy);
+    without it they are zeros.
+    Raises: UserError if a tensor that is made, checked, or converted to a narrower type holds NaN or Inf (which one),
+    or if a source ends before its header says or changes meanwhile.
     """
-    with storage.create(shard.file) as out:
-        out.write(header_bytes(shard.tensors))
-        with contextlib.ExitStack() as stack:
-            readers = _Readers(stack)
-            for run in _runs(shard.tensors):
-                if make is None or run[0].source is not None:
-                    _write_run(out, storage, run, readers)
-                    continue
-                for tensor in run:
-                    _write_made(out, tensor, make(tensor.name))
+    _write_file(storage, shard.file, header_bytes(shard.tensors), list(_runs(shard.tensors)), make)
 
 
 def copy_file(source: Storage, target: Storage, file: str, nbytes: int) -> None:
     """Copy one file, of `nbytes` bytes, under the same name. It appears whole or not at all."""
     whole = OutTensor(file, "U8", (nbytes,), Span(source.url, file, 0, nbytes, "U8", file))
-    with target.create(file) as out, contextlib.ExitStack() as stack:
-        _write_run(out, target, [whole], _Readers(stack))
+    _write_file(target, file, b"", [[whole]], None)
 
 
 class TensorFileWriter:
@@ -154,6 +150,64 @@ class TensorFileWriter:
 
     def finish(self) -> None:
         assert next(self._expected, None) is None, "not all planned tensors were written"
+
+
+Make = Callable[[str], "torch.Tensor"]
+
+
+def _write_file(storage: Storage, file: str, header: bytes, runs: list[list[OutTensor]], make: Make | None) -> None:
+    """Write a header and runs of tensors, by copies on the server where they can be made."""
+    with contextlib.ExitStack() as stack:
+        readers = Readers(stack)
+        copies = ServerCopies(storage)
+        plan = plan_parts([Piece(len(header)), *(_piece(run, readers, copies) for run in runs)])
+        if any(part.source for part in plan):
+            try:
+                with storage.create(file, plan) as out:
+                    _write_content(out, storage, header, runs, make, readers, uploaded_ranges(plan))
+            except Exception as error:
+                if not copies.refused(error):
+                    raise
+            else:
+                return
+        with storage.create(file) as out:
+            _write_content(out, storage, header, runs, make, readers, [(0, len(header) + _nbytes(runs))])
+
+
+def _piece(run: list[OutTensor], readers: Readers, copies: ServerCopies) -> Piece:
+    first, nbytes = run[0].source, _nbytes([run])
+    if first is None or first.dtype != run[0].dtype:
+        return Piece(nbytes)
+    return Piece(nbytes, copies.source(readers.storage(first), first.file, first.offset, nbytes))
+
+
+def _nbytes(runs: Sequence[list[OutTensor]]) -> int:
+    return sum(tensor.nbytes for run in runs for tensor in run)
+
+
+def _write_content(
+    out: IO[bytes],
+    storage: Storage,
+    header: bytes,
+    runs: list[list[OutTensor]],
+    make: Make | None,
+    readers: Readers,
+    wanted: list[tuple[int, int]],
+) -> None:
+    """wanted: the ranges [start, end) of the file that are written here; the others the server copies."""
+    out.write(header)
+    position = len(header)
+    for run in runs:
+        end = position + _nbytes([run])
+        if make is not None and run[0].source is None:
+            for tensor in run:
+                _write_made(out, tensor, make(tensor.name))
+        else:
+            within = [
+                (max(a, position) - position, min(b, end) - position) for a, b in wanted if a < end > position < b
+            ]
+            write_run(out, storage, run, readers, within)
+        position = end
 
 
 def _write_made(out: IO[bytes], planned: OutTensor, tensor: torch.Tensor, hint: str = "") -> None:
@@ -185,97 +239,3 @@ def _continues(before: OutTensor, after: OutTensor) -> bool:
     if a.dtype != before.dtype or b.dtype != after.dtype:
         return False
     return (a.url, a.file, a.offset + a.nbytes, a.dtype, a.check) == (b.url, b.file, b.offset, b.dtype, b.check)
-
-
-class _Readers:
-    """The source files open while one shard is written."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self._storages: dict[str, Storage] = {}
-        self._files: dict[tuple[str, str], IO[bytes]] = {}
-
-    def storage(self, span: Span) -> Storage:
-        return self._storages.setdefault(span.url, Storage(span.url))
-
-    def local(self, span: Span) -> IO[bytes]:
-        key = (span.url, span.file)
-        if key not in self._files:
-            path = self.storage(span).path(span.file)
-            self._files[key] = self._stack.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115
-        return self._files[key]
-
-    def chunks(self, span: Span, start: int, end: int) -> Iterator[bytes]:
-        """The bytes [start, end) of the source file, in chunks."""
-        storage = self.storage(span)
-        for position in range(start, end, CHUNK):
-            stop = min(position + CHUNK, end)
-            if storage.is_local:
-                yield os.pread(self.local(span).fileno(), stop - position, position)
-            else:
-                yield storage.read(span.file, position, stop)
-
-
-def _write_run(out: IO[bytes], storage: Storage, run: list[OutTensor], readers: _Readers) -> None:
-    first = run[0].source
-    if first is None:
-        _write_zeros(out, storage, sum(tensor.nbytes for tensor in run))
-        return
-    if first.dtype != run[0].dtype:
-        for tensor in run:
-            _convert(out, tensor, readers)
-        return
-    checks = [FiniteCheck(t.source.name, t.dtype, t.nbytes) for t in run if t.source] if first.check else []
-    start, end = first.offset, first.offset + sum(tensor.nbytes for tensor in run)
-    if storage.is_local and readers.storage(first).is_local:
-        out.flush()
-        if _copy_in_kernel(readers.local(first).fileno(), out.fileno(), start, end - start):
-            FiniteCheck.feed_file(checks, readers.local(first).fileno(), start)
-            return
-    for chunk in readers.chunks(first, start, end):
-        FiniteCheck.feed(checks, chunk)
-        out.write(chunk)
-
-
-def _write_zeros(out: IO[bytes], storage: Storage, nbytes: int) -> None:
-    if storage.is_local:  # a hole: reads as zeros and takes no time and no space
-        out.flush()
-        out.seek(nbytes, os.SEEK_CUR)
-        out.truncate()
-        return
-    zeros = bytes(min(nbytes, CHUNK))
-    for position in range(0, nbytes, CHUNK):
-        out.write(zeros[: min(CHUNK, nbytes - position)])
-
-
-def _copy_in_kernel(source: int, target: int, offset: int, nbytes: int) -> bool:
-    """Append bytes of one local file to another inside the kernel; False if it cannot, with nothing changed."""
-    done = 0
-    position = os.lseek(target, 0, os.SEEK_CUR)
-    while done < nbytes:
-        try:
-            count = os.copy_file_range(source, target, min(nbytes - done, 2**30), offset + done, position + done)
-        except OSError as error:
-            if done == 0 and error.errno in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                return False
-            raise
-        if count == 0:
-            raise UserError("a shard of BASE ends before its header says; it changed during the run or is truncated")
-        done += count
-    os.lseek(target, position + nbytes, os.SEEK_SET)
-    return True
-
-
-def _convert(out: IO[bytes], tensor: OutTensor, readers: _Readers) -> None:
-    import torch
-
-    source = tensor.source
-    assert source is not None
-    wide, narrow = (getattr(torch, TORCH_NAMES[dtype]) for dtype in (source.dtype, tensor.dtype))
-    for chunk in readers.chunks(source, source.offset, source.offset + source.nbytes):
-        values = torch.frombuffer(bytearray(chunk), dtype=wide).to(narrow)
-        if not torch.isfinite(values).all():
-            raise UserError(
-                f"tensor {source.name} holds NaN or Inf, or values too large for {TORCH_NAMES[tensor.dtype]}"
-            )
-        out.write(values.view(torch.uint8).numpy().data)

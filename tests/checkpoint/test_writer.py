@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
+from lesa_ray.checkpoint.ranges import PIECE
 from lesa_ray.checkpoint.reader import read_entries
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import (
-    CHUNK,
     OutTensor,
     Shard,
     Span,
@@ -43,7 +43,7 @@ def out_tensor(name: str, span: Span, shape: tuple[int, ...], dtype: str | None 
 
 @pytest.mark.parametrize("target", ["local", "memory"])
 def test_a_shard_holds_its_sources_bytes_and_zeros(target: str, tmp_path: Path) -> None:
-    base = {"a": torch.randn(7, 3), "b": torch.randn(5), "c": torch.randn(CHUNK // 8, 3), "n": torch.arange(4)}
+    base = {"a": torch.randn(7, 3), "b": torch.randn(5), "c": torch.randn(PIECE // 8, 3), "n": torch.arange(4)}
     spans = source(tmp_path / "in", **base)
     tensors = tuple(
         [out_tensor(f"x.{name}", span, tuple(base[name].shape)) for name, span in spans.items()]
