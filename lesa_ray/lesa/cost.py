@@ -1,0 +1,382 @@
+"""What LESA costs for one weight type, from sizes alone: operations, bytes and peak memory, phase by phase.
+
+The phases are those of `spectral`, `fit` and the writing of the result. What each does is counted and not measured, so
+that `auto` chooses a spectral route, Ray is told how much memory a unit takes, and `inspect` predicts a run, all by one
+model and before anything is read. How long a count takes on a machine is `rates`' part. Imports no torch.
+
+n layers of (d1, d2), r directions, t triples that are trained on, P weights of the predictor of width h:
+
+gram        n·d1·(d1 + block)·d2 operations (the lower half alone), d1²·8 bytes
+eigh        9·d1³, float64; the matrix, its eigenvectors and two more of its size as workspace: d1²·32 bytes
+range       (2 + 4·iterations)·n·d1·d2·rows, and a QR of (d1, rows) after each pass
+project     2·n·d1·d2·rows; the randomised route then turns its frame
+train       t·r·epochs·h·(14·d2 + 6·h), the first layer having no gradient towards its input
+yardsticks  ridge: about 5·t·r·d2² and (2·d2)³/3 + 8·d2³; scores: 4·r·d2² a triple by ridge, 2·r·P by the predictor
+predict     2·r·P + 2·d1·r·d2 a slot
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lesa_ray.config import LesaSettings
+from lesa_ray.errors import UserError
+
+Route = Literal["gram", "randomized", "exact", "none"]
+Place = Literal["device", "memory", "scratch"]
+"""Where the coefficients lie: on the GPU, in host memory, in a file in node-local scratch."""
+
+GRAM_ALWAYS = 2048
+"""Up to this d1, eigh takes about two seconds on one core, and its exactness is worth more than a rank's saving."""
+GRAM_MEMORY = 32 * 2**30
+"""Bytes for which `auto` takes the Gram route without a budget, if there is a rank to avoid it by: d1 up to 32,768."""
+EXACTNESS = 4
+"""`auto` takes the randomised route to save time only for a rank below this part of all directions: its frame is
+accurate where many directions are left out, and of few the Gram route finds the very ones."""
+GRAM_BLOCK = {"cpu": 256, "cuda": 2048}
+"""Rows of G summed at once."""
+RIDGE_FEATURES = {"cpu": 8192, "cuda": 32768}
+"""2·d2 up to which the yardstick ridge is fitted: 0.5 GB and some 200 GFLOP to solve, and 8.6 GB on a GPU."""
+SCORED = 4
+"""Training triples that are scored where fewer are held out."""
+DEVICE_SHARE = 0.85
+"""Of a GPU's memory that a unit fills; the rest is for the allocator's rounding and the library's own."""
+
+_REFERENCE = {"half": 80e9, "fp32": 80e9, "fp64": 40e9, "eigh": 14e9}
+"""Operations a second by which routes are compared: a CPU core's. Fixed, so that the choice, and with it every byte of
+the result, is the same on every machine. A GPU is still slower in eigh, against its products."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The unit of one weight type: its matrices (d1, d2) in all layers, and the slots to fill."""
+
+    d1: int
+    d2: int
+    layers: int
+    slots: int
+    settings: LesaSettings = field(default_factory=LesaSettings)
+    checkpoints: int = 1
+    """The base, its variants, or the experts that share a predictor."""
+    basis: int = 1
+    """How many of them the basis is of."""
+    element_bytes: int = 2
+    """Of the stored weights."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    memory_budget: int | None = None
+    """Bytes of host memory for the unit; without one everything may lie there."""
+    device_memory: int = 0
+    """Bytes of the GPU; without a GPU 0."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase's work and the memory at its peak, in bytes, beside the interpreter."""
+
+    name: str
+    host: int
+    device: int
+    flops: Mapping[str, float] = field(default_factory=dict)
+    """Operations by the kind of work, as `Rates` names them: half, fp32, fp64, eigh, narrow."""
+    traffic: float = 0.0
+    """Bytes of memory read and written in element-wise work."""
+    steps: int = 0
+    """Of the predictor's training."""
+    moved: float = 0.0
+    """Bytes of coefficients read and written, which take time of their own where they lie elsewhere."""
+    read_bytes: int = 0
+    """From storage, beside the arithmetic."""
+    write_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """All phases of a unit in their order."""
+
+    route: Route
+    rank: int
+    coefficients: Place
+    coefficient_bytes: int
+    layer_bytes: int
+    """One layer as it is stored."""
+    phases: tuple[Phase, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(sum(phase.flops.values()) for phase in self.phases)
+
+    @property
+    def host_memory(self) -> int:
+        """Peak beside the interpreter, without the pages of a scratch file, which the kernel can drop."""
+        return max(phase.host for phase in self.phases)
+
+    @property
+    def device_memory(self) -> int:
+        return max(phase.device for phase in self.phases)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(phase.read_bytes for phase in self.phases)
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(phase.write_bytes for phase in self.phases)
+
+
+def choose_route(
+    d1: int,
+    d2: int,
+    layers: int,
+    rank: int | None,
+    *,
+    element_bytes: int = 2,
+    oversampling: int = 10,
+    power_iterations: int = 2,
+    memory_budget: int | None = None,
+) -> Literal["gram", "randomized"]:
+    """The route that `auto` takes: the faster of those whose working set fits, from sizes alone.
+
+    Without a rank that is `gram`: keeping every direction, it is the cheapest way there is. `exact` is never chosen: it
+    gives the same to rounding, slower.
+
+    memory_budget: bytes; without one, `gram` may take `GRAM_MEMORY`, and any amount where there is no rank.
+    Raises: UserError if there is no rank and the Gram matrix exceeds the budget; if there is one, and no route fits.
+    """
+    working = _layers_in_flight(d1, d2, element_bytes)
+    gram_bytes = working + 32 * d1 * d1
+    bound = GRAM_MEMORY if memory_budget is None else memory_budget
+    if rank is None or rank >= min(d1, layers * d2):
+        if memory_budget is None or gram_bytes <= memory_budget:
+            return "gram"
+        fits = (memory_budget - working) // _frame_bytes(d1, d2, 1) - oversampling
+        if rank is None:
+            advice = f"give --rank {fits} or less, or a larger --memory-budget" if fits > 0 else "give a larger one"
+            raise UserError(_too_large(d1, gram_bytes, memory_budget, advice))
+    rows = min(rank + oversampling, d1, layers * d2)
+    if gram_bytes > bound:
+        frame_bytes = working + _frame_bytes(d1, d2, rows)
+        if memory_budget is not None and frame_bytes > memory_budget:
+            fits = (memory_budget - working) // _frame_bytes(d1, d2, 1) - oversampling
+            advice = f"give --rank {fits} or less, or a larger --memory-budget" if fits > 0 else "give a larger one"
+            raise UserError(_too_large(d1, min(gram_bytes, frame_bytes), memory_budget, advice))
+        return "randomized"
+    if d1 <= GRAM_ALWAYS or rank * EXACTNESS > min(d1, layers * d2):
+        return "gram"
+    gram = _gram_flops(d1, d2, layers, element_bytes, "cpu"), _project_flops("gram", d1, d2, layers, rank, rows)
+    other = (
+        _range_flops(d1, d2, layers, rows, power_iterations),
+        _project_flops("randomized", d1, d2, layers, rank, rows),
+    )
+    return "randomized" if _reference_seconds(*other) < _reference_seconds(*gram) else "gram"
+
+
+def _too_large(d1: int, needed: int, budget: int, advice: str) -> str:
+    what = f"the basis of matrices with {d1} rows takes {needed / 1e9:.1f} GB"
+    return f"--memory-budget {budget / 1e9:.1f} GB: {what}; {advice}"
+
+
+def unit_cost(task: Task) -> UnitCost:
+    """Work and memory of one weight type.
+
+    Raises: UserError as `choose_route` does.
+    """
+    s, d1, d2 = task.settings, task.d1, task.d2
+    n, own = task.checkpoints * task.layers, task.basis * task.layers
+    route: Route = _route(task) if s.svd == "auto" else s.svd
+    directions = d1 if route == "none" else min(d1, own * d2)
+    rank = min(s.rank or directions, directions)
+    rows = min(rank + s.oversampling, directions) if route == "randomized" else rank
+    word = 8 if task.element_bytes == 8 else 4  # coefficients are float32, or float64 where the weights are
+    row = word * d2
+    layer, size = d1 * d2 * task.element_bytes, n * rows * d2 * word
+    frame = 0 if route == "none" else word * d1 * rows
+
+    # As Room decides: where the layers of the first pass can wait in the coefficients' place, they are read once.
+    early = _place(task, size, 32 * d1 * d1)
+    held = route == "gram" and early != "scratch" and rows * word >= d1 * task.element_bytes
+    place = early if held else _place(task, size, frame)
+    flight = _layers_in_flight(d1, d2, task.element_bytes)
+    gpu = task.device == "cuda"
+
+    def phase(name: str, work: int, *, keeps: bool = True, on_host: int = 0, **figures: Any) -> Phase:
+        """work: peak bytes where the unit computes, beside the coefficients if it `keeps` them; on_host: in memory
+        with a GPU too."""
+        host = on_host + (flight if gpu else work) + (size if keeps and place == "memory" else 0)
+        return Phase(name, host, work + (size if keeps and place == "device" else 0) if gpu else 0, **figures)
+
+    weights = s.hidden * (3 * d2 + s.hidden)
+    triples = task.checkpoints * (task.layers - 2)
+    held_out = min(max(round(s.holdout * triples), 1), triples - 1) if s.holdout > 0 else 0
+    trained = triples - held_out
+    samples = trained * rank
+    ridge_moved = 5.0 * min(n, 2 * trained) * rank * row  # layers that normal equations take up
+    ridge_bytes = 104 * d2 * d2 + 2 * word * rank * d2
+    check = 3.0 * layer  # of each layer that is read: a look for NaN and Inf, and its norm
+
+    phases = []
+    if route == "gram":
+        whole = 32 * d1 * d1  # the matrix, its eigenvectors, and eigh's workspace
+        away = gpu and whole > DEVICE_SHARE * task.device_memory
+        block = 4 * GRAM_BLOCK[task.device] * d1
+        phases += [
+            phase(
+                "gram",
+                flight + block + (0 if away else whole // 4),
+                keeps=held,
+                on_host=whole // 4 if away else 0,
+                flops=_gram_flops(d1, d2, own, task.element_bytes, task.device),
+                traffic=own * (check + 6.0 * d1 * d2 + 12.0 * d1 * d1),
+                read_bytes=own * layer,
+            ),
+            phase("eigh", 0 if away else whole, keeps=held, on_host=whole if away else 0, flops={"eigh": 9.0 * d1**3}),
+        ]
+    elif route == "randomized":
+        passes = 1 + s.power_iterations
+        phases.append(
+            phase(
+                "range",
+                flight + _frame_bytes(d1, d2, rows),
+                keeps=False,
+                flops=_range_flops(d1, d2, own, rows, s.power_iterations),
+                traffic=own * (check + passes * (6.0 * d1 * d2 + 20.0 * d1 * rows)),
+                read_bytes=passes * own * layer,
+            )
+        )
+    elif route == "exact":
+        long, short = max(d1, own * d2), min(d1, own * d2)
+        phases.append(
+            phase(
+                "svd",
+                word * (2 * long * short + 3 * long * short),
+                keeps=False,
+                flops={"eigh": 6.0 * long * short**2 + 20.0 * short**3},
+                read_bytes=own * layer,
+            )
+        )
+    again = n - own if held else n  # layers that are read for the projection
+    phases.append(
+        phase(
+            "project",
+            (flight if again else 0) + word * (d1 * d2 + 2 * rows * d2) + (5 * frame if frame else 0),
+            flops=_project_flops(route, d1, d2, n, rank, rows),
+            traffic=8.0 * size + n * 6.0 * d1 * d2,
+            moved=4 * size + (own * layer if held else 0),
+            read_bytes=again * layer,
+        )
+    )
+    if s.predictor == "ridge":
+        phases.append(
+            phase(
+                "train",
+                frame + ridge_bytes,
+                flops=_ridge_flops(d2, rank, n, trained),
+                moved=ridge_moved,
+            )
+        )
+    else:
+        batch = 8 * word * s.batch_size * (3 * d2 + s.hidden)
+        steps = s.epochs * math.ceil(samples / s.batch_size)
+        phases.append(
+            phase(
+                "train",
+                frame + 4 * word * weights + 64 * samples + batch,
+                flops={"narrow": float(samples * s.epochs * s.hidden * (14 * d2 + 6 * s.hidden))},
+                traffic=8.0 * word * steps * weights + 9.0 * word * s.epochs * samples * d2,
+                steps=steps,
+                moved=3.0 * s.epochs * samples * row,
+            )
+        )
+    one = 4 * rank * d2 * d2 if s.predictor == "ridge" else 2 * rank * weights  # a layer, predicted
+    rival = s.predictor == "mlp" and s.ridge_yardstick and 2 * d2 <= RIDGE_FEATURES[task.device]
+    scored = min(trained, max(held_out, SCORED)) + held_out
+    flops = {"fp32": float(scored * one)}
+    if rival:
+        flops["fp32"] += scored * 4.0 * rank * d2 * d2 + _ridge_flops(d2, rank, n, trained)["fp32"]
+    phases += [
+        phase(
+            "yardsticks",
+            frame + (ridge_bytes if rival else 0) + 12 * word * rank * d2,
+            flops=flops,
+            traffic=40.0 * word * scored * rank * d2,
+            moved=3.0 * scored * rank * row + (ridge_moved if rival else 0),
+        ),
+        phase(
+            "predict",
+            frame + word * (6 * rank * d2 + 3 * d1 * d2) + (8 * d2 * d2 if s.predictor == "ridge" else 0),
+            flops={"fp32": task.slots * (one + 2.0 * d1 * rank * d2)},
+            traffic=task.slots * 10.0 * d1 * d2,
+            moved=2.0 * task.slots * rank * row,
+            write_bytes=task.slots * layer,
+        ),
+    ]
+    return UnitCost(route, rank, place, size, layer, tuple(phases))
+
+
+def _route(task: Task) -> Route:
+    s = task.settings
+    return choose_route(
+        task.d1,
+        task.d2,
+        task.basis * task.layers,
+        s.rank,
+        element_bytes=task.element_bytes,
+        oversampling=s.oversampling,
+        power_iterations=s.power_iterations,
+        memory_budget=task.memory_budget,
+    )
+
+
+def _place(task: Task, size: int, beside: int) -> Place:
+    """Where coefficients of `size` bytes lie when `beside` more are needed where the unit computes."""
+    if task.device == "cuda" and size + beside <= DEVICE_SHARE * task.device_memory:
+        return "device"
+    needed = size if task.device == "cuda" else size + beside
+    return "memory" if task.memory_budget is None or needed <= task.memory_budget else "scratch"
+
+
+def _layers_in_flight(d1: int, d2: int, element_bytes: int) -> int:
+    """Bytes of the layer in use, the next, the one the reader holds, and the copy that is multiplied."""
+    return d1 * d2 * (3 * element_bytes + (4 if element_bytes == 2 else 8))
+
+
+def _frame_bytes(d1: int, d2: int, rows: int) -> int:
+    """The randomised range finder: the sample, QR's copies and its answer in float64, the frame and Ω in float32."""
+    return rows * (28 * d1 + 4 * d2)
+
+
+def _gram_flops(d1: int, d2: int, layers: int, element_bytes: int, device: str) -> dict[str, float]:
+    block = GRAM_BLOCK[device]
+    whole, rest = divmod(d1, block)
+    products = block * block * whole * (whole + 1) + 2 * rest * d1
+    return {"half" if element_bytes == 2 else "fp64": float(products) * d2 * layers}
+
+
+def _range_flops(d1: int, d2: int, layers: int, rows: int, iterations: int) -> dict[str, float]:
+    """Householder QR with its Q: 4·d1·rows² − 4/3·rows³ (Golub, Van Loan, section 5.2)."""
+    qr = 4.0 * d1 * rows**2 - 4 / 3 * rows**3
+    return {"fp32": (2.0 + 4 * iterations) * layers * d1 * d2 * rows, "fp64": (1 + iterations) * qr}
+
+
+def _project_flops(route: str, d1: int, d2: int, layers: int, rank: int, rows: int) -> dict[str, float]:
+    if route == "none":
+        return {}
+    flops = {"fp32": 2.0 * layers * d1 * d2 * rows}
+    if route == "randomized":
+        flops["fp32"] += 2.0 * layers * rank * rows * d2
+        flops["fp64"] = _gram_flops(rows, d2, layers, 4, "cpu")["fp64"] + 2.0 * d1 * rows * rank
+        flops["eigh"] = 9.0 * rows**3
+    return flops
+
+
+def _ridge_flops(d2: int, rank: int, layers: int, trained: int) -> dict[str, float]:
+    """Products of layers with themselves (the lower half), of those two apart and one apart; Cholesky and its solve."""
+    near = min(layers, 2 * trained)
+    products = near * rank * d2 * (d2 + 256.0) + (trained + near) * 2.0 * rank * d2 * d2
+    return {"fp32": products + (2.0 * d2) ** 3 / 3 + 8.0 * d2**3}
+
+
+def _reference_seconds(*flops: Mapping[str, float]) -> float:
+    return sum(count / _REFERENCE[kind] for one in flops for kind, count in one.items())
