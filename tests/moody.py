@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
@@ -18,12 +19,16 @@ class Moody:
     """Asks `refuses` and `cuts` of each request's number. Refused is answered 503. Cut off: half of an answer's body is
     sent under its whole length; where there is none, the connection is closed in place of the answer; and an upload's
     connection is closed half-way, before the store has seen it. It goes away when `leaves` says so of a request, as
-    "PUT /bucket/name"."""
+    "PUT /bucket/name". `answers` may answer a request in the store's place, with a status and a body. Requests that the
+    store answered are in `passed`, each with the bytes sent and received. Headers in `forgets` do not reach it."""
 
     def __init__(self, upstream: str) -> None:
         self.refuses: Callable[[int], bool] = lambda number: False
         self.cuts: Callable[[int], bool] = lambda number: False
         self.leaves: Callable[[str], bool] = lambda request: False
+        self.answers: Callable[[str, Message], tuple[int, bytes] | None] = lambda request, headers: None
+        self.forgets: frozenset[str] = frozenset()
+        self.passed: list[tuple[str, int, int]] = []
         self.seen = self.refused = self.cut = 0
         self._address = urlparse(upstream).netloc
         self._lock = threading.Lock()
@@ -77,13 +82,19 @@ class Moody:
                 if refuse:
                     self.answer(503, [], SLOW_DOWN)
                     return
+                if answer := moody.answers(f"{self.command} {self.path}", self.headers):
+                    self.answer(answer[0], [], answer[1])
+                    return
                 connection = http.client.HTTPConnection(moody._address, timeout=30)
                 connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
-                    connection.putheader(name, value)
+                    if name.lower() not in moody.forgets:
+                        connection.putheader(name, value)
                 connection.endheaders(body)
                 response = connection.getresponse()
-                self.answer(response.status, response.getheaders(), response.read(), cut)
+                content = response.read()
+                moody.passed.append((f"{self.command} {self.path}", length, len(content)))
+                self.answer(response.status, response.getheaders(), content, cut)
                 connection.close()
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
