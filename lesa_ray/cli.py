@@ -60,6 +60,9 @@ def expand(
     recipe: Recipe = None,
     svd: Svd = None,
     rank: Rank = None,
+    predictor: Annotated[
+        str | None, typer.Option(help="lesa: mlp, the paper's network, or ridge, far quicker. [default: mlp]")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="lesa: passes over the training rows. [default: 5]")] = None,
     holdout: Annotated[float | None, typer.Option(help="lesa: share of layer triples held out. [default: 0.2]")] = None,
     variants: Annotated[
@@ -90,7 +93,15 @@ def expand(
         vectors=vectors,
         recipe=recipe,
         lesa={
-            k: v for k, v in {"svd": svd, "rank": rank, "epochs": epochs, "holdout": holdout}.items() if v is not None
+            name: value
+            for name, value in (
+                ("svd", svd),
+                ("rank", rank),
+                ("predictor", predictor),
+                ("epochs", epochs),
+                ("holdout", holdout),
+            )
+            if value is not None
         },
         variants=tuple(variants) if variants else None,
         seed=seed,
@@ -108,7 +119,7 @@ def expand(
         check_out(settings.base, settings.out)
         expansion = prepare(settings)
         out_state(expansion)
-        _print_json(terminal.describe(expansion)) if as_json else terminal.show_expansion(expansion)
+        _show(expansion, None, as_json)
         return
     from lesa_ray.distributed.expand import expand as run
 
@@ -147,12 +158,14 @@ def inspect(
     position: Position = None,
     svd: Svd = None,
     rank: Rank = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="YAML file that describes a cluster, to predict for. [default: this machine]")
+    ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a checkpoint, the plan, and what it would cost."""
     from lesa_ray.expansion.prepare import prepare
-    from lesa_ray.report import terminal
 
     settings = load_settings(
         ExpandConfig,
@@ -165,8 +178,22 @@ def inspect(
         position=position,
         lesa={k: v for k, v in {"svd": svd, "rank": rank}.items() if v is not None},
     )
-    expansion = prepare(settings)
-    _print_json(terminal.describe(expansion)) if as_json else terminal.show_expansion(expansion)
+    _show(prepare(settings), cluster, as_json)
+
+
+def _show(expansion: Any, cluster: str | None, as_json: bool) -> None:
+    """Print an expansion and what it needs on a cluster, by default on this machine."""
+    from lesa_ray.expansion.cluster_spec import read_cluster, this_machine
+    from lesa_ray.expansion.estimate import estimate
+    from lesa_ray.report import terminal
+    from lesa_ray.report.estimate import show_estimate
+
+    need = estimate(expansion, this_machine() if cluster is None else read_cluster(cluster))
+    if as_json:
+        _print_json({**terminal.describe(expansion), "estimate": need.to_dict()})
+        return
+    terminal.show_expansion(expansion)
+    show_estimate(need)
 
 
 @app.command()

@@ -25,32 +25,42 @@ class Rates:
     """Products of float64 matrices."""
     eigh: float
     """`torch.linalg.eigh` in float64, counted as 9·d³ operations."""
+    eigh_host: float
+    """The same on the host, where a GPU has no memory for it."""
     narrow: float
-    """float32 products of a predictor's batch, 64 rows."""
+    """A step of the predictor with its 64 rows, AdamW among it, by the operations of its float32 products."""
     step: float
-    """Seconds that a step of the predictor takes besides its arithmetic and memory traffic."""
+    """Seconds that a step takes besides, whatever its size."""
     memory: float
     """Bytes read or written in element-wise work."""
     bus: float
     """Bytes between host memory and a GPU; without one those are the same."""
 
-    def times(self, cores: int) -> Rates:
-        """Several cores on one unit: products scale with them, a predictor's step is too short to."""
-        scaled = {name: getattr(self, name) * cores for name in ("half", "fp32", "fp64", "eigh")}
+    def times(self, cores: float) -> Rates:
+        """Several cores on one unit, or a part of a GPU: products scale with it, a predictor's step is too short to."""
+        scaled = {name: getattr(self, name) * cores for name in ("half", "fp32", "fp64", "eigh", "eigh_host")}
         return replace(self, **scaled)
 
 
-CPU_CORE = Rates(half=80e9, fp32=80e9, fp64=40e9, eigh=14e9, narrow=55e9, step=250e-6, memory=6e9, bus=math.inf)
-"""A core of a server with AVX-512, MKL, one thread. Measured on a Xeon of 2023 (Sapphire Rapids) at 2 to 3 GHz, whose
-peak is 2 · 16 · 2 operations a cycle in float32; halves are multiplied as float32."""
+CPU_CORE = Rates(
+    half=110e9, fp32=110e9, fp64=60e9, eigh=45e9, eigh_host=45e9, narrow=95e9, step=600e-6, memory=5e9, bus=math.inf
+)
+"""A core of a server with AVX-512 and MKL, one thread, as measured on a Xeon with 2 MB of second-level cache. Halves
+are multiplied as float32; element-wise work is half in fresh memory, which takes three times as long as used memory."""
 
 GPUS: dict[str, Rates] = {
     # NVIDIA A100 80GB SXM data sheet: bf16 312, fp32 19.5, fp64 tensor 19.5 TFLOP/s, 2.04 TB/s.
-    "a100": Rates(half=200e12, fp32=16e12, fp64=14e12, eigh=2e12, narrow=4e12, step=80e-6, memory=1.5e12, bus=20e9),
+    "a100": Rates(
+        half=200e12, fp32=16e12, fp64=14e12, eigh=2e12, eigh_host=45e9, narrow=4e12, step=80e-6, memory=1.5e12, bus=20e9
+    ),
     # NVIDIA H100 SXM data sheet: bf16 989 (dense), fp32 67, fp64 tensor 67 TFLOP/s, 3.35 TB/s.
-    "h100": Rates(half=550e12, fp32=45e12, fp64=45e12, eigh=3e12, narrow=8e12, step=60e-6, memory=2.4e12, bus=40e9),
+    "h100": Rates(
+        half=550e12, fp32=45e12, fp64=45e12, eigh=3e12, eigh_host=45e9, narrow=8e12, step=60e-6, memory=2.4e12, bus=40e9
+    ),
     # NVIDIA H200 SXM data sheet: the H100's arithmetic with 4.8 TB/s.
-    "h200": Rates(half=550e12, fp32=45e12, fp64=45e12, eigh=4e12, narrow=8e12, step=60e-6, memory=3.4e12, bus=40e9),
+    "h200": Rates(
+        half=550e12, fp32=45e12, fp64=45e12, eigh=4e12, eigh_host=45e9, narrow=8e12, step=60e-6, memory=3.4e12, bus=40e9
+    ),
 }
 """Efficiencies taken: bf16 products 0.55 to 0.65 of the peak, fp32 and fp64 0.7 to 0.8, memory 0.7;
 PCIe 4 and 5 with 16 lanes 0.65. eigh is bound by

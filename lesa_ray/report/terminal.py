@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lesa_ray.checkpoint.manifest import Manifest
-from lesa_ray.expansion.estimate import CPU_FLOPS, DISK_BYTES, GPU_FLOPS, estimate
 from lesa_ray.expansion.plan import Old, Plan
 from lesa_ray.expansion.prepare import Expansion
 
@@ -69,9 +68,9 @@ def plan_picture(plan: Plan, *, copies: bool, width: int) -> Text:
 
 
 def show_expansion(expansion: Expansion) -> None:
-    """What the base is, the plan, the size of the result, and what making it needs."""
+    """What the base is, the plan, and the size of the result."""
     show_base(expansion)
-    job, need = expansion.job, estimate(expansion)
+    job = expansion.job
     console.print(
         f"\n[bold]{job.method.name}[/]: {job.plan.base_layers} → {job.plan.layers} layers ({job.method.paper})"
     )
@@ -79,20 +78,8 @@ def show_expansion(expansion: Expansion) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("new layers", "all output projections zero: the function is kept" if job.zero_init else "not zeroed")
     table.add_row("norms, biases", {"lower": "lower neighbour's", "first": "layer 0's"}.get(job.vectors, job.vectors))
-    routes = ", ".join(sorted(set(_routes(expansion).values())))
-    if routes:
-        table.add_row("spectral route", routes)
     table.add_row(
         "result", f"{count(expansion.parameters)} parameters, {size(expansion.nbytes)}, {len(expansion.shards)} file(s)"
-    )
-    table.add_row(
-        "work", f"{len(expansion.units)} unit(s), {need.flops / 1e12:.3g} TFLOP, largest process {size(need.memory)}"
-    )
-    table.add_row(
-        "time",
-        f"about {duration(need.seconds_cpu)} on 2 CPU cores, {duration(need.seconds_gpu)} on one GPU "
-        f"(rough: {CPU_FLOPS / 1e9:.0f} GFLOP/s a core, {GPU_FLOPS / 1e12:.0f} TFLOP/s, "
-        f"storage at {DISK_BYTES / 1e9:.1f} GB/s)",
     )
     console.print(table)
 
@@ -118,7 +105,7 @@ def show_base(expansion: Expansion) -> None:
 
 def describe(expansion: Expansion) -> dict[str, Any]:
     """The same as `show_expansion`, as plain JSON values."""
-    job, need = expansion.job, estimate(expansion)
+    job = expansion.job
     return {
         "base": {
             "name": job.config.base,
@@ -141,28 +128,12 @@ def describe(expansion: Expansion) -> dict[str, Any]:
             ],
             "zero_init": job.zero_init,
             "vectors": job.vectors,
-            "routes": _routes(expansion),
         },
         "result": {
             "parameters": expansion.parameters,
             "bytes": expansion.nbytes,
             "files": [shard.file for shard in expansion.shards],
         },
-        "estimate": need.__dict__,
-    }
-
-
-def _routes(expansion: Expansion) -> dict[str, str]:
-    """The spectral route of each weight type; empty for methods that take none."""
-    job = expansion.job
-    if job.method.name != "lesa":
-        return {}
-    from lesa_ray.lesa.spectral import choose_route
-
-    svd, rank = job.config.lesa.svd, job.config.lesa.rank
-    return {
-        t.name: choose_route(t.d1, t.d2, job.anatomy.layers, rank) if svd == "auto" else svd
-        for t in job.anatomy.matrices
     }
 
 
@@ -181,7 +152,7 @@ def fit_table(manifest: Manifest) -> Table | None:
         scores = fit["held_out"] or fit["trained"]
         table.add_row(
             name.removesuffix(".weight"),
-            f"{fit['train_loss'][-1]:.3g}",
+            f"{fit['train_loss'][-1] if fit['train_loss'] else fit['trained']['predictor']['loss']:.3g}",
             f"{fit['held_out']['predictor']['loss']:.3g}" if fit["held_out"] else "–",
             *(_number(scores["predictor"][key]) for key in ("r2", "cosine")),
             *(_number(scores.get(rival, {}).get("r2")) for rival in ("mean", "ridge")),

@@ -1,0 +1,36 @@
+"""What LESA's cost model has to know of a unit, taken from the job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from lesa_ray.checkpoint.anatomy import WeightType
+from lesa_ray.checkpoint.reader import FLOAT_BYTES
+from lesa_ray.expansion.method import Job
+from lesa_ray.lesa.cost import Task
+
+
+def lesa_task(
+    job: Job,
+    types: Iterable[WeightType],
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    memory_budget: int | None = None,
+    device_memory: int = 0,
+) -> Task:
+    """The unit that fits `types`: one weight type, or experts of one shape that share a basis and a predictor."""
+    members = list(types)
+    return Task(
+        d1=members[0].d1,
+        d2=members[0].d2,
+        layers=job.anatomy.layers,
+        slots=len(job.plan.slots) * len(members),
+        settings=job.config.lesa,
+        checkpoints=len(members) * (1 + len(job.config.variants)),
+        basis=len(members),
+        element_bytes=FLOAT_BYTES[members[0].dtype],
+        device=device,
+        memory_budget=memory_budget,
+        device_memory=device_memory,
+    )
