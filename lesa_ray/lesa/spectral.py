@@ -4,11 +4,11 @@ Put side by side, the L matrices W_i (d1, d2) of one weight type are W = [W_1 �
 2502.13794, section 3). W is never built but in the route `exact`; the others stream the layers:
 
 exact       torch.linalg.svd of W. The reference, for tests and small models; slower, all layers in memory.
-gram        G = Σ W_i W_iᵀ = U Σ² Uᵀ, eigh in float64. Two passes over the layers; d1² · 8 bytes for G, four
-            times that at the peak of eigh. With U orthonormal, U Uᵀ W_i = W_i whatever the error of Σ, so the
-            full-rank reconstruction is as exact as U.
+gram        G = Σ W_i W_iᵀ = U Σ² Uᵀ, eigh in float64. Two passes over the layers; they are read once, and wait in the
+            place of their coefficients, if that is in memory. d1² · 8 bytes for G, three times that in eigh. With U
+            orthonormal, U Uᵀ W_i = W_i whatever the error of Σ, so the full-rank reconstruction is as exact as U.
 randomized  A random range finder with power iterations and a small Gram matrix on it (Halko, Martinsson,
-            Tropp 2011, algorithms 4.4 and 5.1). 3 + power_iterations passes, (d1 + d2) · rank memory.
+            Tropp 2011, algorithms 4.4 and 5.1). 2 + power_iterations passes, (d1 + d2) · rank memory.
             Approximate: `captured` says how much of the energy ‖W‖² it found.
 none        Identity basis, the weights are their own coefficients: the paper's ablation without SVD.
 
@@ -20,8 +20,9 @@ are dropped.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,9 @@ from torch import Tensor
 
 from lesa_ray.config import SvdRoute
 from lesa_ray.errors import UserError
-from lesa_ray.lesa.streams import Layers, Load, allocate, generator_for, square_norm, working_dtype
+from lesa_ray.lesa.clock import Clock
+from lesa_ray.lesa.room import Room, fits_device
+from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
 
 GRAM_MEMORY = 32 * 2**30
 """Bytes that G, its eigenvectors and eigh's workspace (4 · d1² doubles) may take in route `auto`: d1 up to 32,768."""
@@ -38,8 +41,12 @@ GRAM_ALWAYS = 2048
 RANK_SHARE = 8
 """`randomized` does (2 + 2·power_iterations + 2) · d1 · rank multiplications per column, `gram` d1² + 2 · d1
 · rank and the cubic eigh: with the default 2 iterations the first is cheaper from rank ≤ d1/8 on."""
+EIGH_MATRICES = 3
+"""d1² doubles at the peak of eigh: the matrix, in which the eigenvectors come back, and a workspace of two."""
 GRAM_ROWS = 256
 """Rows of G summed at once; only blocks on and below the diagonal are computed, about half of the products."""
+GRAM_ROWS_CUDA = 2048
+"""The same on a GPU, which needs larger blocks to be busy."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,11 @@ class Decomposition:
     sigma: Tensor
     """Σ: (r,) float64 on the CPU, descending but for rounding; ones in route `none`."""
     coefficients: Tensor
-    """V: (checkpoints, L, r, d2) on the CPU, the base first."""
+    """V: (checkpoints, L, r, d2), the base first; on the compute device, in host memory or in a mapped file."""
     squares: Tensor
     """‖W_i‖²_F: (checkpoints, L) float64."""
+    basis: range
+    """The checkpoints that the basis is of."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,10 +73,10 @@ class Decomposition:
 
     @property
     def captured(self) -> float:
-        """Share of the base's energy ‖W‖²_F that lies in the basis; 1 − captured is the squared relative error."""
+        """Share of the energy ‖W‖²_F that lies in the basis; 1 − captured is the squared relative error."""
         if self.left is None:
             return 1.0
-        total = float(self.squares[0].sum())
+        total = float(self.squares[list(self.basis)].sum())
         return min(float(self.sigma.square().sum()) / total, 1.0) if total > 0 else 1.0
 
     def compose(self, coefficients: Tensor) -> Tensor:
@@ -96,6 +105,7 @@ def decompose(
     loads: Sequence[Load],
     layers: int,
     *,
+    basis: int = 1,
     svd: SvdRoute = "auto",
     rank: int | None = None,
     oversampling: int = 10,
@@ -104,59 +114,108 @@ def decompose(
     device: str = "cpu",
     scratch_dir: str | None = None,
     memory_budget: int | None = None,
+    clock: Clock | None = None,
 ) -> Decomposition:
-    """Basis of the base checkpoint `loads[0]`, and in it the coefficients of every checkpoint of `loads`.
+    """Basis of the first `basis` checkpoints of `loads`, and in it the coefficients of all of them.
 
+    memory_budget: bytes of host memory in all; without room for them in it, the coefficients lie in `scratch_dir`.
+    clock: is charged with the phases load, gram, eigh, range, svd and project.
     Raises: UserError for weights that are not finite float matrices of one shape.
     """
-    base = Layers(loads[0], layers)
-    d1, d2 = base.shape
-    dtype = working_dtype(base.dtype)
+    clock = clock or Clock()
+    source = Layers(loads, layers, device, clock)
+    d1, d2 = source.shape
+    dtype = working_dtype(source.dtype)
     route = choose_route(d1, d2, layers, rank) if svd == "auto" else svd
-    keep = min(rank or d1, d1, layers * d2)
-    left: Tensor | None = None
-    if route == "none":
-        if rank is not None:
-            raise UserError(
-                f"rank {rank} with svd none: without a decomposition there are no directions to choose from"
-            )
-        keep = d1
+    if route == "none" and rank is not None:
+        raise UserError(f"rank {rank} with svd none: without a decomposition there are no directions to choose from")
+    directions = min(d1, basis * source.columns)
+    keep = d1 if route == "none" else min(rank or d1, directions)
+    rows = min(keep + oversampling, directions) if route == "randomized" else keep
+    room = Room((len(loads), layers, rows, d2), dtype, device, scratch_dir, memory_budget)
+    own = range(basis)
+
+    held = False
+    frame: Tensor | None = None  # (d1, rows), orthonormal columns
+    if route == "gram":
+        # Each layer is read once: until it is projected it lies where its coefficients will.
+        held = room.holds(d1 * d2 * source.dtype.itemsize) and room.take(EIGH_MATRICES * 8 * d1 * d1, or_file=False)
+        with clock.phase("gram"):
+            gram = _gram(source, own, device, room if held else None)
+        with clock.phase("eigh"):
+            frame = _leading(gram, keep, dtype).to(device)
+            del gram
     elif route == "exact":
-        left = _exact(base, device)[:, :keep]
-    elif route == "gram":
-        left = _leading(_gram(base, device), keep)
-    else:
-        left = _randomized(base, keep, oversampling, power_iterations, seed, device)
-    if left is not None:
-        left = _fix_signs(left).to(dtype).contiguous()
+        with clock.phase("svd"):
+            frame = _fix_signs(_exact(source, own)[:, :keep].contiguous())
+    elif route == "randomized":
+        with clock.phase("range"):
+            frame = _range(source, own, rows, power_iterations, seed).to(dtype)
 
-    coefficients = allocate((len(loads), layers, keep, d2), dtype, scratch_dir, memory_budget)
-    squares = torch.empty(len(loads), layers, dtype=torch.float64)
-    energy = torch.zeros(keep, dtype=torch.float64, device=device)
-    for c, load in enumerate(loads):
-        for i, weight in enumerate(base if c == 0 else Layers(load, layers, base.shape)):
-            squares[c, i] = square_norm(weight)
-            projected = weight.to(device, dtype) if left is None else left.T @ weight.to(device, dtype)
-            if c == 0:
-                energy += torch.linalg.vector_norm(projected, dim=1, dtype=torch.float64).square()
-            coefficients[c, i] = projected
-    if left is None:
-        return Decomposition(route, None, torch.ones(keep, dtype=torch.float64), coefficients, squares)
-
-    sigma = energy.sqrt().cpu()
-    kept = sigma > _rounding(d1, layers * d2, dtype) * sigma.max()
-    if not bool(kept.all()):
-        # Directions at rounding level get no row of V: divided by their Σ, noise would become training rows.
+    with clock.phase("project"):
+        room.take(0 if frame is None else frame.nbytes, or_file=True)
+        coefficients = room.tensor
+        if held:
+            for c, i in itertools.product(own, range(layers)):
+                weight = room.layer(c, i, source.shape, source.dtype).to(device, dtype)
+                coefficients[c, i] = _projected(frame, weight)
+        rest = range(basis, len(loads)) if held else range(len(loads))
+        for c, i, weight in source.stream(rest) if rest else ():
+            coefficients[c, i] = _projected(frame, weight.to(dtype))
+        if frame is None:
+            return Decomposition(route, None, torch.ones(keep, dtype=torch.float64), coefficients, source.squares, own)
+        flat = coefficients.flatten(0, 1)
+        if route == "randomized":
+            frame = _rotate(flat, basis * layers, frame, keep)
+            flat = flat.flatten()[: len(flat) * keep * d2].view(-1, keep, d2)
+        energy = torch.zeros(keep, dtype=torch.float64, device=device)
+        for one in flat[: basis * layers]:
+            energy += torch.linalg.vector_norm(one.to(device), dim=1, dtype=torch.float64).square()
+        sigma = energy.sqrt().cpu()
+        kept = sigma > _rounding(d1, basis * source.columns, dtype) * sigma.max()
         kept[0] = True  # all-zero weights keep one direction, whose coefficients are zero
-        sigma, left = sigma[kept], left[:, kept.to(device)].contiguous()
-        smaller = allocate((len(loads), layers, len(sigma), d2), dtype, scratch_dir, memory_budget)
-        for target, source in zip(smaller.flatten(0, 1), coefficients.flatten(0, 1), strict=True):
-            target.copy_(source[kept])
-        coefficients = smaller
-    divisor = sigma.clamp_min(torch.finfo(dtype).tiny).to(dtype).unsqueeze(1)
-    for layer in coefficients.flatten(0, 1):
-        layer.div_(divisor)
-    return Decomposition(route, left, sigma, coefficients, squares)
+        # Directions at rounding level get no row of V: divided by their Σ, noise would become training rows.
+        chosen = kept.nonzero().flatten()
+        sigma = sigma[chosen]
+        divisor = sigma.clamp_min(torch.finfo(dtype).tiny).to(dtype).unsqueeze(1)
+        if len(chosen) < keep:
+            frame = frame[:, chosen.to(device)].contiguous()
+            flat = _each(flat, len(chosen), lambda one: one[chosen.to(one.device)] / divisor.to(one.device))
+        else:
+            for one in flat:
+                one.div_(divisor.to(one.device))
+    coefficients = flat.view(len(loads), layers, len(chosen), d2)
+    return Decomposition(route, frame, sigma, coefficients, source.squares, own)
+
+
+def _projected(frame: Tensor | None, weight: Tensor) -> Tensor:
+    return weight if frame is None else frame.T @ weight
+
+
+def _rotate(flat: Tensor, basis: int, frame: Tensor, keep: int) -> Tensor:
+    """Turn coefficients in a frame (layers, rows, d2) into those of the `keep` leading directions in its span, in the
+    same memory; `basis` of the layers count. Returns those directions, (d1, keep)."""
+    rows = frame.shape[1]
+    small = torch.zeros(rows, rows, dtype=torch.float64, device=frame.device)
+    for one in flat[:basis]:
+        add_gram(small, one.to(frame.device))
+    turn = _leading(small, keep, frame.dtype)
+    left = frame @ turn
+    turn *= _signs(left)
+    _each(flat, keep, lambda one: turn.T @ one.to(frame.device))
+    return _fix_signs(left)
+
+
+def _each(flat: Tensor, rows: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Replace each of the layers (n, before, d2) by `change` of it, (n, rows, d2), rows ≤ before, in the same memory.
+
+    Layer i goes where layers 0 … i lay, all of which have been read.
+    """
+    n, _, d2 = flat.shape
+    after = flat.flatten()[: n * rows * d2].view(n, rows, d2)
+    for i in range(n):
+        after[i] = change(flat[i].clone())
+    return after
 
 
 def _rounding(d1: int, columns: int, dtype: torch.dtype) -> float:
@@ -166,77 +225,95 @@ def _rounding(d1: int, columns: int, dtype: torch.dtype) -> float:
     return max(math.sqrt(max(d1, columns)) * torch.finfo(dtype).eps, 1e-7)
 
 
-def _exact(base: Layers, device: str) -> Tensor:
+def _exact(source: Layers, own: range) -> Tensor:
     """U of the concatenation: (d1, min(d1, L·d2)), descending."""
-    wide = torch.cat([weight.to(device, working_dtype(base.dtype)) for weight in base], dim=1)
+    wide = torch.cat([weight.to(working_dtype(source.dtype)) for _, _, weight in source.stream(own)], dim=1)
     left: Tensor = torch.linalg.svd(wide, full_matrices=False).U
     return left
 
 
-def _gram(base: Layers, device: str) -> Tensor:
-    """G = Σ W_i W_iᵀ: (d1, d1) float64, of which only the blocks on and below the diagonal are filled."""
-    gram = torch.zeros(base.shape[0], base.shape[0], dtype=torch.float64, device=device)
-    for weight in base:
-        add_gram(gram, weight.to(device))
+def _gram(source: Layers, own: range, device: str, room: Room | None) -> Tensor:
+    """G = Σ W_i W_iᵀ: (d1, d1) float64, of which only the blocks on and below the diagonal are filled.
+
+    On the device if it, its eigenvectors and eigh's workspace fit there, else in host memory, summed in row blocks.
+    room: where to leave the layers.
+    """
+    d1 = source.shape[0]
+    where = device if fits_device(EIGH_MATRICES * 8 * d1 * d1, device) else "cpu"
+    gram = torch.zeros(d1, d1, dtype=torch.float64, device=where)
+    for c, i, weight in source.stream(own):
+        if room is not None:
+            room.layer(c, i, source.shape, source.dtype).copy_(weight)
+        add_gram(gram, weight)
     return gram
 
 
 def add_gram(gram: Tensor, weight: Tensor) -> None:
-    """gram += weight · weightᵀ on and below the diagonal, in row blocks.
+    """gram += weight · weightᵀ on and below the diagonal, in row blocks; gram (d1, d1) float64 on any device.
 
-    Half-precision weights on CUDA are multiplied as they are and accumulated in float32: their products are
-    exact there, and tensor cores do them many times faster than float64 units. Directions below about 1e-3 of
-    the largest then mix among themselves, which no reconstruction notices. All else is multiplied in float64.
+    Half-precision weights are multiplied in float32 (on CUDA as they are, by tensor cores, with float32 sums): their
+    products are exact there, a layer's sum is good to 1e-7 of the largest direction's energy, and sums over layers are
+    float64. Directions below about 1e-3 of the largest then mix among themselves; such weights are themselves rounded
+    to 2e-3 or more. All else is multiplied in float64.
     """
-    halves = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
-    weight = weight if halves else weight.to(gram.dtype)
-    for start in range(0, len(weight), GRAM_ROWS):
-        rows, end = weight[start : start + GRAM_ROWS], min(start + GRAM_ROWS, len(weight))
+    halves = weight.dtype in (torch.bfloat16, torch.float16)
+    if not halves:
+        weight = weight.double()
+    elif not weight.is_cuda:
+        weight = weight.float()
+    size = GRAM_ROWS_CUDA if weight.is_cuda else GRAM_ROWS
+    for start in range(0, len(weight), size):
+        rows, end = weight[start : start + size], min(start + size, len(weight))
         target = gram[start:end, :end]
-        if halves:
-            target += torch.mm(rows, weight[:end].T, out_dtype=torch.float32)
+        if halves and weight.is_cuda:
+            target += torch.mm(rows, weight[:end].T, out_dtype=torch.float32).to(gram.device)
+        elif halves or gram.device != weight.device:
+            target += (rows @ weight[:end].T).to(gram.device)
         else:
             target.addmm_(rows, weight[:end].T)
 
 
-def _leading(gram: Tensor, keep: int) -> Tensor:
-    """The `keep` leading eigenvectors of a Gram matrix given by its lower triangle, descending: (d1, keep)
-    float64."""
-    vectors: Tensor = torch.linalg.eigh(gram, UPLO="L").eigenvectors
-    return vectors[:, -keep:].flip(1)
+def _leading(gram: Tensor, keep: int, dtype: torch.dtype) -> Tensor:
+    """The `keep` leading eigenvectors of a Gram matrix given by its lower triangle, descending: (d1, keep).
+
+    The matrix is used up: eigh, which wants columns, leaves its vectors in it, so that the peak is three times d1²
+    doubles, with LAPACK's workspace, and not four.
+    """
+    columns = gram.mT
+    vectors = torch.linalg.eigh(columns, UPLO="U", out=(gram.new_empty(len(gram)), columns)).eigenvectors
+    return _fix_signs(vectors[:, -keep:].to(dtype).flip(1).contiguous())
 
 
-def _randomized(base: Layers, keep: int, oversampling: int, iterations: int, seed: int, device: str) -> Tensor:
-    """Approximate leading `keep` left singular vectors: (d1, keep) float64.
+def _range(source: Layers, own: range, rows: int, iterations: int, seed: int) -> Tensor:
+    """An orthonormal frame that holds nearly all of the leading left singular vectors: (d1, rows) float64.
 
     Each iteration is Q ← orth(W Wᵀ Q), both products per layer in one pass, and is orthonormalised, or all
     columns would turn towards the first singular vector. Ω_i comes from a generator of its layer's own, so it
     does not depend on order.
     """
-    d1, d2 = base.shape
-    dtype = working_dtype(base.dtype)
-    width = min(keep + oversampling, d1, len(base) * d2)
-    sample = torch.zeros(d1, width, dtype=torch.float64, device=device)
-    for i, weight in enumerate(base):
-        omega = torch.randn(d2, width, generator=generator_for(seed, "range", i), dtype=dtype)
-        sample += weight.to(device, dtype) @ omega.to(device)
+    d1, d2 = source.shape
+    dtype = working_dtype(source.dtype)
+    sample = torch.zeros(d1, rows, dtype=torch.float64, device=source.device)
+    for c, i, weight in source.stream(own):
+        omega = torch.randn(d2, rows, generator=generator_for(seed, "range", c * source.count + i), dtype=dtype)
+        sample += weight.to(dtype) @ omega.to(source.device)
     found: Tensor = torch.linalg.qr(sample).Q
     for _ in range(iterations):
         narrow = found.to(dtype)
         sample.zero_()
-        for weight in base:
-            local = weight.to(device, dtype)
+        for _, _, weight in source.stream(own):
+            local = weight.to(dtype)
             sample += local @ (local.T @ narrow)
         found = torch.linalg.qr(sample).Q
-    small = torch.zeros(width, width, dtype=torch.float64, device=device)
-    narrow = found.to(dtype)
-    for weight in base:
-        add_gram(small, narrow.T @ weight.to(device, dtype))
-    return found @ _leading(small, keep)
+    return found
 
 
 def _fix_signs(left: Tensor) -> Tensor:
-    """Turn each column so that its entry of largest magnitude is positive: routes and libraries choose signs
-    freely."""
-    largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
-    return left * torch.where(largest < 0, -1.0, 1.0).to(left)
+    """Turn each column so that its entry of largest magnitude is positive (in place): routes and libraries choose
+    signs freely."""
+    return left.mul_(_signs(left))
+
+
+def _signs(left: Tensor) -> Tensor:
+    """(columns,) of ±1."""
+    return torch.where(left.amax(dim=0) < -left.amin(dim=0), -1.0, 1.0).to(left)

@@ -1,22 +1,20 @@
-"""What flows into the core and where it is kept: checked layers in, one coefficient tensor, one seed per purpose.
+"""What flows into the core: checked layers, one at a time and the next one read ahead, and one seed per purpose.
 
-Layers arrive one at a time from a callable, so that a unit of work never holds all of them. The coefficients
-are the only large thing it keeps; above `memory_budget` bytes they live in a file that is mapped into memory
-and unlinked at once, so that the disk space is free again when the process ends, however it ends.
+Layers arrive from a callable, so that a unit of work never holds all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import UserError
+from lesa_ray.lesa.clock import Clock
 
 Load = Callable[[int], Tensor]
 """Layer number → its weight (d1, d2), any float dtype, on the CPU. Called several times per layer."""
@@ -33,70 +31,76 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(seed, *purpose))
 
 
-def square_norm(weight: Tensor) -> float:
-    """‖W‖²_F in float64."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-
-
 class Layers:
-    """The layers of one checkpoint, checked and streamed: each iteration loads them again; only layer 0 is kept.
+    """The layers of some checkpoints, checked and streamed to the compute device, the next one read ahead.
+
+    Iterating loads them again; nothing is kept. At most three layers are alive: the one in use, the next, and the one
+    that the reader holds while it is moved. Each layer's ‖W‖²_F is noted when it first comes by.
 
     Raises, while it is read: UserError for a layer that is not a float matrix of the same shape as the others
     or holds NaN or Inf. The line names the layer; who knows the tensor's name wraps `load`.
     """
 
-    def __init__(self, load: Load, count: int, shape: tuple[int, int] | None = None) -> None:
-        self._load, self._count = load, count
-        first = load(0)
+    def __init__(self, loads: Sequence[Load], count: int, device: str = "cpu", clock: Clock | None = None) -> None:
+        self.count, self.device = count, torch.device(device)
+        self._loads, self._clock = loads, clock or Clock()
+        cuda = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if cuda else None  # type: ignore[no-untyped-call]
+        self.squares = torch.full((len(loads), count), math.nan, dtype=torch.float64)
+        """‖W‖²_F of each layer, (checkpoints, layers); NaN before it was read."""
+        first = loads[0](0)
         if first.ndim != 2 or not first.is_floating_point():
             raise UserError(f"layer 0: expected a float matrix, found {first.dtype} of shape {tuple(first.shape)}")
-        self.shape: tuple[int, int] = shape or (first.shape[0], first.shape[1])
+        self.shape: tuple[int, int] = (first.shape[0], first.shape[1])
         self.dtype = first.dtype
-        self._first = self._checked(0, first)
 
-    def __len__(self) -> int:
-        return self._count
+    @property
+    def columns(self) -> int:
+        """Columns of one checkpoint's concatenation."""
+        return self.count * self.shape[1]
 
-    def __iter__(self) -> Iterator[Tensor]:
-        yield self._first
-        for i in range(1, self._count):
-            yield self._checked(i, self._load(i))
+    def stream(self, checkpoints: range | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """(checkpoint, layer, weight on the device) in order; all checkpoints by default."""
+        wanted = [(c, i) for c in checkpoints or range(len(self._loads)) for i in range(self.count)]
+        with ThreadPoolExecutor(1, "layers") as reader:
+            coming = reader.submit(self._fetch, *wanted[0])
+            for at, (c, i) in enumerate(wanted):
+                with self._clock.phase("load"):
+                    weight = coming.result()
+                if at + 1 < len(wanted):
+                    coming = reader.submit(self._fetch, *wanted[at + 1])
+                else:
+                    del coming
+                yield c, i, weight
+                del weight
 
-    def _checked(self, layer: int, weight: Tensor) -> Tensor:
+    def _fetch(self, checkpoint: int, layer: int) -> Tensor:
+        """Runs in the reader's thread; on a GPU the copy has a stream of its own, beside the products."""
+        weight = self._loads[checkpoint](layer)
         if tuple(weight.shape) != self.shape or weight.dtype != self.dtype:
             found = f"{weight.dtype} of shape {tuple(weight.shape)}"
             raise UserError(f"layer {layer}: found {found}, expected {self.dtype} of shape {self.shape}")
-        # The sum of squares is finite if and only if every entry is: one pass, no mask.
-        if not math.isfinite(square_norm(weight)):
-            raise UserError(f"layer {layer}: holds NaN or Inf; the weights must be finite")
+        if self._copies is None:
+            self._look_at(checkpoint, layer, weight)
+            return weight
+        with torch.cuda.stream(self._copies):
+            weight = weight.to(self.device)
+            self._look_at(checkpoint, layer, weight)
+        self._copies.synchronize()
+        weight.record_stream(torch.cuda.default_stream(self.device))  # its memory was taken here and is used there
         return weight
+
+    def _look_at(self, checkpoint: int, layer: int, weight: Tensor) -> None:
+        if not math.isnan(float(self.squares[checkpoint, layer])):
+            return
+        # Row blocks: the norm of the whole would first be a copy in float64, four times a bfloat16 layer.
+        norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in weight.split(256)]
+        square = float(torch.stack(norms).square().sum())
+        if not math.isfinite(square):  # finite if and only if every entry is: one pass, no mask
+            raise UserError(f"layer {layer}: holds NaN or Inf; the weights must be finite")
+        self.squares[checkpoint, layer] = square
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Coefficients are float32, or float64 where the weights are."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, scratch_dir: str | None, memory_budget: int | None) -> Tensor:
-    """An uninitialised CPU tensor: in memory up to `memory_budget` bytes, above it in a vanishing file.
-
-    Without a `scratch_dir` or without a budget it is always in memory.
-
-    Raises: MachineError if the file cannot be made or the disk has no room for it.
-    """
-    count = math.prod(shape)
-    if scratch_dir is None or memory_budget is None or count * dtype.itemsize <= memory_budget:
-        return torch.empty(shape, dtype=dtype)
-    size = count * dtype.itemsize
-    try:
-        handle, path = tempfile.mkstemp(prefix="coefficients-", dir=scratch_dir)
-        try:
-            # Blocks are reserved now, so that a full disk is an error here and no bus error in the middle of the work.
-            os.posix_fallocate(handle, 0, size)
-            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
-        finally:
-            os.close(handle)
-            os.unlink(path)
-    except OSError as error:
-        what = f"cannot reserve {size / 1e9:.1f} GB of scratch space"
-        raise MachineError(f"{scratch_dir}: {what}: {error.strerror}") from error

@@ -30,6 +30,8 @@ def test_full_rank_is_the_svd(route, dtype, shape):
     parts = decompose([loader(layers)], len(layers), svd=route)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     precision = 1e-12 if dtype == torch.float64 else 2e-6
+    # The Gram matrix of halves is summed in float32: small directions may turn a little among themselves.
+    span = 1e-3 if route == "gram" and dtype.itemsize == 2 else 20 * precision
 
     assert parts.route == route
     assert parts.left.dtype == parts.coefficients.dtype == working
@@ -38,12 +40,12 @@ def test_full_rank_is_the_svd(route, dtype, shape):
     left = parts.left.double().numpy()
     np.testing.assert_allclose(left.T @ left, np.eye(len(s)), atol=precision)
     for k in (1, 5, len(s)):
-        np.testing.assert_allclose(left[:, :k] @ left[:, :k].T, u[:, :k] @ u[:, :k].T, atol=20 * precision)
+        np.testing.assert_allclose(left[:, :k] @ left[:, :k].T, u[:, :k] @ u[:, :k].T, atol=span)
     for i, layer in enumerate(layers):
         rebuilt = parts.compose(parts.coefficients[0, i]).double().numpy()
         np.testing.assert_allclose(rebuilt, layer.double().numpy(), atol=precision * s[0])
     rows = parts.coefficients[0].double().numpy().transpose(1, 0, 2).reshape(len(s), -1)
-    np.testing.assert_allclose(rows @ rows.T, np.eye(len(s)), atol=20 * precision)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(len(s)), atol=span)
     assert parts.captured == pytest.approx(1, abs=1e-6)
 
 
