@@ -2,21 +2,19 @@
 
 1. spectral: basis U Σ common to all layers, coefficients V_i of each;
 2. triples (V_{i−1}, V_i, V_{i+1}), a seeded share of them held out;
-3. G is trained on the rest;
-4. it is scored beside its yardsticks, on the triples it saw and on those it did not;
+3. G is trained on the rest, or solved for in closed form (predictor `ridge`);
+4. it is scored beside its yardsticks, on some of the triples it saw and on those it did not;
 5. slots: a new layer between two layers gets W = U Σ G([V_lower, V_upper]).
 
 Fine-tunes of the base, of the same shape, may add triples, taken in the base's basis, as the paper's do. Cost at
-d1 = d2 = d and L layers: about 3·L·d³ + 10·d³ operations for the basis, 14·d·hidden per row and epoch for G, 6·L·d³ for
+d1 = d2 = d and L layers: about 3·L·d³ + 10·d³ operations for the basis, 14·d·hidden per row and epoch for G, 5·L·d³ for
 ridge, and one copy of the layers in float32, in memory or in a scratch file. Knows no files, tensor names or Ray.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +22,16 @@ from torch import Tensor
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
 from lesa_ray.lesa import yardsticks
+from lesa_ray.lesa.clock import Clock
 from lesa_ray.lesa.predictor import Predictor, Progress, train
 from lesa_ray.lesa.report import FitReport, Predict, Score, score
+from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Load, generator_for
+
+SCORED = 4
+"""Training triples that are scored where fewer are held out. Predicting one by ridge takes nearly as long as adding it
+to the normal equations: with all of them the fit would take almost twice as long."""
 
 
 def fit_weight_type(
@@ -50,54 +54,53 @@ def fit_weight_type(
     and a neighbour may be a new one that comes earlier: its predicted coefficients are then used.
 
     `load(i)` gives layer i of the base, each of `variants` the same of another checkpoint; layers are loaded
-    two or more times. Coefficients above `memory_budget` bytes go
+    once or more, in a thread. Coefficients above `memory_budget` bytes go
     to a vanishing file in `scratch_dir`. The same arguments give the same bytes on the same kind of device
     with the same number of threads.
 
-    Raises: UserError for fewer than 3 layers, and for layers that are not finite float matrices of one shape.
+    Raises: UserError for fewer than 3 layers, for layers that are not finite float matrices of one shape, and for
+    predictor ridge where its system is too large.
     """
     if layers < 3:
         raise UserError(f"LESA learns from three layers in a row; the base has {layers}")
-    clock = _Clock()
+    clock = Clock()
     report = progress or (lambda phase, share: None)
     report("decomposing", 0.0)
     with torch.no_grad():
-        with clock.phase("spectral"):
-            parts = decompose(
-                [clock.timed("load", source) for source in (load, *variants)],
-                layers,
-                svd=settings.svd,
-                rank=settings.rank,
-                oversampling=settings.oversampling,
-                power_iterations=settings.power_iterations,
-                seed=seed,
-                device=device,
-                scratch_dir=scratch_dir,
-                memory_budget=memory_budget,
-            )
-        coefficients = _on_device(parts.coefficients.flatten(0, 1), device)  # (checkpoints · L, r, d2)
+        parts = decompose(
+            [load, *variants],
+            layers,
+            svd=settings.svd,
+            rank=settings.rank,
+            oversampling=settings.oversampling,
+            power_iterations=settings.power_iterations,
+            seed=seed,
+            device=device,
+            scratch_dir=scratch_dir,
+            memory_budget=memory_budget,
+            clock=clock,
+        )
+        coefficients = parts.coefficients.flatten(0, 1)  # (checkpoints · L, r, d2)
         _, r, d2 = coefficients.shape
 
         training, held_out = split_triples(1 + len(variants), layers, settings.holdout, seed)
 
         with clock.phase("train"):
-            predictor = Predictor(d2, settings.hidden, coefficients.dtype, device, seed)
-            losses = train(predictor, coefficients, training, settings, seed, _between(report, 0.1, 0.9))
+            predictor, losses = _fit_predictor(
+                coefficients, training, settings, seed, device, _between(report, 0.1, 0.9)
+            )
 
         with clock.phase("yardsticks"):
-            skipped = yardsticks.why_no_ridge(d2, device)
-            rivals: dict[str, Predict] = {
-                "predictor": predictor,
-                "zero": yardsticks.zero,
-                "mean": yardsticks.mean,
-            }
+            rivals: dict[str, Predict] = {"predictor": predictor, "zero": yardsticks.zero, "mean": yardsticks.mean}
+            skipped = _why_no_yardstick(settings, d2, device)
             if skipped is None:
-                rivals["ridge"] = yardsticks.fit_ridge(coefficients, training, device)
+                rivals["ridge"] = fit_ridge(coefficients, training, settings.ridge, device)
 
             def scores(middles: list[int]) -> dict[str, Score]:
                 return score(rivals, parts, coefficients, middles, settings.norm_weight, settings.batch_size, device)
 
-            on_training, on_held_out = scores(training), scores(held_out) if held_out else None
+            scored = evenly(training, max(len(held_out), SCORED))
+            on_training, on_held_out = scores(scored), scores(held_out) if held_out else None
 
         with clock.phase("predict"):
             ratio = _fill(slots, layers, predictor, parts, coefficients, store, _between(report, 0.9, 1.0))
@@ -107,12 +110,14 @@ def fit_weight_type(
         d2=d2,
         layers=layers,
         checkpoints=1 + len(variants),
+        predictor=settings.predictor,
         rank=r,
         route=parts.route,
         captured=parts.captured,
         sigma_max=float(parts.sigma.max()),
         sigma_min=float(parts.sigma.min()),
         triples_trained=len(training),
+        triples_scored=len(scored),
         triples_held_out=len(held_out),
         rows_trained=len(training) * r,
         rows_held_out=len(held_out) * r,
@@ -138,10 +143,39 @@ def split_triples(checkpoints: int, layers: int, holdout: float, seed: int) -> t
     return sorted(chosen[count:]), sorted(chosen[:count])
 
 
+def evenly(middles: Sequence[int], count: int) -> list[int]:
+    """At most `count` of them (two or more), spread from the first to the last."""
+    if len(middles) <= count:
+        return list(middles)
+    return [middles[round(at * (len(middles) - 1) / (count - 1))] for at in range(count)]
+
+
+def _fit_predictor(
+    coefficients: Tensor, training: Sequence[int], settings: LesaSettings, seed: int, device: str, progress: Progress
+) -> tuple[Predict, list[float]]:
+    """What makes the new layers, and the loss of each epoch where it is trained by epochs."""
+    d2 = coefficients.shape[2]
+    if settings.predictor == "ridge":
+        require_ridge(f"weights of {d2} columns", d2, device)
+        progress("solving for the predictor", 0.0)
+        return fit_ridge(coefficients, training, settings.ridge, device), []
+    network = Predictor(d2, settings.hidden, coefficients.dtype, device, seed)
+    return network, train(network, coefficients, training, settings, seed, progress)
+
+
+def _why_no_yardstick(settings: LesaSettings, d2: int, device: str) -> str | None:
+    """Why ridge is no yardstick of this fit, or None."""
+    if settings.predictor == "ridge":
+        return "it is the predictor"
+    if not settings.ridge_yardstick:
+        return "not wanted"
+    return why_no_ridge(d2, device)
+
+
 def _fill(
     slots: Sequence[tuple[int, int, int]],
     layers: int,
-    predictor: Predictor,
+    predictor: Predict,
     parts: Decomposition,
     coefficients: Tensor,
     store: Callable[[int, Tensor], None],
@@ -180,37 +214,3 @@ def _fill(
 def _between(progress: Progress, start: float, end: float) -> Progress:
     """Progress of one step, which takes the unit from share `start` to share `end`."""
     return lambda phase, share: progress(phase, start + share * (end - start))
-
-
-def _on_device(coefficients: Tensor, device: str) -> Tensor:
-    """The coefficients on a GPU if they take at most three quarters of its free memory, else where they are.
-
-    Where they lie decides the speed of a gather, not a single bit of the result.
-    """
-    if torch.device(device).type != "cuda":
-        return coefficients
-    torch.cuda.empty_cache()  # eigh's workspace, otherwise still counted as taken
-    free, _ = torch.cuda.mem_get_info(device)
-    return coefficients.to(device) if coefficients.nbytes <= 0.75 * free else coefficients
-
-
-class _Clock:
-    """Seconds by phase; time spent in `load` is counted there and not in the phase around it."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("load", "spectral", "train", "yardsticks", "predict"), 0.0)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start, loaded = time.perf_counter(), self.seconds["load"]
-        yield
-        self.seconds[name] += time.perf_counter() - start - (self.seconds["load"] - loaded)
-
-    def timed(self, name: str, load: Load) -> Load:
-        def timed_load(layer: int) -> Tensor:
-            start = time.perf_counter()
-            weight = load(layer)
-            self.seconds[name] += time.perf_counter() - start
-            return weight
-
-        return timed_load

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from lesa_ray.config import SvdRoute
+from lesa_ray.config import PredictorKind, SvdRoute
 from lesa_ray.lesa.spectral import Decomposition
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +42,8 @@ class FitReport:
     d2: int
     layers: int
     checkpoints: int
+    predictor: PredictorKind
+    """What made the new layers; its figures are those of `predictor` below."""
     rank: int
     route: SvdRoute
     captured: float
@@ -49,16 +51,19 @@ class FitReport:
     sigma_max: float
     sigma_min: float
     triples_trained: int
+    triples_scored: int
+    """Of those trained on, spread evenly over them: the ones that `trained` is about."""
     triples_held_out: int
     rows_trained: int
     rows_held_out: int
     train_loss: tuple[float, ...]
-    """Mean batch loss of each epoch, measured before each step as in the released code."""
+    """Mean batch loss of each epoch, measured before each step as in the released code; none for ridge."""
     trained: dict[str, Score]
-    """Scores on the training triples: predictor, zero, mean and, unless skipped, ridge."""
+    """Scores on training triples: predictor, zero, mean and, unless skipped, ridge."""
     held_out: dict[str, Score] | None
     """Scores on the held-out triples; None if there are none."""
     ridge_skipped: str | None
+    """Why ridge is not among the yardsticks."""
     norm_ratio: float | None
     """Mean over slots of ‖Ŵ‖ / mean(‖W_lower‖, ‖W_upper‖); None without slots."""
     seconds: dict[str, float] = field(compare=False)

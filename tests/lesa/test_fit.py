@@ -10,7 +10,7 @@ import torch
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.lesa.fit import fit_weight_type, split_triples
+from lesa_ray.lesa.fit import evenly, fit_weight_type, split_triples
 from lesa_ray.lesa.report import FitReport
 from tests.lesa.layers import reference_svd, related_layers
 
@@ -49,20 +49,23 @@ def coefficient_loss(layers: list[torch.Tensor], pairs: list[tuple[np.ndarray, n
 
 
 @pytest.mark.parametrize("rank", [None, 20])
-def test_figures_are_those_of_the_weights(rank):
+@pytest.mark.parametrize("predictor", ["mlp", "ridge"])
+def test_figures_are_those_of_the_weights(rank, predictor):
     """A slot between a triple's outer layers stores what was predicted for its middle: score that independently."""
     layers = related_layers(10, 40, 24, decay=0.3)
-    settings = QUICK.model_copy(update={"rank": rank, "holdout": 0.25})
+    settings = QUICK.model_copy(update={"rank": rank, "holdout": 0.25, "predictor": predictor})
     training, held_out = split_triples(1, 10, 0.25, seed=0)
     slots = [(10 + at, m - 1, m + 1) for at, m in enumerate(training + held_out)]
     report, made = run(layers, slots, settings)
     assert (report.triples_trained, report.triples_held_out) == (6, 2)
     assert (report.rows_trained, report.rows_held_out) == (6 * (rank or 40), 2 * (rank or 40))
+    assert (report.predictor, report.triples_scored) == (predictor, 4)
+    scored = [training[at] for at in (0, 2, 3, 5)]
 
     predicted = {m: made[10 + at].double().numpy() for at, m in enumerate(training + held_out)}
     true = {m: layers[m].double().numpy() for m in predicted}
     assert report.held_out is not None
-    for middles, scores in ((training, report.trained), (held_out, report.held_out)):
+    for middles, scores in ((scored, report.trained), (held_out, report.held_out)):
         r2, cosine = weight_figures([true[m] for m in middles], [predicted[m] for m in middles])
         assert scores["predictor"].r2 == pytest.approx(r2, abs=1e-5)
         assert scores["predictor"].cosine == pytest.approx(cosine, abs=1e-5)
@@ -97,10 +100,47 @@ def test_ridge_learns_related_layers_and_is_scored_on_both_sides():
 
 
 def test_ridge_is_left_out_where_it_costs_too_much(monkeypatch):
-    monkeypatch.setattr("lesa_ray.lesa.yardsticks.RIDGE_FEATURES_CPU", 15)
+    monkeypatch.setattr("lesa_ray.lesa.ridge.FEATURES_CPU", 15)
     report, _ = run(related_layers(5, 12, 8), [])
     assert report.ridge_skipped == "16 features; ridge is fitted up to 15 on this kind of device"
     assert list(report.trained) == ["predictor", "zero", "mean"]
+    with pytest.raises(UserError, match="weights of 8 columns: predictor ridge: 16 features"):
+        run(related_layers(5, 12, 8), [], QUICK.model_copy(update={"predictor": "ridge"}))
+
+
+def test_ridge_is_left_out_where_it_is_not_wanted():
+    report, _ = run(related_layers(5, 12, 8), [], QUICK.model_copy(update={"ridge_yardstick": False}))
+    assert report.ridge_skipped == "not wanted"
+    assert list(report.trained) == ["predictor", "zero", "mean"]
+
+
+def test_with_predictor_ridge_new_layers_are_ridges_and_nothing_is_trained(monkeypatch):
+    """Of full rank, ridge in the basis U Σ with rows weighted alike: checked on weights, by numpy in float64."""
+    monkeypatch.setattr("lesa_ray.lesa.fit.train", None)
+    layers = related_layers(8, 20, 12)
+    settings = QUICK.model_copy(update={"predictor": "ridge", "ridge": 0.1})
+    report, made = run(layers, [(8, 2, 3), (9, 8, 3)], settings)
+    assert report.train_loss == ()
+    assert list(report.trained) == ["predictor", "zero", "mean"]
+
+    u, s, _ = reference_svd(layers)
+    v = [(u.T @ layer.double().numpy()) / s[:, None] for layer in layers]
+    training, _ = split_triples(1, 8, settings.holdout, seed=0)
+    x = np.concatenate([np.concatenate([v[m - 1], v[m + 1]], axis=1) for m in training])
+    gram = x.T @ x
+    penalty = 0.1 * np.diag(gram).mean() * np.eye(24)
+    solution = np.linalg.solve(gram + penalty, x.T @ np.concatenate([v[m] for m in training]))
+    first = np.concatenate([v[2], v[3]], axis=1) @ solution
+    second = np.concatenate([first, v[3]], axis=1) @ solution
+    for slot, predicted in ((8, first), (9, second)):
+        np.testing.assert_allclose(made[slot].numpy(), (u * s) @ predicted, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(2, [1, 20]), (4, [1, 5, 9, 20]), (5, [1, 3, 5, 15, 20]), (7, [1, 3, 5, 9, 15, 20])]
+)
+def test_a_few_of_many_are_spread_evenly(count, chosen):
+    assert evenly([1, 3, 5, 9, 15, 20], count) == chosen
 
 
 def test_new_layers_may_be_neighbours_in_later_rounds(monkeypatch):
@@ -186,7 +226,7 @@ def test_a_report_is_plain_finite_json_without_times():
     values = report.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert "seconds" not in values
-    assert set(report.seconds) == {"load", "spectral", "train", "yardsticks", "predict"}
+    assert set(report.seconds) == {"load", "gram", "eigh", "project", "train", "yardsticks", "predict"}
     assert all(value >= 0 for value in report.seconds.values())
     assert len(report.train_loss) == QUICK.epochs
 

@@ -1,10 +1,13 @@
-"""Yardsticks: ridge against a plain solution from the full design matrix in float64."""
+"""Ridge against a plain solution from the full design matrix in float64, and the two other yardsticks."""
 
 import numpy as np
 import pytest
 import torch
 
-from lesa_ray.lesa import yardsticks
+from lesa_ray.errors import UserError
+from lesa_ray.lesa import ridge, yardsticks
+
+PENALTY = 1e-3
 
 
 def design(coefficients: torch.Tensor, middles: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -13,27 +16,59 @@ def design(coefficients: torch.Tensor, middles: list[int]) -> tuple[np.ndarray, 
     return x, np.concatenate([v[m] for m in middles])
 
 
+def plain_solution(coefficients: torch.Tensor, middles: list[int], penalty: float = PENALTY) -> np.ndarray:
+    x, y = design(coefficients, middles)
+    return np.linalg.solve(x.T @ x + penalty * np.diag(x.T @ x).mean() * np.eye(x.shape[1]), x.T @ y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("block", [4, 256])
 @pytest.mark.parametrize(
     "middles",
     [[1], [1, 2, 3, 4, 5, 6], [1, 4], [2, 3, 6], [1, 2, 6, 9, 10, 11]],
     ids=["one", "all", "apart", "gaps", "two checkpoints of 8 and 5 layers"],
 )
-def test_ridge_is_the_plain_solution(dtype, middles):
+def test_ridge_is_the_plain_solution(monkeypatch, dtype, block, middles):
+    monkeypatch.setattr(ridge, "BLOCK", block)
     v = torch.randn(13, 20, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
     x, y = design(v, middles)
-    gram, cross = yardsticks.normal_equations(v, middles, "cpu")
+    gram, cross = ridge.normal_equations(v, middles, "cpu")
+    assert gram.dtype == cross.dtype == dtype
     precision = 1e-5 if dtype == torch.float32 else 1e-12
-    np.testing.assert_allclose(gram.numpy(), x.T @ x, atol=precision * 20)
+    np.testing.assert_allclose(np.tril(gram.numpy()), np.tril(x.T @ x), atol=precision * 20)
     np.testing.assert_allclose(cross.numpy(), x.T @ y, atol=precision * 20)
 
-    penalty = yardsticks.RIDGE * np.diag(x.T @ x).mean()
-    solution = np.linalg.solve(x.T @ x + penalty * np.eye(12), x.T @ y)
     lower, upper = v[middles[0] - 1], v[middles[0] + 1]
-    predicted = yardsticks.fit_ridge(v, middles, "cpu")(lower, upper)
+    predicted = ridge.fit_ridge(v, middles, PENALTY, "cpu")(lower, upper)
     assert predicted.dtype == dtype
-    expected = np.concatenate([lower.numpy(), upper.numpy()], axis=1) @ solution
+    expected = np.concatenate([lower.numpy(), upper.numpy()], axis=1) @ plain_solution(v, middles)
     np.testing.assert_allclose(predicted.numpy(), expected, atol=precision * 20)
+
+
+@pytest.mark.parametrize(
+    ("spread", "penalty", "doubled"),
+    [(1.0, 1e-3, False), (1e-2, 1e-7, True), (1e-3, 1e-6, True)],
+    ids=["well conditioned", "float32 is off by 2e-4", "float32 finds no Cholesky factor"],
+)
+def test_float32_is_used_only_where_its_rounding_is_small_beside_the_penalty(monkeypatch, spread, penalty, doubled):
+    """In every case the prediction is that of float64."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(80, 1, generator=generator) * torch.randn(1, 60, generator=generator)
+    v = spread * torch.randn(9, 80, 60, generator=generator) + (common if spread < 1 else 0)
+    dtypes = []
+
+    def spy(coefficients, middles, device, dtype=None):
+        dtypes.append(dtype)
+        return normal_equations(coefficients, middles, device, dtype)
+
+    normal_equations = ridge.normal_equations
+    monkeypatch.setattr(ridge, "normal_equations", spy)
+    middles = list(range(1, 8))
+    predicted = ridge.fit_ridge(v, middles, penalty, "cpu")(v[0], v[2]).double()
+    assert dtypes == ([None, torch.float64] if doubled else [None])
+    x, _ = design(v, [1])
+    expected = torch.from_numpy(x @ plain_solution(v, middles, penalty))
+    assert float((predicted - expected).norm()) < 2e-6 * float(expected.norm())
 
 
 def test_ridge_finds_a_linear_rule():
@@ -41,7 +76,7 @@ def test_ridge_finds_a_linear_rule():
     rule = torch.randn(20, 10, generator=torch.Generator().manual_seed(1)) / 5
     for m in (1, 3, 5):
         v[m] = torch.cat([v[m - 1], v[m + 1]], dim=1) @ rule
-    fitted = yardsticks.fit_ridge(v, [1, 3], "cpu")
+    fitted = ridge.fit_ridge(v, [1, 3], PENALTY, "cpu")
     error = fitted(v[4], v[6]) - v[5]
     assert float(error.norm()) < 0.01 * float(v[5].norm())
 
@@ -53,7 +88,7 @@ def test_ridge_is_finite_where_the_system_is_singular(case):
         v.zero_()
     if case == "identical":
         v[:] = v[0]
-    predicted = yardsticks.fit_ridge(v, [1], "cpu")(v[0], v[2])
+    predicted = ridge.fit_ridge(v, [1], PENALTY, "cpu")(v[0], v[2])
     assert bool(predicted.isfinite().all())
     assert float((predicted - v[1]).norm()) <= 0.02 * float(v[1].norm())
 
@@ -65,7 +100,10 @@ def test_zero_and_mean():
 
 
 def test_ridge_is_left_out_with_a_reason_where_it_would_cost_too_much():
-    assert yardsticks.why_no_ridge(4096, "cpu") is None
-    assert yardsticks.why_no_ridge(4097, "cpu") == "8194 features; ridge is fitted up to 8192 on this kind of device"
-    assert yardsticks.why_no_ridge(8192, "cuda") is None
-    assert yardsticks.why_no_ridge(28672, "cuda:1") is not None
+    assert ridge.why_no_ridge(4096, "cpu") is None
+    assert ridge.why_no_ridge(4097, "cpu") == "8194 features; ridge is fitted up to 8192 on this kind of device"
+    assert ridge.why_no_ridge(8192, "cuda") is None
+    assert ridge.why_no_ridge(28672, "cuda:1") is not None
+    ridge.require_ridge("x", 4096, "cpu")
+    with pytest.raises(UserError, match=r"x: predictor ridge: 8194 features; .*; use predictor mlp"):
+        ridge.require_ridge("x", 4097, "cpu")

@@ -81,6 +81,15 @@ def test_the_fit_table_shows_every_weight_type_beside_its_yardsticks(bases: Base
     assert terminal.fit_table(grow(bases("llama"), method="solar").manifest) is None
 
 
+def test_the_fit_table_of_a_predictor_without_epochs(bases: Bases, grow: Grow, screen: Console) -> None:
+    result = grow(bases("llama"), lesa={"predictor": "ridge"})
+    screen.print(terminal.fit_table(result.manifest))
+    (line,) = [line for line in screen.export_text().splitlines() if "mlp.gate_proj" in line]
+    fit = result.manifest["fit"]["mlp.gate_proj.weight"]
+    assert fit["predictor"] == "ridge"
+    assert f"{fit['trained']['predictor']['loss']:.3g}" in line
+
+
 def test_the_model_card_says_what_it_is_and_no_path(bases: Bases, grow: Grow, tmp_path: Path) -> None:
     kept = (Path(grow(bases("llama"), method="llama-pro").out) / "README.md").read_text()
     assert "# llama, 5 → 8 layers" in kept

@@ -37,8 +37,11 @@ class Lesa(Method):
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.lesa.fit import fit_weight_type
+        from lesa_ray.lesa.ridge import require_ridge
 
         weight_type = unit.makes[0][1]
+        if job.config.lesa.predictor == "ridge":  # before the layers are read
+            require_ridge(weight_type, job.anatomy.types[weight_type].d2, context.device)
         wanted = {slot_id for slot_id, _ in unit.makes}
 
         def store(slot: int, tensor: torch.Tensor) -> None:
