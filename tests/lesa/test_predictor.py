@@ -9,6 +9,7 @@ from torch import nn
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.lesa.predictor import Predictor, loss_and_gradient, train
+from lesa_ray.lesa.streams import generator_for
 
 
 def network(predictor: Predictor) -> nn.Sequential:
@@ -104,6 +105,50 @@ def test_training_on_whole_batches_equals_torch_adamw():
         expected.append(loss.item())
     assert losses == pytest.approx(expected, rel=1e-9)
     torch.testing.assert_close(predictor.flat, flatten(net), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.float64, 1e-10)], ids=str)
+def test_training_in_batches_equals_a_plain_loop(dtype, tolerance):
+    """The released notebook's loop, with torch's modules, autograd and AdamW, over the same batches, in float64."""
+    coefficients = torch.randn(6, 9, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    middles = [1, 3, 4]
+    settings = LesaSettings(hidden=16, epochs=6, batch_size=4, norm_weight=0.01)
+    predictor = Predictor(d2=5, hidden=16, dtype=dtype, device="cpu", seed=7)
+    net = network(predictor).double()
+    losses = train(predictor, coefficients, middles, settings, seed=7)
+
+    x, y = (part.double() for part in numpy_rows(coefficients, middles))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate)
+    generator, expected = generator_for(7, "shuffle"), []
+    for _ in range(6):
+        batch_losses = []
+        for chosen in torch.randperm(27, generator=generator).split(4):
+            optimizer.zero_grad()
+            loss = plain_loss(net(x[chosen]), y[chosen], 0.01)
+            loss.backward()
+            optimizer.step()
+            batch_losses.append(loss.item())
+        expected.append(np.mean(batch_losses))
+    assert losses == pytest.approx(expected, rel=tolerance)
+    torch.testing.assert_close(predictor.flat.double(), flatten(net), rtol=0, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+@pytest.mark.parametrize("rows", [41, 3], ids=["full batches and a smaller one", "too few to capture"])
+def test_on_a_gpu_a_captured_step_is_the_step(monkeypatch, where, rows):
+    """Against steps that are not captured, and against the CPU; coefficients on the device, or fed from host memory."""
+    coefficients = torch.randn(9, rows, 24, generator=torch.Generator().manual_seed(0))
+    settings = LesaSettings(hidden=32, epochs=3, batch_size=16, norm_weight=0.01)
+    results = []
+    for device, place, warm_up in (("cuda", where, 3), ("cuda", "cuda", 10**9), ("cpu", "cpu", 3)):
+        monkeypatch.setattr("lesa_ray.lesa.predictor._Replayed.WARM_UP", warm_up)
+        predictor = Predictor(24, 32, torch.float32, device, 7)
+        losses = train(predictor, coefficients.to(place), [1, 3, 4, 7], settings, seed=7)
+        results.append((losses, predictor.flat.cpu()))
+    for losses, flat in results[1:]:
+        assert results[0][0] == pytest.approx(losses, rel=1e-4)
+        torch.testing.assert_close(results[0][1], flat, rtol=0, atol=1e-4)
 
 
 def test_every_row_is_seen_once_per_epoch_in_batches(monkeypatch):
