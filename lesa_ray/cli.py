@@ -63,6 +63,10 @@ def expand(
     predictor: Annotated[
         str | None, typer.Option(help="lesa: mlp, the paper's network, or ridge, far quicker. [default: mlp]")
     ] = None,
+    share_experts: Annotated[
+        bool | None,
+        typer.Option("--share-experts/--no-share-experts", help="lesa: one predictor for all experts of a kind."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="lesa: passes over the training rows. [default: 5]")] = None,
     holdout: Annotated[float | None, typer.Option(help="lesa: share of layer triples held out. [default: 0.2]")] = None,
     variants: Annotated[
@@ -73,6 +77,9 @@ def expand(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the base's]")] = None,
     gpus_per_task: Annotated[
         float | None, typer.Option(help="GPUs for one unit. [default: 1 if there are some]")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for one unit, e.g. 8GB. [default: 4/5 of what is free]")
     ] = None,
     cpus_per_task: Annotated[int | None, typer.Option(help="CPU cores for one unit. [default: 1]")] = None,
     config: ConfigFile = None,
@@ -98,6 +105,7 @@ def expand(
                 ("svd", svd),
                 ("rank", rank),
                 ("predictor", predictor),
+                ("share_experts", share_experts),
                 ("epochs", epochs),
                 ("holdout", holdout),
             )
@@ -108,6 +116,7 @@ def expand(
         shard_size=shard_size,
         dtype=dtype,
         gpus_per_task=gpus_per_task,
+        memory_budget=memory_budget,
         cpus_per_task=cpus_per_task,
     )
     from lesa_ray.report import terminal

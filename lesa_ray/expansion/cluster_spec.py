@@ -6,28 +6,16 @@ Sizes and rates are numbers of bytes (a second), or text such as `80GB`.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from lesa_ray.config import Settings, read_yaml, validated
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.prepare import parse_size
 from lesa_ray.lesa.rates import CPU_CORE, GPU_MEMORY, GPUS, Rates
+from lesa_ray.sizes import Bytes
 
 GpuKind = Literal["a100", "h100", "h200"]
-
-
-def _bytes(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_size(value)
-    except UserError:
-        raise ValueError(f"found {value!r}; give bytes or a size such as 500MB, 5GB or 2GiB") from None
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 
 
 class ClusterSpec(Settings):
@@ -37,7 +25,7 @@ class ClusterSpec(Settings):
     cpus_per_node: int = Field(ge=1)
     memory_per_node: Bytes
     memory_per_unit: Bytes | None = None
-    """Host memory for one unit; coefficients that do not fit lie in scratch. None: there is enough."""
+    """Host memory for one unit; coefficients that do not fit lie in scratch. None: four fifths of a node's."""
     gpus_per_node: int = Field(default=0, ge=0)
     gpu: GpuKind | None = None
     """Which; without one units run on CPUs."""

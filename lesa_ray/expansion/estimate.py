@@ -7,11 +7,12 @@ Ray and torch, is not in it. How far such predictions are off is what `pipelines
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.lesa_task import lesa_task
+from lesa_ray.expansion.memory import UNIT_SHARE
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.schedule import Placed, Work, peak_memory, schedule
@@ -171,9 +172,12 @@ def _unit(
         job,
         types,
         device="cuda" if device_memory else "cpu",
-        memory_budget=cluster.memory_per_unit,
+        memory_budget=job.config.memory_budget or cluster.memory_per_unit or int(UNIT_SHARE * cluster.memory_per_node),
         device_memory=device_memory,
     )
+    # Decided already, by what was stated and not by what this cluster has.
+    decided = {"svd": job.method.choices(job)[types[0].name]}
+    task = replace(task, settings=task.settings.model_copy(update=decided))
     cost = unit_cost(task)
     return UnitEstimate(
         name=unit.name,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
-from lesa_ray.expansion.method import Job
+from lesa_ray.expansion.method import Device, Job
 from lesa_ray.lesa.cost import Task
 
 
@@ -15,7 +14,7 @@ def lesa_task(
     job: Job,
     types: Iterable[WeightType],
     *,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     memory_budget: int | None = None,
     device_memory: int = 0,
 ) -> Task:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 """Told the name of the phase a unit is in and the share of the unit that is done, 0 … 1."""
 
+Device = Literal["cpu", "cuda"]
 VectorSource = Literal["lower", "mean", "first", "fused"]
 
 
@@ -148,6 +149,10 @@ class Method(ABC):
     def units(self, job: Job) -> list[Unit]:
         """The pieces of work; none where all is copied."""
 
+    def choices(self, job: Job) -> dict[str, str]:
+        """What the method decides by settings that do not count for the result otherwise, such as the memory budget."""
+        return {}
+
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         """Do one unit's work and return what is worth reporting: plain JSON, the same for the same inputs and seed."""
         raise NotImplementedError(f"{self.name} has no units")
@@ -157,7 +162,7 @@ class Method(ABC):
 class RunContext:
     """What the place where a unit runs gives it."""
 
-    device: str = "cpu"
+    device: Device = "cpu"
     scratch_dir: str | None = None
     memory_budget: int | None = None
     progress: Progress | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -25,9 +24,9 @@ from lesa_ray.expansion.methods.slots import vectors_unit
 from lesa_ray.expansion.plan import New, Old
 from lesa_ray.expansion.registry import get_method
 from lesa_ray.expansion.workbench import made_name, result_dtype, unit_tensors, units_storage
+from lesa_ray.sizes import parse_size
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PLACEMENT_SETTINGS = {"base", "out", "gpus_per_task"}
+_PLACEMENT_SETTINGS = {"base", "out", "gpus_per_task", "memory_budget"}
 """Settings that do not count for what the result is."""
 
 
@@ -75,6 +74,7 @@ class Expansion:
         return {
             "lesa_ray": version("lesa-ray"),
             "settings": settings,
+            "choices": self.job.method.choices(self.job),
             "base": self.checkpoint.digests(),
             "base_config": hashlib.sha256(raw_config).hexdigest(),
             "variants": variants,
@@ -88,7 +88,7 @@ class Expansion:
 
 def prepare(config: ExpandConfig) -> Expansion:
     """Decide and lay out an expansion from the headers of its base. Raises: UserError."""
-    limit = parse_size(config.shard_size)
+    limit = shard_limit(config.shard_size)
     method = get_method(config.method)
     check_settings(config, method)
     checkpoint = open_checkpoint(config.base)
@@ -123,12 +123,12 @@ def check_out(base: str, out: str) -> None:
         raise UserError(f"OUT {out}: is a file; give a folder that is empty or not there yet")
 
 
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `5GB`, `500MiB` or `1000000`. Raises: UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"--shard-size {text}: give bytes or a size such as 500MB, 5GB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def shard_limit(text: str) -> int:
+    """Bytes of `--shard-size`. Raises: UserError."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UserError(f"--shard-size {text}: {error}") from None
 
 
 def _check_variant(base: str, anatomy: Anatomy, variant: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import Shard, write_shard
-from lesa_ray.expansion.method import Unit
+from lesa_ray.expansion.method import Device, Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.workbench import run_unit
 
@@ -71,7 +71,7 @@ def weight_of(unit: Unit) -> float:
 class InlineRunner:
     """Runs units one after another in this process, and writes shards in threads."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: Device = "cpu") -> None:
         self.device = device
 
     def run_units(self, expansion: Expansion, units: list[Unit], listener: Listener) -> dict[str, Any]:

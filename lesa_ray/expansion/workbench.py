@@ -17,7 +17,8 @@ from lesa_ray.checkpoint.finite import assert_finite
 from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_entries
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
-from lesa_ray.expansion.method import Copy, Job, Progress, RunContext, Unit
+from lesa_ray.expansion.memory import default_budget, return_freed_memory
+from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
 from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
 
 if TYPE_CHECKING:
@@ -72,9 +73,8 @@ def run_unit(
     checkpoint: Checkpoint,
     out: str,
     *,
-    device: str = "cpu",
+    device: Device = "cpu",
     threads: int = 1,
-    memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Work on one unit from start to end and return its record.
@@ -85,6 +85,7 @@ def run_unit(
     import torch
 
     torch.set_num_threads(threads)
+    return_freed_memory()
     storage = units_storage(out)
     with storage.create(unit.file) as file:
         writer = TensorFileWriter(file, unit_tensors(job, unit))
@@ -96,7 +97,7 @@ def run_unit(
             context = RunContext(
                 device=device,
                 scratch_dir=os.environ.get("LESA_RAY_SCRATCH", tempfile.gettempdir()),
-                memory_budget=memory_budget,
+                memory_budget=job.config.memory_budget or default_budget(),
                 progress=progress,
             )
             report = job.method.run(unit, job, tensors, context)

@@ -7,7 +7,7 @@ model and before anything is read. How long a count takes on a machine is `rates
 n layers of (d1, d2), r directions, t triples that are trained on, P weights of the predictor of width h:
 
 gram        n·d1·(d1 + block)·d2 operations (the lower half alone), d1²·8 bytes
-eigh        9·d1³, float64; the matrix, its eigenvectors and two more of its size as workspace: d1²·32 bytes
+eigh        9·d1³, float64; the matrix, where the eigenvectors come back, and two of its size as workspace: d1²·24 bytes
 range       (2 + 4·iterations)·n·d1·d2·rows, and a QR of (d1, rows) after each pass
 project     2·n·d1·d2·rows; the randomised route then turns its frame
 train       t·r·epochs·h·(14·d2 + 6·h), the first layer having no gradient towards its input
@@ -36,6 +36,8 @@ GRAM_MEMORY = 32 * 2**30
 EXACTNESS = 4
 """`auto` takes the randomised route to save time only for a rank below this part of all directions: its frame is
 accurate where many directions are left out, and of few the Gram route finds the very ones."""
+EIGH_MATRICES = 3
+"""d1² doubles at the peak of eigh: the matrix, in which the eigenvectors come back, and a workspace of two."""
 GRAM_BLOCK = {"cpu": 256, "cuda": 2048}
 """Rows of G summed at once."""
 RIDGE_FEATURES = {"cpu": 8192, "cuda": 32768}
@@ -143,25 +145,12 @@ def choose_route(
     gives the same to rounding, slower.
 
     memory_budget: bytes; without one, `gram` may take `GRAM_MEMORY`, and any amount where there is no rank.
-    Raises: UserError if there is no rank and the Gram matrix exceeds the budget; if there is one, and no route fits.
     """
-    working = _layers_in_flight(d1, d2, element_bytes)
-    gram_bytes = working + 32 * d1 * d1
-    bound = GRAM_MEMORY if memory_budget is None else memory_budget
-    if rank is None or rank >= min(d1, layers * d2):
-        if memory_budget is None or gram_bytes <= memory_budget:
-            return "gram"
-        fits = (memory_budget - working) // _frame_bytes(d1, d2, 1) - oversampling
-        if rank is None:
-            advice = f"give --rank {fits} or less, or a larger --memory-budget" if fits > 0 else "give a larger one"
-            raise UserError(_too_large(d1, gram_bytes, memory_budget, advice))
-    rows = min(rank + oversampling, d1, layers * d2)
-    if gram_bytes > bound:
-        frame_bytes = working + _frame_bytes(d1, d2, rows)
-        if memory_budget is not None and frame_bytes > memory_budget:
-            fits = (memory_budget - working) // _frame_bytes(d1, d2, 1) - oversampling
-            advice = f"give --rank {fits} or less, or a larger --memory-budget" if fits > 0 else "give a larger one"
-            raise UserError(_too_large(d1, min(gram_bytes, frame_bytes), memory_budget, advice))
+    directions = min(d1, layers * d2)
+    if rank is None or rank >= directions:
+        return "gram"
+    rows = min(rank + oversampling, directions)
+    if _layers_in_flight(d1, d2, element_bytes) + EIGH_MATRICES * 8 * d1 * d1 > (memory_budget or GRAM_MEMORY):
         return "randomized"
     if d1 <= GRAM_ALWAYS or rank * EXACTNESS > min(d1, layers * d2):
         return "gram"
@@ -173,16 +162,20 @@ def choose_route(
     return "randomized" if _reference_seconds(*other) < _reference_seconds(*gram) else "gram"
 
 
-def _too_large(d1: int, needed: int, budget: int, advice: str) -> str:
-    what = f"the basis of matrices with {d1} rows takes {needed / 1e9:.1f} GB"
-    return f"--memory-budget {budget / 1e9:.1f} GB: {what}; {advice}"
+def require_budget(task: Task, name: str) -> None:
+    """Raises: UserError if the unit of weight type `name` needs more host memory than its budget."""
+    if task.memory_budget is None:
+        return
+    needed = unit_cost(task).host_memory
+    if needed > task.memory_budget:
+        raise UserError(
+            f"--memory-budget {task.memory_budget / 1e9:.2f} GB: {name} needs {needed / 1e9:.2f} GB; give that much, "
+            "or keep fewer directions (--rank)"
+        )
 
 
 def unit_cost(task: Task) -> UnitCost:
-    """Work and memory of one weight type.
-
-    Raises: UserError as `choose_route` does.
-    """
+    """Work and memory of one weight type."""
     s, d1, d2 = task.settings, task.d1, task.d2
     n, own = task.checkpoints * task.layers, task.basis * task.layers
     route: Route = _route(task) if s.svd == "auto" else s.svd
@@ -195,7 +188,7 @@ def unit_cost(task: Task) -> UnitCost:
     frame = 0 if route == "none" else word * d1 * rows
 
     # As Room decides: where the layers of the first pass can wait in the coefficients' place, they are read once.
-    early = _place(task, size, 32 * d1 * d1)
+    early = _place(task, size, EIGH_MATRICES * 8 * d1 * d1)
     held = route == "gram" and early != "scratch" and rows * word >= d1 * task.element_bytes
     place = early if held else _place(task, size, frame)
     flight = _layers_in_flight(d1, d2, task.element_bytes)
@@ -213,20 +206,20 @@ def unit_cost(task: Task) -> UnitCost:
     trained = triples - held_out
     samples = trained * rank
     ridge_moved = 5.0 * min(n, 2 * trained) * rank * row  # layers that normal equations take up
-    ridge_bytes = 104 * d2 * d2 + 2 * word * rank * d2
+    ridge_bytes = 120 * d2 * d2 + 2 * word * rank * d2  # of the float64 system, the float32 one not yet gone
     check = 3.0 * layer  # of each layer that is read: a look for NaN and Inf, and its norm
 
     phases = []
     if route == "gram":
-        whole = 32 * d1 * d1  # the matrix, its eigenvectors, and eigh's workspace
+        whole = EIGH_MATRICES * 8 * d1 * d1  # the matrix, in which the eigenvectors come back, and eigh's workspace
         away = gpu and whole > DEVICE_SHARE * task.device_memory
         block = 4 * GRAM_BLOCK[task.device] * d1
         phases += [
             phase(
                 "gram",
-                flight + block + (0 if away else whole // 4),
+                flight + block + (0 if away else whole // EIGH_MATRICES),
                 keeps=held,
-                on_host=whole // 4 if away else 0,
+                on_host=whole // EIGH_MATRICES if away else 0,
                 flops=_gram_flops(d1, d2, own, task.element_bytes, task.device),
                 traffic=own * (check + 6.0 * d1 * d2 + 12.0 * d1 * d1),
                 read_bytes=own * layer,
@@ -266,7 +259,7 @@ def unit_cost(task: Task) -> UnitCost:
     phases.append(
         phase(
             "project",
-            (flight if again else 0) + word * (d1 * d2 + 2 * rows * d2) + (5 * frame if frame else 0),
+            (flight if again else 0) + word * (d1 * d2 + 2 * rows * d2) + frame * (7 if route == "randomized" else 1),
             flops=_project_flops(route, d1, d2, n, rank, rows),
             traffic=8.0 * size + n * 6.0 * d1 * d2,
             moved=4 * size + (own * layer if held else 0),

@@ -31,22 +31,9 @@ from torch import Tensor
 from lesa_ray.config import SvdRoute
 from lesa_ray.errors import UserError
 from lesa_ray.lesa.clock import Clock
+from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, choose_route
 from lesa_ray.lesa.room import Room, fits_device
 from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
-
-GRAM_MEMORY = 32 * 2**30
-"""Bytes that G, its eigenvectors and eigh's workspace (4 · d1² doubles) may take in route `auto`: d1 up to 32,768."""
-GRAM_ALWAYS = 2048
-"""Up to this d1, eigh takes about two seconds on one core, and its exactness is worth more than a rank's saving."""
-RANK_SHARE = 8
-"""`randomized` does (2 + 2·power_iterations + 2) · d1 · rank multiplications per column, `gram` d1² + 2 · d1
-· rank and the cubic eigh: with the default 2 iterations the first is cheaper from rank ≤ d1/8 on."""
-EIGH_MATRICES = 3
-"""d1² doubles at the peak of eigh: the matrix, in which the eigenvectors come back, and a workspace of two."""
-GRAM_ROWS = 256
-"""Rows of G summed at once; only blocks on and below the diagonal are computed, about half of the products."""
-GRAM_ROWS_CUDA = 2048
-"""The same on a GPU, which needs larger blocks to be busy."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +74,6 @@ class Decomposition:
         return self.left.to(coefficients.device) @ scaled
 
 
-def choose_route(d1: int, d2: int, layers: int, rank: int | None, memory: int = GRAM_MEMORY) -> SvdRoute:
-    """The route that `auto` takes, from sizes alone, so that it is the same on every machine.
-
-    Without a rank: `gram`; keeping every direction, it is the cheapest way there is. With a rank:
-    `randomized` where G would not fit its bound, or where the rank is so small against a d1 so large that it
-    saves time; else `gram`, which is exact. `exact` is never chosen: it gives the same to rounding, slower.
-    """
-    if rank is None or d1 <= GRAM_ALWAYS:
-        return "gram"
-    too_large = 4 * d1 * d1 * 8 > memory
-    small_rank = rank * RANK_SHARE <= min(d1, layers * d2)
-    return "randomized" if too_large or small_rank else "gram"
-
-
 def decompose(
     loads: Sequence[Load],
     layers: int,
@@ -126,7 +99,18 @@ def decompose(
     source = Layers(loads, layers, device, clock)
     d1, d2 = source.shape
     dtype = working_dtype(source.dtype)
-    route = choose_route(d1, d2, layers, rank) if svd == "auto" else svd
+    route = svd
+    if svd == "auto":
+        route = choose_route(
+            d1,
+            d2,
+            basis * layers,
+            rank,
+            element_bytes=source.dtype.itemsize,
+            oversampling=oversampling,
+            power_iterations=power_iterations,
+            memory_budget=memory_budget,
+        )
     if route == "none" and rank is not None:
         raise UserError(f"rank {rank} with svd none: without a decomposition there are no directions to choose from")
     directions = min(d1, basis * source.columns)
@@ -261,7 +245,7 @@ def add_gram(gram: Tensor, weight: Tensor) -> None:
         weight = weight.double()
     elif not weight.is_cuda:
         weight = weight.float()
-    size = GRAM_ROWS_CUDA if weight.is_cuda else GRAM_ROWS
+    size = GRAM_BLOCK[weight.device.type]
     for start in range(0, len(weight), size):
         rows, end = weight[start : start + size], min(start + size, len(weight))
         target = gram[start:end, :end]

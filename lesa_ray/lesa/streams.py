@@ -94,7 +94,7 @@ class Layers:
         if not math.isnan(float(self.squares[checkpoint, layer])):
             return
         # Row blocks: the norm of the whole would first be a copy in float64, four times a bfloat16 layer.
-        norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in weight.split(256)]
+        norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in torch.split(weight, 256)]
         square = float(torch.stack(norms).square().sum())
         if not math.isfinite(square):  # finite if and only if every entry is: one pass, no mask
             raise UserError(f"layer {layer}: holds NaN or Inf; the weights must be finite")

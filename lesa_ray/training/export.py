@@ -32,7 +32,7 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_bytes, plan_shards, write_shard
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.expansion.prepare import parse_size
+from lesa_ray.expansion.prepare import shard_limit
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState
 
@@ -130,7 +130,7 @@ def plan_export(
         return ExportPlan(out, base, trained, files, sources, _trained_config(base), tokenizer, stop)
     if config is None:
         raise UserError(f"training checkpoint {state}: without a base the model's configuration is needed")
-    limit = parse_size(shard_size)
+    limit = shard_limit(shard_size)
     sources, shapes, model = sources_of_scratch(config, trained)
     tensors = [OutTensor(name, FORMAT_NAMES[dtype], shape, None) for name, shape in shapes.items()]
     files = tuple(OutFile(shard.file, shard.nbytes, shard) for shard in plan_shards([tensors], limit))

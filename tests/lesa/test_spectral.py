@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.lesa.spectral import GRAM_ALWAYS, choose_route, decompose
+from lesa_ray.lesa.cost import GRAM_ALWAYS, choose_route
+from lesa_ray.lesa.spectral import decompose
 from tests.lesa.layers import reference_svd, related_layers
 
 ROUTES = ["exact", "gram", "randomized"]

@@ -11,7 +11,11 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
+from lesa_ray.checkpoint.reader import FLOAT_BYTES
+from lesa_ray.config import SvdRoute
+from lesa_ray.expansion.lesa_task import lesa_task
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
+from lesa_ray.lesa.cost import choose_route, require_budget, unit_cost
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +35,12 @@ class Lesa(Method):
         for weight_type in job.anatomy.matrices:
             makes = job.makes(job.plan.slots, (weight_type,))
             if makes:
-                flops, memory = _cost(weight_type, job)
-                units.append(Unit(name=weight_type.name, makes=makes, flops=flops, memory=memory))
+                cost = unit_cost(lesa_task(job, [weight_type], memory_budget=job.config.memory_budget))
+                units.append(Unit(name=weight_type.name, makes=makes, flops=cost.flops, memory=cost.host_memory))
         return units
+
+    def choices(self, job: Job) -> dict[str, str]:
+        return {weight_type.name: _route(job, weight_type) for weight_type in job.anatomy.matrices}
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.lesa.fit import fit_weight_type
@@ -42,6 +49,12 @@ class Lesa(Method):
         weight_type = unit.makes[0][1]
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(weight_type, job.anatomy.types[weight_type].d2, context.device)
+        require_budget(
+            lesa_task(
+                job, [job.anatomy.types[weight_type]], device=context.device, memory_budget=job.config.memory_budget
+            ),
+            weight_type,
+        )
         wanted = {slot_id for slot_id, _ in unit.makes}
 
         def store(slot: int, tensor: torch.Tensor) -> None:
@@ -53,7 +66,7 @@ class Lesa(Method):
             job.anatomy.layers,
             [(slot.id, slot.lower, slot.upper) for slot in job.plan.slots if slot.upper is not None],
             store,
-            job.config.lesa,
+            job.config.lesa.model_copy(update={"svd": _route(job, job.anatomy.types[weight_type])}),
             seed=_seed(job.config.seed, weight_type),
             device=context.device,
             variants=[
@@ -67,19 +80,23 @@ class Lesa(Method):
         return report.to_dict()
 
 
+def _route(job: Job, weight_type: WeightType) -> SvdRoute:
+    """The spectral route, by the settings alone, so that it is the same wherever the unit runs."""
+    settings = job.config.lesa
+    if settings.svd != "auto":
+        return settings.svd
+    return choose_route(
+        weight_type.d1,
+        weight_type.d2,
+        job.anatomy.layers,
+        settings.rank,
+        element_bytes=FLOAT_BYTES[weight_type.dtype],
+        oversampling=settings.oversampling,
+        power_iterations=settings.power_iterations,
+        memory_budget=job.config.memory_budget,
+    )
+
+
 def _seed(seed: int, weight_type: str) -> int:
     """A seed for each weight type, so that types of one shape do not share their random numbers."""
     return (seed * 1_000_003 + zlib.crc32(weight_type.encode())) % 2**31
-
-
-def _cost(weight_type: WeightType, job: Job) -> tuple[float, int]:
-    """(floating-point operations, peak bytes) of a unit: Gram matrix, eigenvectors, coefficients, predictor steps."""
-    settings, layers = job.config.lesa, job.anatomy.layers * (1 + len(job.config.variants))
-    d1, d2 = weight_type.d1, weight_type.d2
-    rank = min(d1, settings.rank or d1)
-    gram = 2.0 * layers * d1 * d1 * d2 + 10.0 * d1**3
-    coefficients = 2.0 * layers * rank * d1 * d2
-    weights = settings.hidden * (3 * d2 + settings.hidden)
-    training = 6.0 * settings.epochs * rank * max(layers - 2, 1) * weights
-    memory = 4 * layers * rank * d2 + 4 * 8 * d1 * d1 + 3 * 4 * d1 * d2
-    return gram + coefficients + training, memory
