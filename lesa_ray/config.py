@@ -45,6 +45,9 @@ class LesaSettings(Settings):
     ridge: float = Field(default=1e-3, gt=0)
     """λ of the ridge regression, relative to the mean diagonal of its normal equations. 1e-3 is small enough to fit
     what there is, and large enough that fewer rows than unknowns, or equal layers, leave it well conditioned."""
+    share_experts: bool = False
+    """Mixture of experts: one basis and one predictor for all experts of a kind (gate, up, down), trained on the
+    triples of all of them, instead of one for each expert. A new expert is predicted from those of its number."""
     ridge_yardstick: bool = True
     """Fit ridge beside the network too and report both. It adds about a fifth to the training time at 1,024 input
     features, and more where there are more."""

@@ -48,13 +48,50 @@ def fit_weight_type(
     memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> FitReport:
-    """Fit one weight type and hand the weight of each slot, (d1, d2) float32 on the CPU, to `store`, one at a time.
+    """Fit one weight type: `fit_together` for a single matrix of each layer."""
+
+    def store_only(member: int, slot: int, weight: Tensor) -> None:
+        store(slot, weight)
+
+    return fit_together(
+        [load],
+        layers,
+        slots,
+        store_only,
+        settings,
+        seed,
+        device=device,
+        variants=variants,
+        scratch_dir=scratch_dir,
+        memory_budget=memory_budget,
+        progress=progress,
+    )
+
+
+def fit_together(
+    loads: Sequence[Load],
+    layers: int,
+    slots: Sequence[tuple[int, int, int]],
+    store: Callable[[int, int, Tensor], None],
+    settings: LesaSettings,
+    seed: int,
+    *,
+    device: str = "cpu",
+    variants: Sequence[Load] = (),
+    scratch_dir: str | None = None,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
+) -> FitReport:
+    """Fit matrices of one shape with one basis and one predictor: a weight type, or all experts of a kind.
+
+    Member e of a new layer is predicted from member e of its neighbours, and its weight, (d1, d2) float32 on the CPU,
+    handed to `store` as (e, slot, weight), one at a time, slot by slot.
 
     A slot is (id, lower, upper). Layers 0 … L−1 are the base's; new ones count on from L in the order they are made,
     and a neighbour may be a new one that comes earlier: its predicted coefficients are then used.
 
-    `load(i)` gives layer i of the base, each of `variants` the same of another checkpoint; layers are loaded
-    once or more, in a thread. Coefficients above `memory_budget` bytes go
+    `loads[e](i)` gives member e of layer i of the base, `variants` the same of other checkpoints, all members of one
+    after those of another; layers are loaded once or more, in a thread. Coefficients above `memory_budget` bytes go
     to a vanishing file in `scratch_dir`. The same arguments give the same bytes on the same kind of device
     with the same number of threads.
 
@@ -68,8 +105,9 @@ def fit_weight_type(
     report("decomposing", 0.0)
     with torch.no_grad():
         parts = decompose(
-            [load, *variants],
+            [*loads, *variants],
             layers,
+            basis=len(loads),
             svd=settings.svd,
             rank=settings.rank,
             oversampling=settings.oversampling,
@@ -80,10 +118,10 @@ def fit_weight_type(
             memory_budget=memory_budget,
             clock=clock,
         )
-        coefficients = parts.coefficients.flatten(0, 1)  # (checkpoints · L, r, d2)
+        coefficients = parts.coefficients.flatten(0, 1)  # (checkpoints · members · L, r, d2)
         _, r, d2 = coefficients.shape
 
-        training, held_out = split_triples(1 + len(variants), layers, settings.holdout, seed)
+        training, held_out = split_triples(len(loads) + len(variants), layers, settings.holdout, seed)
 
         with clock.phase("train"):
             predictor, losses = _fit_predictor(
@@ -103,13 +141,14 @@ def fit_weight_type(
             on_training, on_held_out = scores(scored), scores(held_out) if held_out else None
 
         with clock.phase("predict"):
-            ratio = _fill(slots, layers, predictor, parts, coefficients, store, _between(report, 0.9, 1.0))
+            ratio = _fill(slots, len(loads), predictor, parts, store, _between(report, 0.9, 1.0))
 
     return FitReport(
         d1=parts.shape[0],
         d2=d2,
         layers=layers,
-        checkpoints=1 + len(variants),
+        checkpoints=1 + len(variants) // len(loads),
+        members=len(loads),
         predictor=settings.predictor,
         rank=r,
         route=parts.route,
@@ -174,39 +213,40 @@ def _why_no_yardstick(settings: LesaSettings, d2: int, device: str) -> str | Non
 
 def _fill(
     slots: Sequence[tuple[int, int, int]],
-    layers: int,
+    members: int,
     predictor: Predict,
     parts: Decomposition,
-    coefficients: Tensor,
-    store: Callable[[int, Tensor], None],
+    store: Callable[[int, int, Tensor], None],
     progress: Progress,
 ) -> float | None:
     """Predict and store each slot; return the mean ratio of its norm to its neighbours'.
 
     Coefficients of a new layer are kept only until the last slot that refers to it.
     """
+    layers = parts.coefficients.shape[1]
     last_use = {neighbour: at for at, slot in enumerate(slots) for neighbour in slot[1:]}
-    made: dict[int, Tensor] = {}
-    norms = dict(enumerate(parts.squares[0].sqrt().tolist()))
+    made: dict[tuple[int, int], Tensor] = {}
+    norms = {(e, i): math.sqrt(parts.squares[e, i]) for e in range(members) for i in range(layers)}
     ratios: list[float] = []
 
-    def of(layer: int) -> Tensor:
-        return coefficients[layer] if layer < layers else made[layer]
+    def of(member: int, layer: int) -> Tensor:
+        return parts.coefficients[member, layer] if layer < layers else made[member, layer]
 
     for at, (slot, lower, upper) in enumerate(slots):
-        predicted = predictor(of(lower), of(upper))
-        weight = parts.compose(predicted)
-        norms[slot] = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        if not math.isfinite(norms[slot]):
-            raise UserError(
-                f"new layer {slot} between {lower} and {upper}: the prediction is not finite; lower learning_rate"
-            )
-        neighbours = (norms[lower] + norms[upper]) / 2
-        if neighbours > 0:
-            ratios.append(norms[slot] / neighbours)
-        store(slot, weight.float().cpu())
-        made[slot] = predicted
-        made = {layer: kept for layer, kept in made.items() if last_use.get(layer, -1) > at}
+        for member in range(members):
+            predicted = predictor(of(member, lower), of(member, upper))
+            weight = parts.compose(predicted)
+            norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"new layer {slot} between {lower} and {upper}: the prediction is not finite; lower learning_rate"
+                )
+            neighbours = (norms[member, lower] + norms[member, upper]) / 2
+            if neighbours > 0:
+                ratios.append(norm / neighbours)
+            store(member, slot, weight.float().cpu())
+            norms[member, slot], made[member, slot] = norm, predicted
+        made = {key: kept for key, kept in made.items() if last_use.get(key[1], -1) > at}
         progress("predicting new layers", (at + 1) / len(slots))
     return sum(ratios) / len(ratios) if ratios else None
 

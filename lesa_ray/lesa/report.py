@@ -42,6 +42,8 @@ class FitReport:
     d2: int
     layers: int
     checkpoints: int
+    members: int
+    """Matrices of a layer that share the basis and the predictor: 1, or the experts of a kind."""
     predictor: PredictorKind
     """What made the new layers; its figures are those of `predictor` below."""
     rank: int
