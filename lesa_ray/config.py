@@ -44,7 +44,8 @@ class LesaSettings(Settings):
     small part of the time and no training, and is often no worse."""
     ridge: float = Field(default=1e-3, gt=0)
     """λ of the ridge regression, relative to the mean diagonal of its normal equations. 1e-3 is small enough to fit
-    what there is, and large enough that fewer rows than unknowns, or equal layers, leave it well conditioned."""
+    what there is, and large enough that fewer rows than unknowns, or equal layers, leave it well conditioned.
+    Where R² on held-out layers is far below that on training layers (few layers, wide inputs), take a larger one."""
     share_experts: bool = False
     """Mixture of experts: one basis and one predictor for all experts of a kind (gate, up, down), trained on the
     triples of all of them, instead of one for each expert. A new expert is predicted from those of its number."""

@@ -65,6 +65,7 @@ def fit_ridge(coefficients: Tensor, middles: Sequence[int], penalty: float, devi
         gram, cross = normal_equations(coefficients, middles, device, torch.float64)
     gram.diagonal().add_(penalty * float(gram.diagonal().mean()) or 1.0)  # all-zero layers: any λ, the answer is zero
     factor = torch.linalg.cholesky(gram)
+    del gram  # as large as the factor, and solving takes as much again
     return Ridge(torch.cholesky_solve(cross, factor).to(coefficients.dtype))
 
 

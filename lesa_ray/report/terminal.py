@@ -145,7 +145,10 @@ def fit_table(manifest: Manifest) -> Table | None:
         return None
     held_out = any(fit["held_out"] for fit in fits.values())
     rows = "held-out layers" if held_out else "training layers (too few to hold any out)"
-    table = Table(title=f"Fit on {rows}: R² (1 is perfect, 0 is predicting zero) and cosine", title_justify="left")
+    made_by = "ridge regression" if next(iter(fits.values())).get("predictor") == "ridge" else "the network"
+    table = Table(
+        title=f"Fit of {made_by} on {rows}: R² (1 is perfect, 0 is predicting zero) and cosine", title_justify="left"
+    )
     for column in ("weight type", "train loss", "held-out loss", "R²", "cosine", "R² mean", "R² ridge", "norm ratio"):
         table.add_column(column, justify="left" if column == "weight type" else "right", no_wrap=True)
     for name, fit in fits.items():

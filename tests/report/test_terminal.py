@@ -66,7 +66,7 @@ def test_the_fit_table_shows_every_weight_type_beside_its_yardsticks(bases: Base
     assert table is not None
     screen.print(table)
     text = screen.export_text()
-    assert "held-out layers" in text
+    assert "Fit of the network on held-out layers" in text
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         (line,) = [line for line in text.splitlines() if name in line]
         fit = result.manifest["fit"][f"{name}.weight"]
@@ -84,7 +84,9 @@ def test_the_fit_table_shows_every_weight_type_beside_its_yardsticks(bases: Base
 def test_the_fit_table_of_a_predictor_without_epochs(bases: Bases, grow: Grow, screen: Console) -> None:
     result = grow(bases("llama"), lesa={"predictor": "ridge"})
     screen.print(terminal.fit_table(result.manifest))
-    (line,) = [line for line in screen.export_text().splitlines() if "mlp.gate_proj" in line]
+    text = screen.export_text()
+    assert "Fit of ridge regression" in text
+    (line,) = [line for line in text.splitlines() if "mlp.gate_proj" in line]
     fit = result.manifest["fit"]["mlp.gate_proj.weight"]
     assert fit["predictor"] == "ridge"
     assert f"{fit['trained']['predictor']['loss']:.3g}" in line
