@@ -7,8 +7,8 @@ XᵀX and XᵀY consist of products of layers that are 0, 1 or 2 apart. A layer'
 neighbour, and only the blocks on and below the diagonal are computed, so the work is 5·r·d2² operations a layer where
 forming X takes 12·r·d2². Everything runs in the coefficients' precision, products added up inside the matrix product:
 float32 is half the time and half the memory of float64 (measured at d2 = 2816, r = 1024 on one core: 0.33 s a layer,
-0.55 s with sums in float64). Its rounding acts like noise of size eps·‖XᵀX‖ on the penalty λ·m; where the noise could come near the
-penalty (few directions hold most of the energy, or λ is tiny) all is done again in float64.
+0.55 s with sums in float64). Its rounding acts like noise of size eps·‖XᵀX‖ on the penalty λ·m; where the noise could
+come near the penalty (few directions hold most of the energy, or λ is tiny) all is done again in float64.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FEATURES_CPU = 8192
 FEATURES_CUDA = 32768
 """The same on a GPU: 8.6 GB, twice while solving."""
 NOISE = 8
-"""float32 serves while λ·m is at least this many times eps·‖XᵀX‖_F, a generous bound of Cholesky's backward error: where
-the energy is spread over n directions, ‖XᵀX‖_F is about √n times the norm that counts."""
+"""float32 serves while λ·m is at least this many times eps·‖XᵀX‖_F, a generous bound of Cholesky's backward error:
+where the energy is spread over n directions, ‖XᵀX‖_F is about √n times the norm that counts."""
 BLOCK = 256
 """Rows of a layer's own product at once, as in the Gram matrix of the spectral step."""
 
