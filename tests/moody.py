@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 from collections.abc import Callable
@@ -126,3 +127,25 @@ class Moody:
         server = Server(("127.0.0.1", port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return server
+
+
+def hold_until(moody: Moody, together: int, which: Callable[[str, Message], bool]) -> Callable[[], int]:
+    """Hold requests until `together` of them are there, and a moment longer for one too many; how many there were."""
+    gate, one_more, lock = threading.Barrier(together), threading.Barrier(together + 1), threading.Lock()
+    now = most = 0
+
+    def hold(request: str, headers: Message) -> None:
+        nonlocal now, most
+        if not which(request, headers):
+            return
+        with lock:
+            now += 1
+            most = max(most, now)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            gate.wait(timeout=20)
+            one_more.wait(timeout=0.3)
+        with lock:
+            now -= 1
+
+    moody.answers = hold
+    return lambda: most

@@ -16,8 +16,8 @@ from itertools import pairwise
 SMALLEST_PART = 5 * 2**20
 LARGEST_PART = 5 * 2**30
 MOST_PARTS = 10_000
-UPLOADED = 32 * 2**20
-"""Bytes of an uploaded part, about: what is held in memory for each part in flight."""
+UPLOADED = 16 * 2**20
+"""Bytes of an uploaded part, about: what each part in flight holds in memory, twice while it waits for the network."""
 _COPIED = 128 * 2**20
 """Bytes of a copied part, about: the server answers well within a client's time-out, and several run side by side."""
 
@@ -60,7 +60,7 @@ class Part:
 def plan_parts(pieces: Sequence[Piece]) -> list[Part]:
     """Cut a file into parts that S3 accepts, in order.
 
-    Long runs of copied bytes become parts of about 128 MiB, what is between them parts of up to 32 MiB; both grow
+    Long runs of copied bytes become parts of about 128 MiB, what is between them parts of up to 16 MiB; both grow
     where that would make more than 10,000.
     """
     merged = list(_merge(pieces))

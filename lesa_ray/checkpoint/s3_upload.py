@@ -1,8 +1,9 @@
 """One object written to S3 in parts, several of them on their way at once, through s3fs's own client.
 
 s3fs writes a file's parts one after another, and reads and uploads take turns. Here up to four uploaded parts are in
-flight while the next is filled, so memory is bounded by five parts of 32 MiB, and up to eight parts are copied by the
-server at the same time, of which no byte passes through this machine. Credentials, endpoint and retries are s3fs's.
+flight while the next is filled, so memory is bounded by five parts of 16 MiB and what the event loop copies of them
+(some 250 MB measured), and up to eight parts are copied by the server at the same time, of which no byte passes through
+this machine. Credentials, endpoint and retries are s3fs's.
 
 The object appears when the upload is completed. An upload that fails is aborted after its parts in flight have ended,
 as S3 would keep (and bill) a part that arrives later.
@@ -164,4 +165,9 @@ def http_status(error: BaseException) -> int:
 
 
 def _endless() -> Iterator[Part]:
-    return (Part(number * UPLOADED, (number + 1) * UPLOADED) for number in count())
+    """Parts for a file of unknown size: they double twice on the way to the 10,000th, which ends at 320 GB."""
+    position = 0
+    for number in count():
+        nbytes = UPLOADED * 2 ** (number // 4000)
+        yield Part(position, position + nbytes)
+        position += nbytes

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable
 from email.message import Message
 
 import pytest
@@ -16,7 +14,7 @@ from lesa_ray.checkpoint import ranges
 from lesa_ray.checkpoint.ranges import read_ahead, read_into
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
-from tests.moody import Moody
+from tests.moody import Moody, hold_until
 
 PIECE = 64 * 1024
 DATA = random.Random(0).randbytes(20 * PIECE + 5)
@@ -51,28 +49,12 @@ def test_a_file_that_ends_early(storage: Storage) -> None:
             list(read_ahead(storage, "file", start, start + size))
 
 
-def held(store: Moody, together: int) -> Callable[[], int]:
-    """Answer ranges only when `together` have been asked for; how many there were at most."""
-    gate, lock = threading.Barrier(together), threading.Lock()
-    now = most = 0
-
-    def hold(request: str, headers: Message) -> None:
-        nonlocal now, most
-        if not request.startswith("GET") or "range" not in headers:
-            return
-        with lock:
-            now += 1
-            most = max(most, now)
-        gate.wait(timeout=30)
-        with lock:
-            now -= 1
-
-    store.answers = hold
-    return lambda: most
+def is_range(request: str, headers: Message) -> bool:
+    return request.startswith("GET") and "range" in headers
 
 
 def test_eight_ranges_of_a_tensor_are_on_their_way(storage: Storage, store: Moody) -> None:
-    most = held(store, 8)
+    most = hold_until(store, 8, is_range)
     buffer = bytearray(16 * PIECE)
     read_into(storage, "file", 1, memoryview(buffer))
     assert buffer == DATA[1 : 1 + len(buffer)]
@@ -80,7 +62,7 @@ def test_eight_ranges_of_a_tensor_are_on_their_way(storage: Storage, store: Mood
 
 
 def test_four_ranges_are_read_ahead(storage: Storage, store: Moody) -> None:
-    most = held(store, 4)
+    most = hold_until(store, 4, is_range)
     pieces = read_ahead(storage, "file", 0, 8 * PIECE)
     assert next(pieces) == DATA[:PIECE]
     pieces.close()  # type: ignore[attr-defined]

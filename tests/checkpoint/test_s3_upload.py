@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable
 from email.message import Message
 
@@ -11,7 +10,7 @@ import pytest
 
 from lesa_ray.checkpoint import s3_upload
 from lesa_ray.checkpoint.storage import Storage
-from tests.moody import Moody
+from tests.moody import Moody, hold_until
 
 MIB = 2**20
 PART = 5 * MIB
@@ -38,24 +37,10 @@ def test_any_size_written_in_any_pieces(store: Moody, uploads_left: Callable[[],
 
 
 def test_four_parts_are_on_their_way_and_no_more(store: Moody) -> None:
-    gate, lock = threading.Barrier(4), threading.Lock()
-    now = most = 0
-
-    def hold(request: str, headers: Message) -> None:
-        nonlocal now, most
-        if "partNumber=" not in request:
-            return
-        with lock:
-            now += 1
-            most = max(most, now)
-        gate.wait(timeout=30)  # until three others have come
-        with lock:
-            now -= 1
-
-    store.answers = hold
+    most = hold_until(store, 4, lambda request, headers: "partNumber=" in request)
     with Storage("s3://bucket/flight").create("file") as file:
         file.write(bytes(8 * PART))
-    assert most == 4
+    assert most() == 4
 
 
 def test_a_part_that_is_refused_ends_the_upload(store: Moody, uploads_left: Callable[[], list[str]]) -> None:

@@ -174,6 +174,7 @@ def test_a_source_that_is_shorter_than_its_header_says(store: Moody, uploads_lef
     storage.write("base.safetensors", storage.read("base.safetensors", 0, 30 * MIB))
     with pytest.raises(UserError, match=r"base\.safetensors: ends before its header says"):
         write_shard(out, shard(spans), make)
+    assert not server_copy._refused  # that was not the server's fault
     assert out.list() == {}
     assert uploads_left() == []
 
