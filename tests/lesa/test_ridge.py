@@ -107,3 +107,13 @@ def test_ridge_is_left_out_with_a_reason_where_it_would_cost_too_much():
     ridge.require_ridge("x", 4096, "cpu")
     with pytest.raises(UserError, match=r"x: predictor ridge: 8194 features; .*; use predictor mlp"):
         ridge.require_ridge("x", 4097, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_on_a_gpu_ridge_is_the_same(where):
+    v = torch.randn(9, 80, 60, generator=torch.Generator().manual_seed(0))
+    predicted = ridge.fit_ridge(v.to(where), [1, 2, 5, 7], PENALTY, "cuda")(v[0], v[2])
+    assert predicted.is_cuda
+    expected = ridge.fit_ridge(v, [1, 2, 5, 7], PENALTY, "cpu")(v[0], v[2])
+    torch.testing.assert_close(predicted.cpu(), expected, rtol=0, atol=1e-4)
