@@ -207,7 +207,6 @@ def unit_cost(task: Task) -> UnitCost:
     samples = trained * rank
     ridge_moved = 5.0 * min(n, 2 * trained) * rank * row  # layers that normal equations take up
     ridge_bytes = 120 * d2 * d2 + 2 * word * rank * d2  # of the float64 system, the float32 one not yet gone
-    check = 3.0 * layer  # of each layer that is read: a look for NaN and Inf, and its norm
 
     phases = []
     if route == "gram":
@@ -221,7 +220,7 @@ def unit_cost(task: Task) -> UnitCost:
                 keeps=held,
                 on_host=whole // EIGH_MATRICES if away else 0,
                 flops=_gram_flops(d1, d2, own, task.element_bytes, task.device),
-                traffic=own * (check + 6.0 * d1 * d2 + 12.0 * d1 * d1),
+                traffic=own * (6.0 * d1 * d2 + 12.0 * d1 * d1),
                 read_bytes=own * layer,
             ),
             phase(
@@ -240,7 +239,7 @@ def unit_cost(task: Task) -> UnitCost:
                 flight + _frame_bytes(d1, d2, rows),
                 keeps=False,
                 flops=_range_flops(d1, d2, own, rows, s.power_iterations),
-                traffic=own * (check + passes * (6.0 * d1 * d2 + 20.0 * d1 * rows)),
+                traffic=own * passes * (6.0 * d1 * d2 + 20.0 * d1 * rows),
                 read_bytes=passes * own * layer,
             )
         )
@@ -305,7 +304,8 @@ def unit_cost(task: Task) -> UnitCost:
             "predict",
             frame + word * (6 * rank * d2 + 3 * d1 * d2) + (8 * d2 * d2 if s.predictor == "ridge" else 0),
             flops={"fp32": task.slots * (one + 2.0 * d1 * rank * d2)},
-            traffic=task.slots * 10.0 * d1 * d2,
+            # Composed, its norm taken, converted and looked at: mostly fresh memory.
+            traffic=task.slots * (40.0 * d1 * d2 + 8.0 * word * rank * d2),
             moved=2.0 * task.slots * rank * row,
             write_bytes=task.slots * layer,
         ),

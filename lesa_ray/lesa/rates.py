@@ -70,6 +70,10 @@ GPU_MEMORY: dict[str, int] = {"a100": 80 * 10**9, "h100": 80 * 10**9, "h200": 14
 """Bytes, from the same data sheets."""
 
 
+LOOKED = 3
+"""How often each byte of a layer is gone through as it arrives: stored, looked at for NaN and Inf, its norm taken."""
+
+
 def phase_seconds(phase: Phase, rates: Rates) -> float:
     """Arithmetic and memory traffic of a phase, one after the other as they are in element-wise steps and products."""
     arithmetic = math.fsum(count / float(getattr(rates, kind)) for kind, count in phase.flops.items())
@@ -87,8 +91,8 @@ def unit_seconds(cost: UnitCost, rates: Rates, storage: float, scratch: float) -
         work = phase_seconds(phase, rates)
         if cost.coefficients != "device":
             work += phase.moved / (scratch if cost.coefficients == "scratch" else rates.bus)
-        reading = phase.read_bytes / storage
-        first = cost.layer_bytes / storage if phase.read_bytes else 0.0
-        seconds["load"] += max(reading - work, 0.0, first)
+        if phase.read_bytes:
+            byte = 1 / storage + LOOKED / rates.memory
+            seconds["load"] += max(phase.read_bytes * byte - work, cost.layer_bytes * byte)
         seconds[phase.name] = work + phase.write_bytes / storage
     return seconds
