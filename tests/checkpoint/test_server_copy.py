@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from email.message import Message
+from pathlib import Path
 
 import pytest
 import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load, save
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lesa_ray import UserError
+from lesa_ray import ExpandConfig, UserError, expand
 from lesa_ray.checkpoint import part_plan, server_copy
 from lesa_ray.checkpoint.reader import read_entries
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, write_shard
+from lesa_ray.expansion.runner import InlineRunner
 from tests.moody import Moody
 
 MIB = 2**20
@@ -199,6 +202,27 @@ def test_a_server_that_fails_now_and_then(mood: str, store: Moody, uploads_left:
     setattr(store, mood, lambda number: False)
     assert traffic(store)[0] < 20 * MIB
     assert out.read("model.safetensors") == expected
+    assert uploads_left() == []
+
+
+def test_old_layers_of_an_expansion_do_not_pass(store: Moody, uploads_left: Left, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, vocab_size=512
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    remote = Storage("s3://bucket/model")
+    for file in (tmp_path / "base").iterdir():
+        remote.write(file.name, file.read_bytes())
+    store.passed.clear()
+    out = Storage("s3://bucket/deeper")
+    expand(ExpandConfig(base=remote.url, out=out.url, method="solar"), runner=InlineRunner())
+    sent, received = traffic(store)
+    local = Storage(str(tmp_path / "out"))
+    expand(ExpandConfig(base=str(tmp_path / "base"), out=local.url, method="solar"), runner=InlineRunner())
+    weights = [name for name in local.list() if name.endswith(".safetensors")]
+    assert all(out.read(name) == local.read(name) for name in weights)
+    assert sum(local.list()[name] for name in weights) > 35 * MIB
+    assert sent + received < 25 * MIB  # headers, and what joins the runs
     assert uploads_left() == []
 
 
