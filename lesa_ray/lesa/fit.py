@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from lesa_ray.lesa.predictor import Predictor, Progress, train
 from lesa_ray.lesa.report import FitReport, Predict, Score, score
 from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
 from lesa_ray.lesa.spectral import Decomposition, decompose
-from lesa_ray.lesa.streams import Load, generator_for
+from lesa_ray.lesa.streams import Load, generator_for, row_blocks, square_norm
 
 SCORED = 4
 """Training triples that are scored where fewer are held out. Predicting one by ridge takes nearly as long as adding it
@@ -232,22 +233,32 @@ def _fill(
     def of(member: int, layer: int) -> Tensor:
         return parts.coefficients[member, layer] if layer < layers else made[member, layer]
 
-    for at, (slot, lower, upper) in enumerate(slots):
-        for member in range(members):
-            predicted = predictor(of(member, lower), of(member, upper))
-            weight = parts.compose(predicted)
-            norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-            if not math.isfinite(norm):
-                raise UserError(
-                    f"new layer {slot} between {lower} and {upper}: the prediction is not finite; lower learning_rate"
-                )
-            neighbours = (norms[member, lower] + norms[member, upper]) / 2
-            if neighbours > 0:
-                ratios.append(norm / neighbours)
-            store(member, slot, weight.float().cpu())
-            norms[member, slot], made[member, slot] = norm, predicted
-        made = {key: kept for key, kept in made.items() if last_use.get(key[1], -1) > at}
-        progress("predicting new layers", (at + 1) / len(slots))
+    stored: Future[None] | None = None
+    with ThreadPoolExecutor(1, "store") as behind:  # a weight is written while the next one is predicted
+        for at, (slot, lower, upper) in enumerate(slots):
+            for member in range(members):
+                below, above = of(member, lower), of(member, upper)
+                predicted = torch.cat([predictor(below[rows], above[rows]) for rows in row_blocks(len(below))])
+                weight = parts.compose(predicted)
+                norm = math.sqrt(square_norm(weight))
+                if not math.isfinite(norm):
+                    raise UserError(
+                        f"new layer {slot} between {lower} and {upper}: the prediction is not finite; "
+                        "lower learning_rate"
+                    )
+                neighbours = (norms[member, lower] + norms[member, upper]) / 2
+                if neighbours > 0:
+                    ratios.append(norm / neighbours)
+                if stored is not None:
+                    stored.result()
+                stored = behind.submit(store, member, slot, weight.float().cpu())
+                norms[member, slot] = norm
+                if last_use.get(slot, -1) > at:
+                    made[member, slot] = predicted
+            made = {key: kept for key, kept in made.items() if last_use[key[1]] > at}
+            progress("predicting new layers", (at + 1) / len(slots))
+        if stored is not None:
+            stored.result()
     return sum(ratios) / len(ratios) if ratios else None
 
 

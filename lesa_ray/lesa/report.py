@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lesa_ray.config import PredictorKind, SvdRoute
 from lesa_ray.lesa.spectral import Decomposition
+from lesa_ray.lesa.streams import row_blocks
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Coefficients of two layers, (r, d2) each → those of the layer between."""
@@ -69,7 +70,7 @@ class FitReport:
     norm_ratio: float | None
     """Mean over slots of ‖Ŵ‖ / mean(‖W_lower‖, ‖W_upper‖); None without slots."""
     seconds: dict[str, float] = field(compare=False)
-    """Wall-clock by phase: load, spectral, train, yardsticks, predict."""
+    """Wall-clock by phase: load (waiting for layers), those of the spectral route, train, yardsticks, predict."""
 
     def to_dict(self) -> Json:
         """Plain finite JSON values; the same for the same inputs, settings and threads."""
@@ -93,12 +94,17 @@ def score(
     weights = decomposition.sigma.square().to(device)
     squares = decomposition.squares.flatten()
     for m in middles:
-        lower, target, upper = (coefficients[i].to(device) for i in (m - 1, m, m + 1))
-        true = _row_dot(target, target)
-        for name, predict in predictors.items():
-            output = predict(lower, upper)
-            dot, own = _row_dot(output, target), _row_dot(output, output)
-            loss = _loss(own - 2 * dot + true, own, true, target.shape[1], norm_weight, batch_size)
+        true = torch.empty_like(weights)
+        dots = {name: (torch.empty_like(weights), torch.empty_like(weights)) for name in predictors}
+        for rows in row_blocks(len(weights)):
+            lower, target, upper = (coefficients[i, rows].to(device) for i in (m - 1, m, m + 1))
+            true[rows] = _row_dot(target, target)
+            for name, predict in predictors.items():
+                output = predict(lower, upper)
+                dots[name][0][rows] = _row_dot(output, target)
+                dots[name][1][rows] = _row_dot(output, output)
+        for name, (dot, own) in dots.items():
+            loss = _loss(own - 2 * dot + true, own, true, coefficients.shape[2], norm_weight, batch_size)
             sums[name].add(loss, float(weights @ dot), float(weights @ own), float(squares[m]))
     return {name: total.score(len(middles)) for name, total in sums.items()}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lesa_ray.errors import UserError
 from lesa_ray.lesa.clock import Clock
 
+BLOCK_ROWS = 2048
 Load = Callable[[int], Tensor]
 """Layer number → its weight (d1, d2), any float dtype, on the CPU. Called several times per layer."""
 
@@ -29,6 +30,12 @@ def seed_for(seed: int, *purpose: object) -> int:
 def generator_for(seed: int, *purpose: object) -> torch.Generator:
     """A CPU generator for one purpose; the global random state is neither read nor changed."""
     return torch.Generator().manual_seed(seed_for(seed, *purpose))
+
+
+def square_norm(weight: Tensor) -> float:
+    """‖W‖²_F of (d1, d2) in float64; by blocks of rows, as a copy of them in float64 comes first."""
+    norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in torch.split(weight, 256)]
+    return float(torch.stack(norms).square().sum())
 
 
 class Layers:
@@ -93,12 +100,16 @@ class Layers:
     def _look_at(self, checkpoint: int, layer: int, weight: Tensor) -> None:
         if not math.isnan(float(self.squares[checkpoint, layer])):
             return
-        # Row blocks: the norm of the whole would first be a copy in float64, four times a bfloat16 layer.
-        norms = [torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in torch.split(weight, 256)]
-        square = float(torch.stack(norms).square().sum())
+        square = square_norm(weight)
         if not math.isfinite(square):  # finite if and only if every entry is: one pass, no mask
             raise UserError(f"layer {layer}: holds NaN or Inf; the weights must be finite")
         self.squares[checkpoint, layer] = square
+
+
+def row_blocks(rows: int) -> Iterator[slice]:
+    """Rows at a time, so that what is computed of a large matrix takes little memory beside it."""
+    for start in range(0, rows, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, rows))
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

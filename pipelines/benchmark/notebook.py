@@ -1,67 +1,49 @@
-"""How much faster than the released notebook: the spectral step and the whole of LESA, on the same layers and settings.
+"""How much faster than the released notebook: from a checkpoint to predicted tensors, on the same layers and settings.
 
-    python -m pipelines.benchmark.notebook --layers 24 --d-model 512 --d-ff 1408 --runs 3 --threads 2 --json out.json
+    python -m pipelines.benchmark.notebook --layers 24 --d-model 1024 --d-ff 2816 --runs 5 --json out.json
 
-The notebook's algorithm (github.com/yangyifei729/LESA, train_LESA.ipynb) is written anew here, plainly: concatenate the
-layers, torch.linalg.svd, build X and Y, TensorDataset and a shuffling DataLoader, AdamW for 10 epochs with λ = 5e-4,
-predict a new layer for each gap of the top half. It runs one weight type after the other with all threads, as released.
-Against it, `lesa_ray.lesa.fit_weight_type` with the same settings and rows, the largest types first, in as many worker
-processes of one thread as the other has threads.
+The notebook's algorithm (github.com/yangyifei729/LESA, train_LESA.ipynb) is written anew here, plainly: load all
+layers, concatenate, torch.linalg.svd in float32, build X and Y, TensorDataset and a shuffling DataLoader, AdamW for 10
+epochs with λ = 5e-4, predict a new layer for each gap of the top half; one weight type after the other with all
+threads, as released. Against it, `lesa_ray.lesa.fit_weight_type` with the same settings and rows, once with the network
+and once with ridge regression in its place, the largest types first, in `--workers` processes that share the threads.
+A fifth of the layer triples is kept from both, and the loss is of those.
 
-Layers are random walks W_i = 0.8·W_{i−1} + 0.6·noise, read from a file that is mapped into memory; q, k, v, o are
-(d, d), gate and up (d_ff, d), down (d, d_ff). Neither side's time holds the start of processes, the import of torch or
-the writing of results; ours holds its yardsticks, which the notebook lacks, and their share is printed. Runs alternate.
+Layers are random walks W_i = 0.8·W_{i−1} + 0.6·noise in bfloat16, in a safetensors file for each weight type; q, o are
+(d, d), k and v (d_kv, d), gate and up (d_ff, d), down (d, d_ff). With `--device cuda` both compute there. Neither time
+holds the start of processes, the import of torch or the writing of results; ours with the network holds its yardsticks,
+which the notebook lacks, and their share is printed. Runs take turns; the files are in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lesa_ray.config import LesaSettings
+from lesa_ray.expansion.memory import return_freed_memory
 from lesa_ray.expansion.runner import own_peak_memory
-from lesa_ray.lesa.fit import fit_weight_type
+from lesa_ray.lesa.fit import fit_weight_type, split_triples
 from lesa_ray.lesa.spectral import decompose
-from lesa_ray.lesa.streams import Load
+from pipelines.benchmark.layers import Weights
 
-RELEASED = LesaSettings.from_recipe("released-code", holdout=0.0)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One weight type: its layers lie one after the other in a file of float32."""
-
-    name: str
-    path: str
-    layers: int
-    d1: int
-    d2: int
-
-    def load(self) -> Load:
-        shape = (self.layers, self.d1, self.d2)
-        return torch.from_file(self.path, size=math.prod(shape), dtype=torch.float32).view(shape).__getitem__
-
-    @property
-    def slots(self) -> list[tuple[int, int, int]]:
-        """A new layer in each gap of the top half: layers 15 … 30 of 32 in the notebook."""
-        start = self.layers // 2 - 1
-        return [(self.layers + at, i, i + 1) for at, i in enumerate(range(start, self.layers - 1))]
-
-    @property
-    def work(self) -> int:
-        """Grows like the training time: rows × parameters."""
-        return self.d1 * (3 * self.d2 + RELEASED.hidden) * RELEASED.hidden
+SEED = 0
+RELEASED = LesaSettings.from_recipe("released-code")
+RIDGE = RELEASED.model_copy(update={"predictor": "ridge"})
+SPECTRAL = ("load", "gram", "eigh", "project")
 
 
 @dataclass(frozen=True)
@@ -69,39 +51,48 @@ class Outcome:
     """What one weight type took, and the loss at which its predictor ended."""
 
     name: str
-    spectral: float
-    whole: float
-    yardsticks: float
+    seconds: dict[str, float]
+    """Wall-clock by phase; `whole` is all of them."""
     loss: float
-    """Of the trained predictor over all its training rows, in batches of 64 in order."""
+    """Of the fitted predictor over the held-out triples, in batches of 64 rows in order."""
     cpu: float
     """Processor seconds of the whole, all threads: what a busy machine distorts least."""
     peak_mb: float
     """Peak resident memory of the process so far."""
+    device_mb: float
+    """Peak memory taken on the GPU."""
+
+    @property
+    def spectral(self) -> float:
+        return sum(self.seconds.get(phase, 0.0) for phase in SPECTRAL)
 
 
-def make_weights(folder: str, layers: int, d_model: int, d_ff: int) -> list[Weights]:
+def make_weights(folder: str, layers: int, d_model: int, d_ff: int, d_kv: int) -> list[Weights]:
     """Write the layers of the seven weight types of a Llama to `folder`."""
-    shapes = dict.fromkeys(("q", "k", "v", "o"), (d_model, d_model))
+    shapes = {"q": (d_model, d_model), "o": (d_model, d_model), "k": (d_kv, d_model), "v": (d_kv, d_model)}
     shapes |= {"gate": (d_ff, d_model), "up": (d_ff, d_model), "down": (d_model, d_ff)}
-    made = []
-    for seed, (name, (d1, d2)) in enumerate(shapes.items()):
-        generator = torch.Generator().manual_seed(seed)
-        path = os.path.join(folder, name)
-        with open(path, "wb") as file:
-            weight = 0.02 * torch.randn(d1, d2, generator=generator)
-            for _ in range(layers):
-                file.write(weight.numpy().tobytes())
-                weight = 0.8 * weight + 0.6 * 0.02 * torch.randn(d1, d2, generator=generator)
-        made.append(Weights(name, path, layers, d1, d2))
+    made = [Weights(name, folder, layers, d1, d2) for name, (d1, d2) in shapes.items()]
+    for seed, weights in enumerate(made):
+        weights.write(seed)
     return made
 
 
-def start_worker(threads: int) -> None:
+def all_layers(weights: Weights) -> list[Tensor]:
+    """As the notebook has them: all in memory, float32."""
+    with safe_open(os.path.join(weights.folder, weights.file), "pt") as file:
+        return [file.get_tensor(str(layer)).float() for layer in range(weights.layers)]
+
+
+def work(weights: Weights) -> int:
+    """Grows like the training time: rows × parameters."""
+    return weights.d1 * (3 * weights.d2 + RELEASED.hidden) * RELEASED.hidden
+
+
+def start_worker(threads: int, device: str) -> None:
     """Settle what is not to be measured: threads, and the first call of each library."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    torch.linalg.svd(torch.randn(8, 8) @ torch.randn(8, 8))
+    torch.linalg.svd(torch.randn(8, 8, device=device) @ torch.randn(8, 8, device=device))
     parameter = nn.Parameter(torch.zeros(2))
     torch.optim.AdamW([parameter])
 
@@ -111,23 +102,32 @@ def ready(_: int) -> int:
     return os.getpid()
 
 
-def run_notebook(weights: Weights) -> Outcome:
-    """The released algorithm for one weight type."""
-    load = weights.load()
-    layers = [load(i).clone() for i in range(weights.layers)]  # the notebook holds the model in memory
+def _settled(device: str) -> float:
+    """The time, once the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
+
+def _device_peak(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
+
+
+def run_notebook(weights: Weights, device: str) -> Outcome:
+    """The released algorithm for one weight type."""
     start, cpu = time.perf_counter(), time.process_time()
+    layers = [layer.to(device) for layer in all_layers(weights)]
     concatenated = torch.cat(layers, dim=1)
     u, s, vt = torch.linalg.svd(concatenated, full_matrices=False)
     separate = [vt[:, i * weights.d2 : (i + 1) * weights.d2] for i in range(weights.layers)]
-    spectral = time.perf_counter() - start
+    spectral = _settled(device) - start
 
-    inner = range(1, weights.layers - 1)
+    inner, held_out = split_triples(1, weights.layers, RELEASED.holdout, SEED)
     x = torch.cat([torch.cat([separate[i - 1], separate[i + 1]], dim=1) for i in inner])
     y = torch.cat([separate[i] for i in inner])
     network = nn.Sequential(
         nn.Linear(2 * weights.d2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, weights.d2)
-    )
+    ).to(device)
     criterion = nn.MSELoss()
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.001)
     dataset = torch.utils.data.TensorDataset(x, y)
@@ -144,147 +144,194 @@ def run_notebook(weights: Weights) -> Outcome:
             total += loss.item()
     with torch.no_grad():
         predicted = [network(torch.cat([separate[a], separate[b]], dim=1)) for _, a, b in weights.slots]
-        rebuilt = [(u * s) @ one for one in predicted]
-    whole, cpu = time.perf_counter() - start, time.process_time() - cpu
+        rebuilt = [((u * s) @ one).cpu() for one in predicted]
+    whole, cpu = _settled(device) - start, time.process_time() - cpu
 
     assert len(rebuilt) == len(weights.slots)
     with torch.no_grad():
-        final = fit_loss(network(x), y)
-    return Outcome(weights.name, spectral, whole, 0.0, final, cpu, own_peak_memory() / 1e6)
+        losses = []
+        for i in held_out:
+            output = network(torch.cat([separate[i - 1], separate[i + 1]], dim=1))
+            losses.append(fit_loss(output, separate[i]))
+        final = statistics.mean(losses)
+    seconds = {"gram": spectral, "train": whole - spectral, "whole": whole}
+    return Outcome(weights.name, seconds, final, cpu, own_peak_memory() / 1e6, _device_peak(device))
 
 
 def fit_loss(output: Tensor, target: Tensor) -> float:
-    """The loss over all rows, (rows, d2), norms over batches of 64."""
+    """The loss of one layer's rows, (rows, d2), norms over batches of 64."""
     gaps = [a.norm() - b.norm() for a, b in zip(torch.split(output, 64), torch.split(target, 64), strict=True)]
     norm = torch.stack(gaps).square().mean()
     return float((1 - 0.0005) * (output - target).square().mean() + 0.0005 * norm)
 
 
-def run_ours(weights: Weights) -> Outcome:
+def run_ours(weights: Weights, device: str, settings: LesaSettings) -> Outcome:
+    return_freed_memory()  # as every unit begins
     made: list[Tensor] = []
     start, cpu = time.perf_counter(), time.process_time()
     report = fit_weight_type(
-        weights.load(), weights.layers, weights.slots, lambda _, weight: made.append(weight), RELEASED, seed=0
+        weights.load(),
+        weights.layers,
+        weights.slots,
+        lambda _, weight: made.append(weight.bfloat16()),
+        settings,
+        seed=SEED,
+        device=device,
     )
-    whole, cpu = time.perf_counter() - start, time.process_time() - cpu
-    seconds = report.seconds
-    spectral = seconds["load"] + seconds["spectral"]
-    loss = report.trained["predictor"].loss
-    return Outcome(weights.name, spectral, whole, seconds["yardsticks"], loss, cpu, own_peak_memory() / 1e6)
+    whole, cpu = _settled(device) - start, time.process_time() - cpu
+    assert len(made) == len(weights.slots)
+    assert report.held_out is not None
+    loss = report.held_out["predictor"].loss
+    seconds = {**report.seconds, "whole": whole}
+    return Outcome(weights.name, seconds, loss, cpu, own_peak_memory() / 1e6, _device_peak(device))
 
 
-def run_our_spectral(weights: Weights) -> str:
-    return decompose([weights.load()], weights.layers).route
+def run_our_spectral(weights: Weights, device: str) -> str:
+    return decompose([weights.load()], weights.layers, device=device).route
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way, all weight types."""
+
+    spectral: float
+    """Wall-clock seconds of the spectral step alone, reading included."""
+    whole: float
+    cpu: float
+    loss: float
+    """Mean over the types."""
+    peak_mb: float
+    """Largest process."""
+    peak_sum_mb: float
+    """At most this much in all processes together."""
+    device_mb: float
+    phases: dict[str, float]
+    """Seconds by phase, summed over the types."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Wall-clock seconds, losses and memory of one run of both sides."""
-
-    notebook_spectral: float
-    notebook_whole: float
-    ours_spectral: float
-    ours_whole: float
-    ours_yardsticks: float
-    notebook_cpu: float
-    ours_cpu: float
-    notebook_loss: float
-    ours_loss: float
-    notebook_peak_mb: float
-    ours_peak_mb: float
-    """Of the largest worker."""
-    ours_peak_sum_mb: float
-    """At most this much in all workers together."""
+    notebook: Side
+    ours: Side
+    ridge: Side
     notebook_share: float
-    """Processor seconds over wall-clock and threads: well below 1, other work on the machine disturbed the run, and the
-    notebook's two threads, which wait for each other, suffer more from it than our two processes."""
+    """Processor seconds over wall-clock and threads: well below 1, other work on the machine disturbed the run."""
 
 
-def measure(units: list[Weights], threads: int) -> tuple[Round, list[Outcome], list[Outcome]]:
-    """One run of both. Each side has processes of its own, so that neither's peak memory counts for the other."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, start_worker, (threads,)) as pool:
-        list(pool.map(ready, range(1)))
-        theirs = list(pool.map(run_notebook, units))
-
-    largest_first = sorted(units, key=lambda unit: -unit.work)
-    with ProcessPoolExecutor(threads, spawn, start_worker, (1,)) as pool:
-        list(pool.map(ready, range(threads)))
-        start = time.perf_counter()
-        ours = list(pool.map(run_ours, largest_first))
-        whole = time.perf_counter() - start
-    with ProcessPoolExecutor(threads, spawn, start_worker, (1,)) as pool:
-        list(pool.map(ready, range(threads)))
-        start = time.perf_counter()
-        list(pool.map(run_our_spectral, largest_first))
-        spectral = time.perf_counter() - start
-
+def _side(outcomes: list[Outcome], whole: float, spectral: float, processes: int) -> Side:
     # Outcomes do not say from which worker they come: the largest peaks, one per worker, bound their sum from above.
-    peaks = sorted((outcome.peak_mb for outcome in ours), reverse=True)[:threads]
-    figures = Round(
-        notebook_spectral=sum(outcome.spectral for outcome in theirs),
-        notebook_whole=sum(outcome.whole for outcome in theirs),
-        ours_spectral=spectral,
-        ours_whole=whole,
-        ours_yardsticks=sum(outcome.yardsticks for outcome in ours) / threads,
-        notebook_cpu=sum(outcome.cpu for outcome in theirs),
-        ours_cpu=sum(outcome.cpu for outcome in ours),
-        notebook_loss=statistics.mean(outcome.loss for outcome in theirs),
-        ours_loss=statistics.mean(outcome.loss for outcome in ours),
-        notebook_peak_mb=max(outcome.peak_mb for outcome in theirs),
-        ours_peak_mb=peaks[0],
-        ours_peak_sum_mb=sum(peaks),
-        notebook_share=sum(o.cpu for o in theirs) / sum(o.whole for o in theirs) / threads,
+    peaks = sorted((outcome.peak_mb for outcome in outcomes), reverse=True)[:processes]
+    phases: dict[str, float] = {}
+    for outcome in outcomes:
+        for name, seconds in outcome.seconds.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+    return Side(
+        spectral=spectral,
+        whole=whole,
+        cpu=sum(outcome.cpu for outcome in outcomes),
+        loss=statistics.mean(outcome.loss for outcome in outcomes),
+        peak_mb=peaks[0],
+        peak_sum_mb=sum(peaks),
+        device_mb=max(outcome.device_mb for outcome in outcomes),
+        phases=phases,
     )
-    return figures, theirs, ours
 
 
-def report(rounds: list[Round]) -> dict[str, float]:
-    """Medians over runs, and ratios within each run, of which the median: noise of a shared machine hits both sides."""
-    medians = {name: statistics.median(asdict(one)[name] for one in rounds) for name in asdict(rounds[0])}
-    medians["spectral_ratio"] = statistics.median(one.notebook_spectral / one.ours_spectral for one in rounds)
-    medians["whole_ratio"] = statistics.median(one.notebook_whole / one.ours_whole for one in rounds)
-    medians["cpu_ratio"] = statistics.median(one.notebook_cpu / one.ours_cpu for one in rounds)
-    medians["loss_ratio"] = statistics.median(one.ours_loss / one.notebook_loss for one in rounds)
-    print(f"{'median of ' + str(len(rounds)) + ' runs':28}{'notebook':>12}{'ours':>12}{'ratio':>9}")
-    for label, key in (("spectral step, s", "spectral"), ("whole, s", "whole"), ("whole, processor s", "cpu")):
-        theirs, ours = medians[f"notebook_{key}"], medians[f"ours_{key}"]
-        print(f"{label:28}{theirs:12.2f}{ours:12.2f}{medians[f'{key}_ratio']:8.1f}×")
-    print(f"{'whole: yardsticks in it, s':28}{'–':>12}{medians['ours_yardsticks']:12.2f}")
-    print(f"{'final fit loss':28}{medians['notebook_loss']:12.3e}{medians['ours_loss']:12.3e}")
-    print(f"{'peak MB, largest process':28}{medians['notebook_peak_mb']:12.0f}{medians['ours_peak_mb']:12.0f}")
-    print(f"{'peak MB, all processes':28}{medians['notebook_peak_mb']:12.0f}{medians['ours_peak_sum_mb']:12.0f}")
-    return medians
+def measure(units: list[Weights], threads: int, workers: int, device: str) -> Round:
+    """One run of all. Each has processes of its own, so that none's peak memory counts for another."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, start_worker, (threads, device)) as pool:
+        list(pool.map(ready, range(1)))
+        theirs = list(pool.map(run_notebook, units, [device] * len(units)))
+    largest_first = sorted(units, key=lambda unit: -work(unit))
+
+    def ours(task: Callable[..., Any], *more: object) -> tuple[list[Any], float]:
+        with ProcessPoolExecutor(workers, spawn, start_worker, (max(threads // workers, 1), device)) as pool:
+            list(pool.map(ready, range(workers)))
+            start = time.perf_counter()
+            found = list(pool.map(task, largest_first, *([one] * len(units) for one in (device, *more))))
+            return found, time.perf_counter() - start
+
+    network, network_whole = ours(run_ours, RELEASED)
+    ridge, ridge_whole = ours(run_ours, RIDGE)
+    _, spectral = ours(run_our_spectral)
+    cpu, wall = sum(o.cpu for o in theirs), sum(o.seconds["whole"] for o in theirs)
+    return Round(
+        notebook=_side(theirs, wall, sum(o.spectral for o in theirs), 1),
+        ours=_side(network, network_whole, spectral, workers),
+        ridge=_side(ridge, ridge_whole, spectral, workers),
+        notebook_share=cpu / wall / threads,
+    )
+
+
+def report(rounds: list[Round]) -> dict[str, dict[str, float]]:
+    """Medians over runs, and ratios within each run, of which the median: noise of a shared machine hits all sides."""
+
+    def median(of: Callable[[Round], float]) -> float:
+        return statistics.median(of(one) for one in rounds)
+
+    figures: dict[str, dict[str, float]] = {}
+    labels = {
+        "spectral": "spectral step, s",
+        "whole": "whole, s",
+        "cpu": "whole, processor s",
+        "loss": "loss, held-out triples",
+        "peak_mb": "peak MB, largest process",
+        "peak_sum_mb": "peak MB, all processes",
+        "device_mb": "peak MB on the GPU",
+    }
+    ways = ("notebook", "ours", "ridge")
+    print(f"{'median of ' + str(len(rounds)) + ' runs':26}{'notebook':>11}{'ours':>11}{'':9}{'with ridge':>11}")
+    for key, label in labels.items():
+        if key == "device_mb" and not rounds[0].notebook.device_mb:
+            continue
+        figures[key] = {way: median(lambda one, w=way, k=key: getattr(getattr(one, w), k)) for way in ways}  # type: ignore[misc]
+        for way in ways[1:]:
+            figures[key][f"{way}_ratio"] = median(
+                lambda one, w=way, k=key: getattr(one.notebook, k) / getattr(getattr(one, w), k)  # type: ignore[misc]
+            )
+        row = figures[key]
+        form = "11.3e" if key == "loss" else "11.2f" if row["ours"] < 1000 else "11.0f"
+        print(
+            f"{label:26}{row['notebook']:{form}}{row['ours']:{form}}{row['ours_ratio']:8.2f}×{row['ridge']:{form}}"
+            f"{row['ridge_ratio']:8.2f}×"
+        )
+    phases = rounds[0].ours.phases
+    whole = phases["whole"]
+    print("ours by phase: " + ", ".join(f"{name} {phases[name] / whole:.0%}" for name in phases if name != "whole"))
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--d-model", type=int, default=512)
-    parser.add_argument("--d-ff", type=int, default=1408)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--d-model", type=int, default=1024)
+    parser.add_argument("--d-ff", type=int, default=2816)
+    parser.add_argument("--d-kv", type=int, help="rows of k and v; d-model if not given")
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", help="where to write all figures")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        units = make_weights(folder, options.layers, options.d_model, options.d_ff)
-        measured = []
+        d_kv = options.d_kv or options.d_model
+        units = make_weights(folder, options.layers, options.d_model, options.d_ff, d_kv)
+        rounds = []
         for number in range(options.runs):
-            measured.append(measure(units, options.threads))
-            one = measured[-1][0]
+            one = measure(units, options.threads, options.workers, options.device)
+            rounds.append(one)
             print(
-                f"run {number + 1}: spectral {one.notebook_spectral:.2f} / {one.ours_spectral:.2f} s, whole "
-                f"{one.notebook_whole:.2f} / {one.ours_whole:.2f} s; notebook got {one.notebook_share:.0%} of its CPU",
+                f"run {number + 1}: spectral {one.notebook.spectral:.2f} / {one.ours.spectral:.2f} s, whole "
+                f"{one.notebook.whole:.2f} / {one.ours.whole:.2f} / {one.ridge.whole:.2f} s (ridge); notebook got "
+                f"{one.notebook_share:.0%} of its CPU",
                 flush=True,
             )
-    medians = report([figures for figures, _, _ in measured])
+    figures = report(rounds)
     if options.json:
-        runs = [
-            {"figures": asdict(figures), "notebook": [asdict(o) for o in theirs], "ours": [asdict(o) for o in ours]}
-            for figures, theirs, ours in measured
-        ]
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"options": vars(options), "medians": medians, "runs": runs}, file, indent=1)
+            runs = [asdict(one) for one in rounds]
+            json.dump({"options": vars(options), "medians": figures, "runs": runs}, file, indent=1)
 
 
 if __name__ == "__main__":
