@@ -22,7 +22,7 @@ demo: setup
 	.venv/bin/python -m pipelines.demo --out demo
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	.venv/bin/ruff check .

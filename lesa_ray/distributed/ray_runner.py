@@ -47,24 +47,39 @@ _INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
 def start_ray() -> bool:
     """Connect to the running cluster, or start an embedded local Ray; nothing if Ray is up in this process.
 
-    RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster. Returns whether this call
-    started an embedded Ray.
+    RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster; without it, it is what
+    `ray start` left on this machine. Returns whether this call started an embedded Ray.
     """
     if ray.is_initialized():
         return False
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS", "auto")
+    named = os.environ.get("RAY_ADDRESS")
+    address = named or _started_here()
     try:
-        if address != "local":
+        if address not in ("local", None):
             ray.init(address=address, runtime_env=_passed_on(), **quiet)
             return False
     except ConnectionError as error:
-        if address != "auto":
-            raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]})") from error
+        left = "; `ray start` left its address here: run `ray stop` if it is gone, or set RAY_ADDRESS=local"
+        hint = "" if named else left
+        raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     ray.init(address="local", include_dashboard=False, **quiet)
     return True
+
+
+def _started_here() -> str | None:
+    """The address that the last `ray start` on this machine wrote down; `ray stop` removes it.
+
+    Ray's own `auto` would also take a Ray that is embedded in some other process, and end when that does.
+    """
+    root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        with open(os.path.join(root, "ray", "ray_current_cluster"), encoding="utf-8") as file:
+            return file.read().strip() or None
+    except OSError:
+        return None
 
 
 def _passed_on() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What of the driver's environment reaches tasks on a running cluster."""
+"""Which Ray is taken, and what of the driver's environment reaches tasks on a running cluster."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool) -
     assert (found["AWS_DEFAULT_REGION"], found["HF_HUB_OFFLINE"]) == ("there", "1")
     assert "AWS_SECRET_ACCESS_KEY" not in found
     assert found.get("MINE") == ("1" if submitted else None)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("local_ray")
+def test_a_ray_embedded_in_another_process_is_left_alone() -> None:
+    script = "from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray())"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": "/tmp/lesa-ray-test"}, capture_output=True,
+        text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert "EMBEDDED True" in done.stdout, done.stderr[-2000:]
