@@ -331,6 +331,26 @@ def evaluate(
     terminal.console.print(evaluation_table(report))
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def submit(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="-- COMMAND...", help="E.g. python -m pipelines.expand --config FILE")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of the cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265]"
+        ),
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs for the command itself; 0 runs it on the head.")] = 1.0,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's name and go.")] = False,
+) -> None:
+    """Run a command on a Ray cluster as a job, with this project's files and the YAML files it names."""
+    from lesa_ray.distributed.submit import submit as run
+
+    sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))
+
+
 def _print_trained(result: Any, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(result))

@@ -1,0 +1,210 @@
+"""Hand a command to a Ray cluster as a job, follow its log, and end as it ended.
+
+Ray's own client (`JobSubmissionClient`) does the work, not the `ray job submit` command: that one ends with 1 whatever
+the job ended with, so wrong input could not be told from a fault of the machine.
+
+The job gets this project's files as they are now (less what `.gitignore` and `.rayignore` name) and the YAML files
+that the command names, wherever they are; of this process's environment only where the stores are (`PASSED_ON`). Ray
+shows a job's environment and command in its logs and dashboard, so no credential goes that way: nodes have a role.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from lesa_ray.checkpoint.storage import explain
+from lesa_ray.distributed.ray_runner import PASSED_ON
+from lesa_ray.errors import MachineError, UserError
+
+DASHBOARD = "http://127.0.0.1:8265"
+"""Where `ray start`, `ray dashboard` and `kubectl port-forward` put a cluster's dashboard on this machine."""
+_ATTEMPTS = 30  # to reach a cluster again while following a job, which goes on meanwhile
+_PAUSE_SECONDS = 2.0
+_PACKAGES = ("lesa_ray", "pipelines")
+_IGNORE_FILES = (".gitignore", ".rayignore")
+
+
+def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, wait: bool = True) -> int:
+    """Run `command` on the cluster at `address`; the job's own exit code, or 0 at once without `wait`.
+
+    address: the URL of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or `DASHBOARD`.
+    cpus: what the command itself takes of a node, beside its tasks; with 0 it runs on the head.
+    Standard output is the job's log, or its name without `wait`; standard error says what becomes of it.
+    Raises: UserError if there is no command, the cluster asks for a token, or its Ray or Python is another one.
+    MachineError if the cluster cannot be reached, or the job ended otherwise than by itself.
+    """
+    if not command:
+        raise UserError("COMMAND: missing; for example: lesa-ray submit -- python -m pipelines.expand --config FILE")
+    if cpus < 0:
+        raise UserError(f"--cpus {cpus:g}: must be 0 or more")
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    url = url if url not in (None, "local") else DASHBOARD  # `local` is start_ray's word for no cluster
+    where = _without_password(url)
+    with _faults_of(url):
+        os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's client takes the variable even where it is given an address
+        client = JobSubmissionClient(url)
+        _check_versions(client, where)
+        with packaged(command) as (folder, entrypoint):
+            job = client.submit_job(
+                entrypoint=shlex.join(entrypoint),
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {n: os.environ[n] for n in PASSED_ON if n in os.environ},
+                },
+                entrypoint_num_cpus=cpus,
+            )
+    if not wait:
+        sys.stdout.write(f"{job}\n")
+        return 0
+    _say(f"{job} on {where}")
+    try:
+        return _follow(client, job, url)
+    except KeyboardInterrupt:
+        _say(f"{job} goes on; `ray job logs --follow {job}` shows it, `ray job stop {job}` ends it")
+        return 130
+
+
+@contextlib.contextmanager
+def packaged(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """A folder with what the job needs, and the command as it reads there; the folder is gone afterwards.
+
+    The project is the checkout that the current folder lies in, else where this package lies (all of a checkout; of an
+    installation the packages alone). YAML files of this machine named by the command go to `submitted/` beside it.
+    """
+    root = _project(Path.cwd())
+    with tempfile.TemporaryDirectory(prefix="lesa-ray-submit-") as temporary:
+        folder = Path(temporary)
+        for name in _entries(root):
+            (folder / name).symlink_to(root / name)  # Ray follows links when it packs, and reads the ignore files there
+        entrypoint = list(command)
+        for position, argument in enumerate(command):
+            option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+            if value.endswith((".yaml", ".yml")) and os.path.isfile(value):
+                travelled = f"submitted/{position}/{Path(value).name}"
+                (folder / travelled).parent.mkdir(parents=True)
+                (folder / travelled).symlink_to(Path(value).resolve())
+                entrypoint[position] = f"{option}{equals}{travelled}"
+        yield temporary, entrypoint
+
+
+def _project(here: Path) -> Path:
+    for folder in (here, *here.parents):
+        if _is_checkout(folder):
+            return folder
+    return Path(__file__).parents[2]
+
+
+def _is_checkout(folder: Path) -> bool:
+    return (folder / "pyproject.toml").is_file() and all((folder / name).is_dir() for name in _PACKAGES)
+
+
+def _entries(root: Path) -> list[str]:
+    if not _is_checkout(root):
+        return list(_PACKAGES)  # beside them in site-packages lies everything else that is installed
+    return sorted(p.name for p in root.iterdir() if not p.name.startswith(".") or p.name in _IGNORE_FILES)
+
+
+def _check_versions(client: JobSubmissionClient, where: str) -> None:
+    """Raises: UserError if the cluster's Ray, or the first two numbers of its Python, are not this process's."""
+    # Ray's client has both answers' addresses, and the token if one is asked for, but no public method for either.
+    there = client._do_request("GET", "/api/version").json()["ray_version"]
+    if there != ray.__version__:
+        raise UserError(f"cluster {where}: runs Ray {there}, here is {ray.__version__}; install ray=={there} here")
+    answer = client._do_request("GET", "/api/v0/cluster_metadata")
+    python = str(answer.json()["data"]["pythonVersion"]) if answer.status_code == 200 else platform.python_version()
+    if python.split(".")[:2] != platform.python_version().split(".")[:2]:
+        raise UserError(
+            f"cluster {where}: runs Python {python}, here is {platform.python_version()}; use the cluster's here"
+        )
+
+
+def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
+    """Show the job's log until it ends; its exit code. A connection that is lost is made again."""
+    log = _Log()
+    lost = 0
+    while True:
+        shown = log.shown
+        try:
+            asyncio.run(log.show(client, job))
+            details = client.get_job_info(job)
+            if details.status.is_terminal():
+                break
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            lost = 1 if log.shown > shown else lost + 1
+            if lost > _ATTEMPTS:
+                raise MachineError(
+                    f"cluster {_without_password(url)}: lost ({_reason(error, url)}); "
+                    f"{job} may go on, `ray job logs --follow {job}` shows it"
+                ) from error
+        time.sleep(_PAUSE_SECONDS)
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    code = details.driver_exit_code
+    if details.status == JobStatus.STOPPED or code is None:
+        raise MachineError(f"{job}: {details.status.lower()}: {(details.message or 'no reason is given')[-500:]}")
+    _say(f"{job} ended with exit code {code}")
+    return int(code) if 0 < code < 256 else 1
+
+
+class _Log:
+    """A job's log, as far as it was shown. Each connection sends it from the start."""
+
+    def __init__(self) -> None:
+        self.shown = 0
+
+    async def show(self, client: JobSubmissionClient, job: str) -> None:
+        position = 0
+        async for text in client.tail_job_logs(job):
+            new = text[max(0, self.shown - position) :]
+            position += len(text)
+            if new:
+                sys.stdout.write(new)
+                sys.stdout.flush()
+                self.shown = position
+
+
+@contextlib.contextmanager
+def _faults_of(url: str) -> Iterator[None]:
+    """What Ray's client raises until the job is there, in this package's two kinds."""
+    where = _without_password(url)
+    try:
+        yield
+    except UserError:
+        raise
+    except AuthenticationError as error:
+        raise UserError(
+            f"cluster {where}: asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "or ~/.ray/auth_token to the cluster's"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise MachineError(f"cluster {where}: no job was started ({_reason(error, url)})") from error
+
+
+def _reason(error: BaseException, url: str) -> str:
+    return explain(error).replace(url, _without_password(url))[:300]
+
+
+def _without_password(url: str) -> str:
+    parts: Any = urlsplit(url)
+    return url if "@" not in parts.netloc else parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"lesa-ray: {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,120 @@
+"""The launcher's file for AWS passes Ray's own checks, and the roles that it names are those that the stack makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+from moto import mock_aws
+
+from tests.cluster.manifests import CLUSTER
+
+LAUNCHER = CLUSTER / "aws.yaml"
+
+
+def launcher() -> dict[str, Any]:
+    return yaml.safe_load(LAUNCHER.read_text())  # type: ignore[no-any-return]
+
+
+def test_the_launcher_s_file_passes_ray_s_validation() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(launcher())
+    validate_config(prepared)
+    wrong = prepared | {"min_worker": 1}
+    with pytest.raises(Exception, match="min_worker"):
+        validate_config(wrong)
+
+
+def test_machines_come_and_go_and_only_workers_can_be_taken_away() -> None:
+    config = launcher()
+    types = config["available_node_types"]
+    spot = {name: "InstanceMarketOptions" in kind["node_config"] for name, kind in types.items()}
+    assert spot == {"head": False, "cpu": True, "gpu": True}
+    assert all(types[name]["min_workers"] == 0 for name in ("cpu", "gpu"))
+    assert sum(types[name]["max_workers"] for name in ("cpu", "gpu")) >= config["max_workers"] > 0
+    profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
+    assert profiles == {"head": "lesa-ray-head", "cpu": "lesa-ray-worker", "gpu": "lesa-ray-worker"}
+
+
+BOOTSTRAP = """
+import json, sys
+import yaml
+from moto import mock_aws
+
+with mock_aws():
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(open(sys.argv[1])))
+    config["auth"].pop("ssh_private_key", None)
+    config = bootstrap_aws(config)
+    config.pop("head_node")
+    validate_config(config)
+    nodes = {name: kind["node_config"] for name, kind in config["available_node_types"].items()}
+    assert all(node["SubnetIds"] and node["SecurityGroupIds"] and node["KeyName"] for node in nodes.values())
+    print("READY", json.dumps({name: node["ImageId"] for name, node in nodes.items()}))
+"""
+
+
+def test_ray_s_aws_provider_takes_it(tmp_path: Path) -> None:
+    """All that `ray up` does before it starts a machine, against an emulated EC2: network, security group, key pair."""
+    script = tmp_path / "bootstrap.py"
+    script.write_text(textwrap.dedent(BOOTSTRAP))
+    environment = {
+        **os.environ, "HOME": str(tmp_path), "AWS_DEFAULT_REGION": "us-west-2",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+    }  # fmt: skip
+    for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(LAUNCHER)], capture_output=True, text=True, timeout=100, check=False,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "READY" in done.stdout
+    assert done.stdout.count("resolve:ssm:/aws/service/deeplearning/ami/") == 3
+
+
+@mock_aws
+def test_the_stack_makes_the_roles_that_nodes_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    region = launcher()["provider"]["region"]
+    boto3.client("cloudformation", region_name=region).create_stack(
+        StackName="lesa-ray",
+        TemplateBody=(CLUSTER / "aws-iam.yaml").read_text(),
+        Parameters=[{"ParameterKey": "Bucket", "ParameterValue": "models"}],
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+    )
+    iam = boto3.client("iam", region_name=region)
+    made = {p["InstanceProfileName"]: p["Roles"] for p in iam.list_instance_profiles()["InstanceProfiles"]}
+    used = {k["node_config"]["IamInstanceProfile"]["Name"] for k in launcher()["available_node_types"].values()}
+    assert made.keys() == used
+    for name, roles in made.items():
+        assert [role["RoleName"] for role in roles] == [name]
+        attached = iam.list_attached_role_policies(RoleName=name)["AttachedPolicies"]
+        assert [policy["PolicyName"] for policy in attached] == ["lesa-ray-store"]
+    (store,) = [p for p in iam.list_policies(Scope="Local")["Policies"] if p["PolicyName"] == "lesa-ray-store"]
+    document = iam.get_policy_version(PolicyArn=store["Arn"], VersionId=store["DefaultVersionId"])
+    statements = _statements(document["PolicyVersion"]["Document"])
+    assert {statement["Resource"] for statement in statements} == {"arn:aws:s3:::models", "arn:aws:s3:::models/*"}
+    autoscaler = _statements(iam.get_role_policy(RoleName="lesa-ray-head", PolicyName="autoscaler")["PolicyDocument"])
+    passed = [statement for statement in autoscaler if statement["Action"] == "iam:PassRole"]
+    assert [s["Resource"].rpartition("/")[2] for s in passed] == ["lesa-ray-worker"]
+    ended = [s for s in autoscaler if "ec2:TerminateInstances" in s["Action"]]
+    tag = ended[0]["Condition"]["StringEquals"]["aws:ResourceTag/ray-cluster-name"]
+    assert tag == launcher()["cluster_name"]
+
+
+def _statements(document: Any) -> list[dict[str, Any]]:
+    """Of a policy, which the emulator hands back as JSON where AWS's client makes a mapping of it."""
+    return (yaml.safe_load(document) if isinstance(document, str) else document)["Statement"]  # type: ignore[no-any-return]

@@ -1,0 +1,120 @@
+"""Submissions that end before a job is there: one line that says why, exit code 2 or 1."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import ray
+
+from lesa_ray import cli
+
+Submit = Callable[..., tuple[int, str]]
+OURS = {"/api/version": {"ray_version": ray.__version__}, "/api/v0/cluster_metadata": {"data": {"pythonVersion": "?"}}}
+
+
+@pytest.fixture
+def submit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Submit:
+    """Run `lesa-ray submit` in this process: its exit code and its last line."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lesa-ray", "submit", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert "Traceback" not in shown.err
+        return int(str(end.value.code)), shown.err.strip().splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Callable[[dict[str, Any], int], str]]:
+    """A server that answers as the dashboard of some other cluster: `dashboard(answers, status)` is its address."""
+    servers = []
+
+    def start(answers: dict[str, Any], status: int = 200) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = json.dumps(answers.get(self.path)).encode()
+                self.send_response(status if self.path in answers else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self) -> None:
+                pytest.fail("a job was submitted")
+
+            do_PUT = do_POST
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_another_ray(submit: Submit, dashboard: Callable[..., str]) -> None:
+    address = dashboard(OURS | {"/api/version": {"ray_version": "2.7.1"}})
+    code, line = submit("--address", address, "--", "python", "-m", "pipelines.expand")
+    assert code == 2
+    assert line == f"lesa-ray: cluster {address}: runs Ray 2.7.1, here is {ray.__version__}; install ray==2.7.1 here"
+
+
+def test_another_python(submit: Submit, dashboard: Callable[..., str]) -> None:
+    address = dashboard(OURS | {"/api/v0/cluster_metadata": {"data": {"pythonVersion": "3.9.1"}}})
+    code, line = submit("--address", address, "--", "python", "-m", "pipelines.expand")
+    assert code == 2
+    assert f"runs Python 3.9.1, here is {platform.python_version()}" in line
+
+
+def test_a_cluster_that_asks_for_a_token(submit: Submit, dashboard: Callable[..., str]) -> None:
+    code, line = submit("--address", dashboard(OURS, 401), "--", "python", "x.py")
+    assert code == 2
+    assert "asks for a token; set RAY_AUTH_MODE=token" in line
+
+
+def test_no_cluster_there_and_no_password_shown(submit: Submit) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code, line = submit("--address", f"http://user:hidden@127.0.0.1:{port}", "--", "python", "x.py")
+    assert code == 1
+    assert f"cluster http://127.0.0.1:{port}: no job was started" in line
+    assert "hidden" not in line
+
+
+def test_something_else_is_there(submit: Submit, dashboard: Callable[..., str]) -> None:
+    code, line = submit("--address", dashboard({}), "--", "python", "x.py")
+    assert code == 1
+    assert "no job was started" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND: missing"),
+        (["--cpus", "-1", "--", "python", "x.py"], "--cpus -1: must be 0 or more"),
+        (["--cpu", "1", "--", "python", "x.py"], "No such option: --cpu"),
+    ],
+)
+def test_wrong_use(arguments: list[str], says: str, submit: Submit) -> None:
+    code, line = submit(*arguments)
+    assert code == 2
+    assert says in line
