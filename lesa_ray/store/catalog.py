@@ -1,0 +1,216 @@
+"""An artifact store: a folder of any storage in which each finished stage can be found by what made it.
+
+    STORE/KIND/LABEL-HASH12/            a stage's output
+    STORE/KIND/LABEL-HASH12/stage.json  its record, written last: from then on the folder is not written again
+    STORE/.lesa-ray/leases/             who is working on what
+    STORE/.lesa-ray/begun/KIND/…json    stages that were begun and are not finished, and what stopped them last
+    STORE/.lesa-ray/fleets/NAME.json    the stages of each fleet as it was last started
+
+Two stages that are the same but for their labels are one: the leases know hashes only, and `locate` finds the other's
+result. Whether a stage is finished is asked of its record, never of a listing, which some stores serve late.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.store.identity import KINDS, Identity, difference, parse_place
+from lesa_ray.store.lease import TERM_SECONDS, Lease, Leases
+from lesa_ray.store.record import RECORD_FILE, Record, read_record, write_record
+
+_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A stage that was begun and is not finished."""
+
+    place: str
+    identity: Identity
+    holder: str
+    """Who began, or went on with it, last."""
+    since: str
+    failure: str | None
+    """What ended the last attempt, if something did that was seen."""
+
+
+class Store:
+    """An artifact store; nothing is written until a stage is begun."""
+
+    def __init__(self, url: str, term: float = TERM_SECONDS) -> None:
+        """term: seconds after which a dead process's lease is free. Raises: UserError if there can be no such store."""
+        self.storage = Storage(url)
+        self.url = self.storage.url
+        self.control = self.storage.within(WORK_DIR)
+        self.leases = Leases(self.control, term)
+
+    def folder(self, place: str) -> Storage:
+        """Where a stage's output lies. Raises: UserError if `place` is not a stage's."""
+        if parse_place(place) is None:
+            raise UserError(
+                f"{place}: is not a stage's place; expected KIND/LABEL-HASH12, KIND one of {', '.join(KINDS)}"
+            )
+        return self.storage.within(place)
+
+    def record(self, place: str) -> Record | None:
+        """The record of a finished stage; None if it is not finished."""
+        return read_record(self.folder(place))
+
+    def locate(self, identity: Identity, label: str) -> tuple[str, Record | None]:
+        """The place of a stage, and its record if it is finished; under another label if that was there first."""
+        place = identity.place(label)
+        record = self.record(place)
+        if record is not None:
+            return place, record
+        for name in self.storage.within(identity.kind).folders():
+            other = f"{identity.kind}/{name}"
+            parsed = parse_place(other)
+            if parsed is not None and parsed[2] == identity.digest[:12] and other != place:
+                record = self.record(other)
+                if record is not None and record["digest"] == identity.digest:
+                    return other, record
+        return place, None
+
+    def finished(self, kind: str | None = None) -> list[tuple[str, Record]]:
+        """Places and records of all finished stages (of a kind), in the order in which they were started.
+
+        A record that cannot be read is passed over here; `verify` says what is wrong with it."""
+        places = [
+            f"{one}/{name}"
+            for one in ((kind,) if kind else KINDS)
+            for name in self.storage.within(one).folders()
+            if parse_place(f"{one}/{name}")
+        ]
+
+        def read(place: str) -> tuple[str, Record | None]:
+            try:
+                return place, self.record(place)
+            except UserError:
+                return place, None
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = [(place, record) for place, record in pool.map(read, places) if record is not None]
+        return sorted(found, key=lambda item: item[1]["started"])
+
+    def lease(self, identity: Identity, holder: str) -> Lease | None:
+        """The right to work on a stage, or None if someone has it."""
+        return self.leases.acquire(lease_name(identity.kind, identity.digest), holder)
+
+    def worker(self, identity: Identity) -> str | None:
+        """Who is working on a stage now."""
+        return self.leases.holder(lease_name(identity.kind, identity.digest))
+
+    def begin(self, place: str, identity: Identity, holder: str, failure: str | None = None) -> None:
+        """Note that a stage was begun, or what stopped it. To be called with its lease."""
+        content = {"identity": identity.content, "holder": holder, "since": utc_now(), "failure": failure}
+        self.control.write(_begun(place), (json.dumps(content, ensure_ascii=False) + "\n").encode())
+
+    def begun(self, place: str) -> Begun | None:
+        """What is noted of an unfinished stage."""
+        try:
+            content = json.loads(self.control.read(_begun(place)))
+            identity = Identity.from_content(content["identity"])
+            return Begun(place, identity, content["holder"], content["since"], content.get("failure"))
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def unfinished(self) -> list[Begun]:
+        """All stages that were begun and are not finished."""
+        places = [
+            f"{kind}/{name.removesuffix('.json')}"
+            for kind in KINDS
+            for name in self.control.within(f"begun/{kind}").list()
+            if name.endswith(".json") and parse_place(f"{kind}/{name.removesuffix('.json')}")
+        ]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return [one for one in pool.map(self.begun, places) if one is not None and self.record(one.place) is None]
+
+    def finish(self, place: str, record: Record) -> None:
+        """Make a stage a finished one. To be called with its lease."""
+        write_record(self.folder(place), record)
+        self.control.remove(_begun(place))
+
+    def forget(self, place: str) -> None:
+        """Remove what is noted of an unfinished stage."""
+        self.control.remove(_begun(place))
+
+    def why(self, identity: Identity, label: str) -> str:
+        """Why a stage that is not finished has to be made."""
+        if self.begun(identity.place(label)) is not None:
+            return "was interrupted, goes on"
+        earlier = [record for _, record in self._versions(identity.kind, label)]
+        if not earlier:
+            return "new"
+        latest = max(earlier, key=lambda record: record["started"])
+        return difference(Identity.from_content(latest["identity"]), identity)
+
+    def _versions(self, kind: str, label: str) -> Iterator[tuple[str, Record]]:
+        """Finished stages of a kind and a label, whatever made them."""
+        for name in self.storage.within(kind).folders():
+            parsed = parse_place(f"{kind}/{name}")
+            if parsed is not None and parsed[1] == label:
+                record = self.record(f"{kind}/{name}")
+                if record is not None:
+                    yield f"{kind}/{name}", record
+
+    def write_fleet(self, name: str, content: dict[str, Any]) -> None:
+        """Leave a fleet's stages where `fleet status` finds them."""
+        self.control.write(f"fleets/{name}.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def read_fleet(self, name: str) -> dict[str, Any] | None:
+        """What `write_fleet` left; None if no such fleet was started on this store."""
+        try:
+            content = json.loads(self.control.read(f"fleets/{name}.json"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+
+def open_store(url: str) -> Store:
+    """A store that is there. Raises: UserError if there is none at `url`, or it cannot be reached."""
+    store = Store(url)
+    try:
+        found = store.storage.folders()
+    except (UserError, MachineError):
+        raise
+    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        raise UserError(f"STORE {url}: cannot be listed ({explain(error)[:200]})") from error
+    if not {WORK_DIR, *KINDS}.intersection(found):
+        raise UserError(f"STORE {url}: is not an artifact store; nothing that `lesa-ray fleet` writes is there")
+    return store
+
+
+def find_run(run: str) -> tuple[str, Storage, Record]:
+    """A finished stage by its folder or URL: its place, its folder, its record. Raises: UserError if it is none."""
+    storage = Storage(run)
+    place = "/".join(storage.url.rstrip("/").split("/")[-2:])
+    try:
+        record = read_record(storage)
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        raise UserError(f"RUN {run}: cannot be read ({explain(error)[:200]})") from error
+    if record is None:
+        raise UserError(f"RUN {run}: holds no finished stage (no {RECORD_FILE}); `lesa-ray runs STORE` lists them")
+    return place, storage, record
+
+
+def lease_name(kind: str, digest: str) -> str:
+    """What the lease of a stage is called."""
+    return f"{kind}-{digest[:12]}"
+
+
+def utc_now() -> str:
+    """This machine's time, for people to read."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _begun(place: str) -> str:
+    return f"begun/{place}.json"

@@ -1,0 +1,95 @@
+"""Mutual exclusion with plain files, for stores that have no compare-and-swap (rclone's S3 server, older others).
+
+Each who wants a thing writes a claim, a file of its own, and only then looks at the others' claims. Of two, the one who
+looked later has seen the other, so both cannot find themselves alone:
+
+    write my claim ▸ list ▸ alone: mine · someone holds it: withdraw · others want it too: the smallest name stays, the
+    rest withdraw, and it looks again until it is alone
+
+This is safe on a store whose listings show what was written before (S3 since December 2020, rclone, a filesystem), as
+long as a write takes less than three tenths of the term; it needs several requests where compare-and-swap needs two. A
+store that also serves stale listings has no safe way but conditional writes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store.register import stamp
+
+_LOOKS = 50
+_PAUSE_SECONDS = 0.2
+
+
+class Claims:
+    """The claims on one thing: a folder of small files."""
+
+    def __init__(self, storage: Storage, slack: float) -> None:
+        """slack: seconds that the storage's times may be coarse by."""
+        self._storage = storage
+        self._slack = slack
+        self.id = uuid.uuid4().hex
+
+    def take(self, holder: str, term: float) -> bool:
+        """Whether the thing is this object's from now on."""
+        if self.holder() is not None:
+            return False
+        self.write(holder, term, held=False)
+        for _ in range(_LOOKS):
+            others = self._others()
+            if not others:
+                self.write(holder, term, held=True)
+                return True
+            if any(claim["held"] for claim in others.values()) or min(others) < self.id:
+                break
+            time.sleep(_PAUSE_SECONDS)
+        self.withdraw()
+        return False
+
+    def write(self, holder: str, term: float, *, held: bool) -> None:
+        """Make or renew this object's claim."""
+        content = {"holder": holder, "term": term, "held": held, "nonce": uuid.uuid4().hex}
+        self._storage.write(f"{self.id}.json", (json.dumps(content) + "\n").encode())
+
+    def stands(self) -> bool:
+        """Whether this object's claim is there; others remove one that was not renewed."""
+        return self._storage.exists(f"{self.id}.json")
+
+    def withdraw(self) -> None:
+        self._storage.remove(f"{self.id}.json")
+
+    def holder(self) -> str | None:
+        """Who holds the thing now, if anyone."""
+        return next((str(claim["holder"]) for claim in self._others().values() if claim["held"]), None)
+
+    def _others(self) -> dict[str, dict[str, Any]]:
+        """Claims of others that still count, by name; those of the dead are removed."""
+        found = {}
+        for file in self._storage.list():
+            name = file.removesuffix(".json")
+            if name == self.id or name.startswith(".") or name == file:
+                continue
+            try:
+                age, claim = self._age(file), json.loads(self._storage.read(file))
+            except FileNotFoundError:
+                continue  # withdrawn meanwhile
+            if age > claim["term"] + self._slack:
+                self._storage.remove(file)
+            else:
+                found[name] = claim
+        return found
+
+    def _age(self, file: str) -> float:
+        """Seconds since a claim was renewed. Raises: FileNotFoundError."""
+        if self._storage.is_s3:
+            found = stamp(self._storage, file)
+            if found is None:
+                raise FileNotFoundError(file)
+            return found[1]
+        modified: datetime = self._storage.fs.modified(self._storage.path(file))
+        return max(0.0, (datetime.now(UTC) - modified.astimezone(UTC)).total_seconds())

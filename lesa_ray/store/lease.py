@@ -1,0 +1,166 @@
+"""Leases: of all processes that share a store, one at a time works on a stage.
+
+A lease is a file in the store that its holder renews, by a thread, four times in a term. When the holder dies the file
+grows old; who then wants it takes it over. Three rules make that safe:
+
+- How old it is, is judged by the storage's clock, or the observer's; never by what the holder says of its own.
+- The holder counts itself as one only until seven tenths of the term after the *start* of its last renewal that
+  succeeded, by its own steady clock; so it has stopped before anyone takes over, even if the store did not answer.
+- A lease that was taken over is not renewed: its holder learns of it and stops.
+
+They assume clocks that run at the same rate and a write that takes effect within three tenths of the term. A process
+that is suspended in the middle of its work can still write when it wakes: what stages write is the same bytes under the
+same names, each whole, so that does no harm.
+
+Where the storage has compare-and-swap, taking and renewing are swaps (`lesa_ray.store.register`); elsewhere they are
+claims (`lesa_ray.store.claims`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import MachineError
+from lesa_ray.store.claims import Claims
+from lesa_ray.store.register import Register, Seen, register_of
+
+TERM_SECONDS = 120.0
+_SLACK_SECONDS = 1.0  # S3 tells times in whole seconds
+_VALID, _RENEWALS = 0.7, 4
+_LOG = logging.getLogger(__name__)
+
+
+class Lease:
+    """A lease that was got. `held` says whether it still is this process's; to be asked often."""
+
+    def __init__(
+        self, name: str, term: float, since: float, renew: Callable[[], bool], release: Callable[[], None]
+    ) -> None:
+        """since: when the request that got it began. renew: whether it is still held; may raise MachineError."""
+        self.name = name
+        self._term, self._renew, self._release = term, renew, release
+        self._valid_until = since + _VALID * term
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def held(self) -> bool:
+        return time.monotonic() < self._valid_until
+
+    def release(self) -> None:
+        """Let others have it. A store that does not answer is no fault: the lease runs out by itself."""
+        self._stop.set()
+        self._thread.join(timeout=self._term)
+        if self.held and not self._thread.is_alive():
+            self._valid_until = 0.0
+            with contextlib.suppress(MachineError, OSError):
+                self._release()
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._term / _RENEWALS) and self.held:
+            begin = time.monotonic()
+            try:
+                renewed = self._renew()
+            except Exception as error:  # whatever it is, only a renewal that succeeded counts
+                _LOG.debug("lease %s: not renewed: %s", self.name, error)
+                continue
+            if not renewed:
+                self._valid_until = 0.0
+            elif self.held:  # an answer that comes later than that is of a lease that others may have
+                self._valid_until = begin + _VALID * self._term
+
+
+class Leases:
+    """The leases of a store: small files in a folder of it."""
+
+    def __init__(self, control: Storage, term: float = TERM_SECONDS) -> None:
+        """control: the store's folder for such things. term: seconds after which the lease of a dead holder is free."""
+        self._control, self._storage, self._term = control, control.within("leases"), term
+        self._chosen: Register | None = None
+        self._knows = False
+
+    @property
+    def _register(self) -> Register | None:
+        if not self._knows:
+            self._chosen, self._knows = register_of(self._storage, self._control), True
+        return self._chosen
+
+    def acquire(self, name: str, holder: str) -> Lease | None:
+        """The lease `name` for this process, or None if someone has it.
+
+        holder: what others are told of who has it. Raises: MachineError if the store does not answer."""
+        begin = time.monotonic()
+        if self._register is None:
+            return self._claim(name, holder, begin)
+        return _swap_in(self._register, name, holder, self._term, begin)
+
+    def holder(self, name: str) -> str | None:
+        """Who has a lease now; None if no one."""
+        if self._register is None:
+            return Claims(self._storage.within(name), _SLACK_SECONDS).holder()
+        seen = self._register.read(f"{name}.json")
+        return str(json.loads(seen.data)["holder"]) if seen is not None and _is_live(seen) else None
+
+    def forget(self, name: str) -> None:
+        """Remove what is left of a lease that no one will want any more."""
+        self._storage.remove(f"{name}.json")
+        self._storage.remove_tree(name)
+
+    def _claim(self, name: str, holder: str, begin: float) -> Lease | None:
+        claims = Claims(self._storage.within(name), _SLACK_SECONDS)
+        if not claims.take(holder, self._term):
+            return None
+
+        def renew() -> bool:
+            if not claims.stands():
+                return False
+            claims.write(holder, self._term, held=True)
+            return True
+
+        if time.monotonic() > begin + _VALID * self._term:
+            claims.withdraw()
+            return None
+        return Lease(name, self._term, begin, renew, claims.withdraw)
+
+
+def _swap_in(register: Register, name: str, holder: str, term: float, begin: float) -> Lease | None:
+    file, owner = f"{name}.json", uuid.uuid4().hex
+
+    def content(*, released: bool) -> bytes:
+        fields = {"holder": holder, "owner": owner, "term": term, "released": released, "nonce": uuid.uuid4().hex}
+        return (json.dumps(fields) + "\n").encode()
+
+    seen = register.read(file)
+    if seen is not None and _is_live(seen):
+        return None
+    version = register.swap(file, seen.version if seen else None, content(released=False))
+    if version is None:
+        return None
+
+    def change(*, released: bool) -> bool:
+        nonlocal version
+        after = register.swap(file, version, content(released=released))
+        if after is None:  # taken over; or a renewal whose answer never came was made after all
+            seen = register.read(file)
+            if seen is not None and json.loads(seen.data)["owner"] == owner:
+                after = register.swap(file, seen.version, content(released=released))
+        version = after or version
+        return after is not None
+
+    def let_go() -> None:
+        change(released=True)
+
+    return Lease(name, term, begin, lambda: change(released=False), let_go)
+
+
+def _is_live(seen: Seen) -> bool:
+    content = json.loads(seen.data)
+    return not content["released"] and seen.age <= content["term"] + _SLACK_SECONDS

@@ -1,0 +1,206 @@
+"""A small file that changes by compare-and-swap: what leases are made of, on a folder and on S3.
+
+`swap` replaces a file only if it still is what was read, so of several processes that read the same thing one succeeds.
+How old a file is, is told by one clock, that of the storage: a process whose own clock is wrong harms nobody.
+
+- A folder: changes are made under `flock` on a file beside it. The kernel (and NFS, since Linux 2.6.12) lets go of it
+  when the process that had it dies.
+- S3: `If-None-Match: *` creates, `If-Match: ETag` replaces (AWS since November 2024, MinIO, Ceph, R2). A server that
+  does not know the headers ignores them and writes: `honours_conditions` finds out by trying, and leaves the answer in
+  the store, since all who share a store must go by the same rule. Such stores get `lesa_ray.store.claims`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol
+
+from lesa_ray.checkpoint.s3_upload import http_status
+from lesa_ray.checkpoint.storage import Storage, is_outage
+from lesa_ray.errors import MachineError
+
+CONDITIONS_FILE = "conditional-writes.json"
+_REFUSED = frozenset({404, 409, 412})
+"""Gone; another write is under way; not what it was."""
+_UNKNOWN = frozenset({400, 405, 501})
+"""As servers answer that know of conditional writes but make none."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A file as it was read. age: seconds since it was written, both times by the storage's clock."""
+
+    data: bytes
+    version: str
+    age: float
+
+
+class Register(Protocol):
+    """Files of a folder that change by compare-and-swap."""
+
+    def read(self, name: str) -> Seen | None:
+        """The file, or None if it is not there."""
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        """Write `data`, which no one wrote before, if the file's version is `expected` (None: if there is no file).
+
+        Returns the new version; None if it was not as expected, and then nothing is written."""
+
+
+class LocalRegister:
+    """On a local or shared folder."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def read(self, name: str) -> Seen | None:
+        path = self._storage.path(name)
+        try:
+            with open(path, "rb") as file:
+                data, written = file.read(), os.fstat(file.fileno()).st_mtime
+        except FileNotFoundError:
+            return None
+        return Seen(data, _digest(data), max(0.0, self._now() - written))
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        os.makedirs(self._storage.root, exist_ok=True)
+        with self._locked():
+            seen = self.read(name)
+            if (seen.version if seen else None) != expected:
+                return None
+            self._storage.write(name, data)
+        return _digest(data)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self._storage.path(".lock"), "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _now(self) -> float:
+        """The filesystem's time: on a network filesystem the server's."""
+        import time
+
+        lock = self._storage.path(".lock")
+        try:
+            os.utime(lock)
+            return os.stat(lock).st_mtime
+        except OSError:  # not there yet, or not ours to write
+            return time.time()
+
+
+class S3Register:
+    """On an S3 server that honours conditional writes."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def read(self, name: str) -> Seen | None:
+        found = stamp(self._storage, name)
+        if found is None:
+            return None
+        version, age = found
+        try:
+            # If it changes between the two requests, a swap with the older version is refused.
+            return Seen(self._storage.read(name), version, age)
+        except FileNotFoundError:
+            return None
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+        with outages(self._storage):
+            try:
+                version: str = put(self._storage, name, data, **condition)
+                return version
+            except OSError as error:
+                if http_status(error) not in _REFUSED and not isinstance(error, FileExistsError | FileNotFoundError):
+                    raise
+        # A write whose answer was lost is sent again, and refused for its own sake.
+        seen = self.read(name)
+        return seen.version if seen is not None and seen.data == data else None
+
+
+def register_of(storage: Storage, control: Storage) -> Register | None:
+    """The register of a folder, or None if its store has no compare-and-swap.
+
+    control: where what is found out about the store is kept."""
+    if storage.is_local:
+        return LocalRegister(storage)
+    if storage.is_s3 and honours_conditions(control):
+        return S3Register(storage)
+    return None
+
+
+def honours_conditions(control: Storage) -> bool:
+    """Whether an S3 server refuses a conditional write whose condition does not hold; found out once for a store.
+
+    Raises: MachineError if it does not answer."""
+    try:
+        return bool(json.loads(control.read(CONDITIONS_FILE))["honoured"])
+    except (FileNotFoundError, ValueError, KeyError):
+        pass
+    name = f"probe-{uuid.uuid4().hex}"
+    with outages(control):
+        try:
+            version = put(control, name, b"1", IfNoneMatch="*")
+            refuses = _is_refused(control, name, IfNoneMatch="*") and _is_refused(control, name, IfMatch='"0"')
+            honoured = refuses and not _is_refused(control, name, IfMatch=version)
+        except OSError as error:
+            if http_status(error) not in _UNKNOWN:
+                raise
+            honoured = False
+    control.remove(name)
+    control.write(CONDITIONS_FILE, (json.dumps({"honoured": honoured}) + "\n").encode())
+    return honoured
+
+
+def _is_refused(storage: Storage, name: str, **condition: str) -> bool:
+    try:
+        put(storage, name, b"2", **condition)
+    except OSError as error:
+        if http_status(error) in _REFUSED:
+            return True
+        raise
+    return False
+
+
+def put(storage: Storage, name: str, data: bytes, **condition: str) -> str:
+    """Write an object of S3 in one request; its ETag. Raises: what s3fs makes of the answer."""
+    bucket, key, _ = storage.fs.split_path(storage.path(name))
+    etag: str = storage.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
+    return etag
+
+
+def stamp(storage: Storage, name: str) -> tuple[str, float] | None:
+    """ETag of an object of S3, and the seconds since it was written by the server's clock; None if it is not there."""
+    bucket, key, _ = storage.fs.split_path(storage.path(name))
+    with outages(storage):
+        try:
+            answer: dict[str, Any] = storage.fs.call_s3("head_object", Bucket=bucket, Key=key)
+        except FileNotFoundError:
+            return None
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return str(answer["ETag"]), max(0.0, (now - answer["LastModified"]).total_seconds())
+
+
+@contextlib.contextmanager
+def outages(storage: Storage) -> Iterator[None]:
+    """Raises: MachineError in place of what s3fs raises when the server does not answer."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MachineError) or not is_outage(error):
+            raise
+        raise MachineError(f"{storage.url}: the store does not answer ({type(error).__name__})") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
