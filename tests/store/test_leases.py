@@ -1,0 +1,193 @@
+"""One holder at a time: real processes race for leases on a folder, on S3 with conditional writes and without."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lesa_ray import MachineError
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store import register
+from lesa_ray.store.lease import Leases
+
+RACER = """
+import os, sys, time
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store.lease import Leases
+
+url, inside, me, times = sys.argv[1:4] + [int(sys.argv[4])]
+leases = Leases(Storage(url), term=30)
+print("ready", flush=True)
+sys.stdin.readline()
+got = 0
+while got < times:
+    lease = leases.acquire("thing", me)
+    if lease is None:
+        time.sleep(0.02)
+        continue
+    os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # fails if anyone else is inside
+    time.sleep(0.03)
+    assert lease.held
+    os.unlink(inside)
+    lease.release()
+    got += 1
+print("done", got, flush=True)
+"""
+HOLDER = """
+import sys, time
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store.lease import Leases
+
+lease = Leases(Storage(sys.argv[1]), term=float(sys.argv[2])).acquire("thing", "the first")
+print("held", lease is not None, flush=True)
+while lease.held:
+    time.sleep(0.02)
+print("lost", flush=True)
+"""
+
+
+def until(holds: Callable[[], object], seconds: float = 40) -> float:
+    """Wait for something; how long that took."""
+    begin = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begin < seconds, "waited in vain"
+        time.sleep(0.05)
+    return time.monotonic() - begin
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.timeout(120)
+def test_processes_that_race_are_never_inside_together(place: str, tmp_path: Path) -> None:
+    racers, times = 3, 3
+    inside = str(tmp_path / "inside")
+    processes = [start(RACER, place, inside, f"racer {i}", str(times)) for i in range(racers)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        ends = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert ends == [f"done {times}\n"] * racers
+    assert not os.path.exists(inside)
+
+
+@pytest.mark.timeout(90)
+def test_a_dead_holders_lease_runs_out_and_a_stopped_one_learns_that_it_lost(place: str) -> None:
+    term = 2.5
+    leases = Leases(Storage(place), term)
+    first = start(HOLDER, place, str(term))
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held True\n"
+        time.sleep(term + 1.1)
+        assert leases.holder("thing") == "the first"  # renewed
+        assert leases.acquire("thing", "the second") is None
+        first.send_signal(signal.SIGSTOP)
+        got = []
+        waited = until(lambda: got.append(leases.acquire("thing", "the second")) or got[-1])
+        assert waited > 0.5 * term
+        lease = got[-1]
+        assert lease is not None
+        assert leases.holder("thing") == "the second"
+        first.send_signal(signal.SIGCONT)
+        assert first.stdout.readline() == "lost\n"
+        first.wait(timeout=20)
+        assert lease.held
+        assert leases.holder("thing") == "the second"  # the first took nothing back
+        lease.release()
+        assert not lease.held
+        assert leases.holder("thing") is None
+    finally:
+        first.kill()
+        first.wait(timeout=20)
+
+
+@pytest.mark.timeout(60)
+def test_a_holder_whose_store_is_away_stops_before_anyone_can_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The observer needs a whole term without a renewal; the holder counts less."""
+    term = 1.5
+    leases = Leases(Storage(str(tmp_path)), term)
+    lease = leases.acquire("thing", "me")
+    assert lease is not None
+
+    def away(*_: object) -> str:
+        raise MachineError("the store does not answer")
+
+    monkeypatch.setattr(register.LocalRegister, "swap", away)
+    until(lambda: not lease.held)
+    assert leases.holder("thing") == "me"
+    assert leases.acquire("thing", "another") is None
+    monkeypatch.undo()
+    until(lambda: leases.holder("thing") is None)
+
+
+@pytest.mark.timeout(30)
+def test_a_clock_that_is_wrong_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leases = Leases(Storage(str(tmp_path)), 30)
+    lease = leases.acquire("thing", "me")
+    assert lease is not None
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 1e6)
+    assert leases.acquire("thing", "another") is None
+    lease.release()
+    assert leases.acquire("thing", "another") is not None
+
+
+@pytest.mark.timeout(60)
+def test_a_renewal_that_was_made_but_never_answered_loses_nothing(
+    conditional: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to a write is lost: the version it gave is not known, but the content is the holder's own."""
+    lease = Leases(Storage(conditional), 60).acquire("thing", "me")
+    assert lease is not None
+    swap, lost = register.S3Register.swap, []
+
+    def once(self: register.S3Register, name: str, expected: str | None, data: bytes) -> str | None:
+        answer = swap(self, name, expected, data)
+        if not lost:
+            lost.append(answer)
+            raise MachineError("the store does not answer")
+        return answer
+
+    monkeypatch.setattr(register.S3Register, "swap", once)
+    with pytest.raises(MachineError):
+        lease._renew()
+    assert lost[0] is not None
+    assert lease._renew()
+    lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_what_a_store_can_do_is_found_out_once(place: str) -> None:
+    control = Storage(f"{place}/control")
+    found = register.register_of(control.within("leases"), control)
+    kinds = {"folder": register.LocalRegister, "s3": register.S3Register}
+    if control.is_local:
+        assert isinstance(found, kinds["folder"])
+        assert not control.exists(register.CONDITIONS_FILE)
+        return
+    honoured = b"true" in control.read(register.CONDITIONS_FILE)
+    assert (found is not None) == honoured
+    assert list(control.list()) == [register.CONDITIONS_FILE]  # nothing is left of the trial
+    control.write(register.CONDITIONS_FILE, b'{"honoured": false}')
+    assert register.register_of(control.within("leases"), control) is None  # all go by what is noted

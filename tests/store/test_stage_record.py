@@ -1,0 +1,91 @@
+"""The record of a finished stage, and what `verify` finds wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from lesa_ray import MachineError, UserError
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store.identity import Identity
+from lesa_ray.store.record import (
+    RECORD_FILE,
+    Record,
+    compare_files,
+    describe_files,
+    make_record,
+    read_record,
+    write_record,
+)
+
+STAGE = Identity("expand", {"base": "b"}, {"method": "solar"}, "0.1.0")
+FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 90_000, "training/checkpoints/a/b.bin": b""}
+
+
+def filled(url: str) -> tuple[Storage, Record]:
+    storage = Storage(url)
+    for name, data in FILES.items():
+        storage.write(name, data)
+    record = make_record(
+        STAGE, "x", given={"out": url}, started="2026-01-01", seconds=1.0, metrics={"loss": float("inf")},
+        files=describe_files(storage),
+    )  # fmt: skip
+    write_record(storage, record)
+    return storage, record
+
+
+@pytest.mark.timeout(60)
+def test_every_file_is_in_the_record_and_every_change_is_found(place: str) -> None:
+    storage, record = filled(place)
+    assert record["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in FILES.items()
+    }
+    assert record["bytes"] == sum(map(len, FILES.values()))
+    again = read_record(storage)
+    assert again == record
+    assert again["metrics"] == {"loss": None}
+    assert compare_files(storage, record) == []
+    flipped = bytearray(FILES["model.safetensors"])
+    flipped[20_000_000] ^= 1
+    storage.write("model.safetensors", bytes(flipped))
+    storage.remove("config.json")
+    storage.write("training/more.txt", b"x")
+    storage.write("training/checkpoints/a/b.bin", b"xx")
+    assert compare_files(storage, record) == [
+        "config.json: is missing",
+        "model.safetensors: has other content",
+        "training/checkpoints/a/b.bin: has 2 bytes, not 0",
+        "training/more.txt: is not in the record",
+    ]
+
+
+def test_a_finished_stage_is_not_finished_again(tmp_path: object) -> None:
+    storage, record = filled(str(tmp_path))
+    with pytest.raises(MachineError, match="never written again"):
+        write_record(storage, record)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is not a record of format 1"),
+        ('{"format": 2}', "is not a record of format 1"),
+    ],
+)
+def test_a_record_that_is_none(content: str, says: str, tmp_path: object) -> None:
+    storage = Storage(str(tmp_path))
+    assert read_record(storage) is None
+    storage.write(RECORD_FILE, content.encode())
+    with pytest.raises(UserError, match=says):
+        read_record(storage)
+
+
+def test_a_record_that_was_edited(tmp_path: object) -> None:
+    storage, record = filled(str(tmp_path))
+    record["identity"]["settings"]["method"] = "lesa"
+    storage.write(RECORD_FILE, json.dumps(record).encode())
+    with pytest.raises(UserError, match="changed by hand"):
+        read_record(storage)
