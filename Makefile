@@ -22,7 +22,7 @@ demo: setup
 	.venv/bin/python -m pipelines.demo --out demo
 
 test: setup
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .

@@ -226,7 +226,7 @@ def steps_within(minutes: float, out: str, blocks: TokenBlocks, timed: int = 7) 
 
 
 def grow(out: str, method: str) -> Expanded:
-    """`lesa-ray expand`, in a fresh process, so that its peak memory is its own; 3 s of it are that process's start."""
+    """`lesa-ray expand`, in a fresh process, so that its peak memory is its own, on this process's Ray."""
     folder = os.path.join(out, method)
     config = ExpandConfig(base=os.path.join(out, "base"), out=folder, method=method, factor=FACTOR)
     if os.path.exists(os.path.join(folder, "config.json")):
@@ -234,12 +234,20 @@ def grow(out: str, method: str) -> Expanded:
         console.print(f"reusing {folder}")
         return result
     console.print(f"expanding into {folder}")
+    from lesa_ray.distributed.ray_runner import start_ray
+
+    start_ray()
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(expand_with_progress, config).result()
+        return fresh.submit(expand_with_progress, config, address).result()
 
 
-def expand_with_progress(config: ExpandConfig) -> Expanded:
+def expand_with_progress(config: ExpandConfig, ray_address: str | None = None) -> Expanded:
     """`lesa_ray.expand`, showing how far it is."""
+    if ray_address:
+        os.environ["RAY_ADDRESS"] = ray_address
     with terminal.progress_lines() as listener:
         return expand(config, listener=listener)
 

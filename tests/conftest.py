@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before torch is imported. Tests share the cores: a thread that spins while it waits holds all the others up.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 
 from lesa_ray import ExpandConfig, Expanded, expand

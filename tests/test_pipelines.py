@@ -113,7 +113,7 @@ def test_variants_join_the_training_rows(bases: Bases, grow: Callable[..., Any],
     assert reports["joined"]["fingerprint"] != reports["alone"]["fingerprint"]
 
 
-@pytest.mark.timeout(290)
+@pytest.mark.timeout(480)
 def test_the_demo_from_start_to_end_and_again(tmp_path: Path) -> None:
     """The whole story with a base of a few steps: every method's row is there, and a second run only reads."""
     out = tmp_path / "demo"
@@ -121,7 +121,7 @@ def test_the_demo_from_start_to_end_and_again(tmp_path: Path) -> None:
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     first, second = (
         subprocess.run(
-            command, cwd=PIPELINES.parent, capture_output=True, text=True, timeout=270, check=False, env=environment
+            command, cwd=PIPELINES.parent, capture_output=True, text=True, timeout=440, check=False, env=environment
         )
         for _ in range(2)
     )

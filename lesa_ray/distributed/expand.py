@@ -70,7 +70,7 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         if units and expansion.job.zero_init:
             listener.phase("trying on a miniature that the function is kept", 0)
             rehearsal()  # before work that may take hours
-        runner = runner or _default_runner(bool(units), listener)
+        runner = runner or _default_runner(bool(units), storage, listener)
         if units:
             listener.phase(
                 f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units))
@@ -102,9 +102,9 @@ def _start_rehearsal(expansion: Expansion) -> Callable[[], None]:
     return verdict.result
 
 
-def _default_runner(computes: bool, listener: Listener) -> Runner:
-    if not computes and not os.environ.get("RAY_ADDRESS"):
-        return InlineRunner()
+def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:
+    if not computes and (out.is_local or os.environ.get("RAY_ADDRESS") in (None, "", "local")):
+        return InlineRunner()  # one disk is no faster for many tasks, and starting Ray takes longer than the copy
     try:
         from lesa_ray.distributed.ray_runner import RayRunner
     except ImportError:

@@ -1,7 +1,10 @@
-"""Real worker processes with a gloo process group, without Ray: what they return comes back by rank."""
+"""Real worker processes with a gloo process group, without Ray: what they return comes back by rank.
+
+They are forked from a server that imports what is heavy once for all tests, and get this process's environment."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -13,11 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+HEAVY = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.modeling_utils", "s3fs",
+         "lesa_ray.training.worker", "lesa_ray.training.finish"]  # fmt: skip
+
 
 def run_workers(function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 240) -> list[Any]:
     """`function(*arguments)` in each of `workers` processes; their results by rank."""
     with tempfile.TemporaryDirectory() as scratch:
-        context = mp.spawn(_enter, (function, workers, scratch, arguments), workers, join=False)
+        multiprocessing.set_forkserver_preload(HEAVY)
+        given = (function, workers, scratch, dict(os.environ), arguments)
+        context = mp.start_processes(_enter, given, workers, join=False, start_method="forkserver")
         deadline = time.monotonic() + timeout
         try:
             while not context.join(timeout=1):
@@ -34,7 +42,12 @@ def run_workers(function: Callable[..., Any], workers: int, *arguments: Any, tim
         return results
 
 
-def _enter(rank: int, function: Callable[..., Any], workers: int, scratch: str, arguments: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, function: Callable[..., Any], workers: int, scratch: str, environment: dict[str, str],
+    arguments: tuple[Any, ...],
+) -> None:  # fmt: skip
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(scratch, "store"), workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
