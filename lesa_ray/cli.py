@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lesa_ray.cli_fleet import COMMANDS
 from lesa_ray.cli_options import with_options
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
@@ -349,6 +350,10 @@ def submit(
     from lesa_ray.distributed.submit import submit as run
 
     sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))
+
+
+for command in COMMANDS:
+    app.command()(command)
 
 
 def _print_trained(result: Any, as_json: bool) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.fleet.settings import FleetConfig
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
@@ -39,6 +40,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
     "expand": ExpandConfig,
     "finetune": FinetuneConfig,
+    "fleet": FleetConfig,
     "pretrain": TrainConfig,
     "tokenize": TokenizeConfig,
 }

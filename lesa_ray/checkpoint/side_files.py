@@ -17,6 +17,7 @@ _TRAINING_RECORDS = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
+    "stage.json",  # the artifact store's (lesa_ray.store.record)
 )
 """What says how the weights came about."""
 _WRITTEN_ANEW = frozenset({CARD_FILE, "config.json", INDEX_FILE, *_TRAINING_RECORDS})

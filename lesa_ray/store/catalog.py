@@ -60,8 +60,9 @@ class Store:
         return self.storage.within(place)
 
     def record(self, place: str) -> Record | None:
-        """The record of a finished stage; None if it is not finished."""
-        return read_record(self.folder(place))
+        """The record of a finished stage; None if it is not finished. One that came from elsewhere is none."""
+        record = read_record(self.folder(place))
+        return record if record is not None and place.endswith(f"-{record['digest'][:12]}") else None
 
     def locate(self, identity: Identity, label: str) -> tuple[str, Record | None]:
         """The place of a stage, and its record if it is finished; under another label if that was there first."""

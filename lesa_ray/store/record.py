@@ -86,8 +86,9 @@ def make_record(
 
 
 def write_record(storage: Storage, record: Record) -> None:
-    """Make the folder a finished stage's. Raises: MachineError if it is one already."""
-    if storage.exists(RECORD_FILE):
+    """Make the folder a finished stage's. Raises: MachineError if it is that already."""
+    there = read_record(storage)
+    if there is not None and there["digest"] == record["digest"]:
         raise MachineError(f"{storage.url}: is finished already; a finished stage is never written again")
     storage.write(RECORD_FILE, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from lesa_ray import MachineError, UserError
+from lesa_ray.checkpoint.side_files import side_files
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store.identity import Identity
 from lesa_ray.store.record import (
@@ -65,6 +66,10 @@ def test_a_finished_stage_is_not_finished_again(tmp_path: object) -> None:
     storage, record = filled(str(tmp_path))
     with pytest.raises(MachineError, match="never written again"):
         write_record(storage, record)
+
+
+def test_a_record_does_not_go_along_with_what_it_is_of() -> None:
+    assert side_files(["tokenizer.json", RECORD_FILE]) == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""Commands of fleets and of the artifact store; `lesa_ray.cli` puts them on the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from lesa_ray.errors import UserError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def fleet(
+    places: Annotated[
+        list[str] | None, typer.Argument(metavar="[status] FILE", help="The fleet's YAML file; status: show a table.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stages, and why each is made; no more.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Expand, train and measure families of checkpoints: whatever of FILE is missing or has changed.
+
+    `fleet status FILE` shows where its stages stand, from the artifact store alone."""
+    from lesa_ray.config import load_settings
+    from lesa_ray.fleet.settings import FleetConfig, absolute
+    from lesa_ray.store.catalog import Store
+
+    *word, file = places or [""]
+    if not file or word not in ([], ["status"]):
+        raise UserError("FILE: give the fleet's YAML file, as in `lesa-ray fleet FILE` or `lesa-ray fleet status FILE`")
+    config = load_settings(FleetConfig, file)
+    config = config.model_copy(update={"store": absolute(config.store)})
+    if word:
+        _status(config, as_json)
+        return
+    from lesa_ray.fleet.graph import build
+
+    stages = build(config, f"fleet {file}")
+    if dry_run:
+        from lesa_ray.fleet.state import look_at_all
+
+        _show_standings(look_at_all(Store(config.store, config.lease), stages), as_json)
+        return
+    from lesa_ray.distributed.fleet import ended_as_interrupted, run_fleet
+    from lesa_ray.report.fleet import outcome_table
+    from lesa_ray.report.terminal import console
+
+    def say(stage: str, text: str) -> None:
+        now = datetime.now(UTC).strftime("%H:%M:%S")
+        sys.stderr.write(f"{now} {config.name} {stage}: {' '.join(text.split())}\n")
+        sys.stderr.flush()
+
+    with ended_as_interrupted():
+        outcomes = run_fleet(config, stages, say)
+    if as_json:
+        _print_json([asdict(one) for one in outcomes])
+    else:
+        console.print(outcome_table(outcomes), highlight=False)
+    if any(one.how in ("failed", "skipped") for one in outcomes):
+        sys.exit(1)
+
+
+def _status(config: Any, as_json: bool) -> None:
+    from lesa_ray.fleet.state import status
+    from lesa_ray.report.terminal import console
+    from lesa_ray.store.catalog import open_store
+
+    standings, facts = status(open_store(config.store), config)
+    _show_standings(standings, as_json)
+    if not as_json:
+        changed = "; the file has changed since, `--dry-run` shows what that means" if facts["file_changed"] else ""
+        console.print(f"last started {facts['started'][:19].replace('T', ' ')} UTC{changed}", highlight=False)
+
+
+def _show_standings(standings: Any, as_json: bool) -> None:
+    from lesa_ray.report.fleet import describe_standing, standing_table
+    from lesa_ray.report.terminal import console
+
+    if as_json:
+        _print_json([describe_standing(one) for one in standings])
+    else:
+        console.print(standing_table(standings), highlight=False)
+
+
+def runs(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="An artifact store: a folder or an fsspec URL.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the finished stages of an artifact store."""
+    from lesa_ray.store.catalog import open_store
+
+    found = open_store(store).finished()
+    if as_json:
+        _print_json([{"place": place, **record} for place, record in found])
+        return
+    from lesa_ray.report.fleet import record_table
+    from lesa_ray.report.terminal import console
+
+    console.print(record_table(found), highlight=False)
+
+
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished stage's folder or URL: STORE/KIND/LABEL-HASH.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read every file of a finished stage and compare it with its record; exit code 1 if one differs."""
+    from lesa_ray.store.catalog import find_run
+    from lesa_ray.store.record import compare_files
+
+    place, storage, record = find_run(run)
+    wrong = compare_files(storage, record)
+    if as_json:
+        _print_json({"run": place, "files": len(record["files"]), "bytes": record["bytes"], "wrong": wrong})
+    else:
+        for line in wrong:
+            sys.stdout.write(f"{line}\n")
+        verdict = f"{len(wrong)} not as recorded" if wrong else "all as recorded"
+        sys.stderr.write(f"lesa-ray: {place}: {len(record['files'])} files, {verdict}\n")
+    if wrong:
+        sys.exit(1)
+
+
+def gc(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="An artifact store: a folder or an fsspec URL.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what was abandoned in an artifact store: unfinished stages no one works on, uploads never completed."""
+    from lesa_ray.report.fleet import garbage_table
+    from lesa_ray.report.terminal import console, size
+    from lesa_ray.store.catalog import open_store
+    from lesa_ray.store.garbage import find_garbage, remove
+
+    opened = open_store(store)
+    found = find_garbage(opened)
+    holder = f"gc on {socket.gethostname()}, process {os.getpid()}"
+    removed = [one for one in found if remove(opened, one, holder)] if yes else []
+    if as_json:
+        _print_json({"abandoned": [asdict(one) for one in found], "removed": [one.name for one in removed]})
+        return
+    if found:
+        console.print(garbage_table(found), highlight=False)
+    total = size(sum(one.nbytes for one in (removed if yes else found)))
+    if not found:
+        said = "nothing was abandoned"
+    else:
+        said = f"{len(removed)} removed, {total}" if yes else f"{len(found)} abandoned, {total}; --yes removes them"
+    sys.stderr.write(f"lesa-ray: {opened.url}: {said}\n")
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (fleet, runs, verify, gc)
+
+
+def _print_json(value: object) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")

@@ -1,0 +1,77 @@
+"""What identifies a fleet's inputs: checkpoints, tokenizers, text. From headers, listings and small files alone.
+
+Where something lies does not count, what it is does: the store's ETag or blob id, the hub's revision, and on local
+disks the time a file of text was written, or samples of a checkpoint's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
+from lesa_ray.errors import MachineError, UserError
+
+_TOKENIZER = re.compile(
+    r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*"
+    r"|spiece\.model|tekken\.json|.*\.tiktoken"
+)
+_BLOCKS = "manifest.json"
+
+
+def checkpoint_identity(name: str) -> dict[str, Any]:
+    """A checkpoint's shards, configuration and tokenizer. Raises: UserError if it is none; MachineError."""
+    checkpoint = open_checkpoint(name)
+    config = hashlib.sha256(checkpoint.storage.read("config.json")).hexdigest()
+    return {"config": config, "shards": checkpoint.digests(), "tokenizer": _tokenizer_digest(checkpoint.storage)}
+
+
+def tokenizer_identity(name: str) -> str:
+    """SHA-256 over a tokenizer's files. Raises: UserError if there are none."""
+    try:
+        storage = Storage(resolve_base(name))
+        digest = _tokenizer_digest(storage)
+    except (UserError, MachineError) as error:
+        raise type(error)(str(error).replace("BASE ", "tokenizer ", 1)) from error
+    except Exception as error:  # each backend has its own classes for "no such repository" and "no access"
+        raise UserError(f"tokenizer {name}: cannot be read ({explain(error)[:200]})") from error
+    if digest is None:
+        raise UserError(f"tokenizer {name}: there is no tokenizer in it")
+    return digest
+
+
+def _tokenizer_digest(storage: Storage) -> str | None:
+    names = sorted(name for name in storage.list() if _TOKENIZER.fullmatch(name))
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(f"{name}\0{hashlib.sha256(storage.read(name)).hexdigest()}\0".encode())
+    return digest.hexdigest() if names else None
+
+
+def data_identity(names: Sequence[str], dataset_config: str | None = None, dataset_split: str = "train") -> Any:
+    """Token blocks by their digest; else each file, or data set of the hub, in its order.
+
+    Raises: UserError if something is not there or holds no data; MachineError."""
+    if len(names) == 1 and (digest := _blocks_digest(names[0])) is not None:
+        return {"blocks": digest}
+    from lesa_ray.training.sources import find_sources
+
+    found = find_sources(names, dataset_config, dataset_split)
+    return [[source.name.rsplit("/", 1)[-1], source.nbytes, source.mark, source.shards] for source in found]
+
+
+def _blocks_digest(name: str) -> str | None:
+    """The digest of token blocks; None if it is something else."""
+    if any(sign in name for sign in "*?[") or name.startswith(("http://", "https://")):
+        return None
+    try:
+        manifest = json.loads(Storage(name).read(_BLOCKS))
+        return str(manifest["digest"]) if "seq_len" in manifest else None
+    except MachineError:
+        raise
+    except Exception:  # find_sources says what is wrong with the place
+        return None

@@ -1,0 +1,107 @@
+"""Where a fleet's stages stand, as far as the store says: finished, under way somewhere, or to be made, and why.
+
+`look` serves a fleet that runs, `--dry-run` and `status` alike. `status` reads the stages that the fleet left in the
+store when it was last started, so it needs neither the checkpoints nor the data, nor Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lesa_ray.errors import UserError
+from lesa_ray.fleet.graph import Stage
+from lesa_ray.fleet.settings import FleetConfig
+from lesa_ray.store.catalog import Store, utc_now
+from lesa_ray.store.identity import Identity, canonical
+from lesa_ray.store.record import Record
+
+State = Literal["complete", "running", "failed", "waiting", "unknown"]
+How = Literal["made", "complete", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one stage stands. why: what there is to say of it in a few words."""
+
+    id: str
+    place: str
+    state: State
+    why: str
+    record: Record | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage. why: why it was made or not, or what stopped it."""
+
+    id: str
+    how: How
+    why: str
+    place: str = ""
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+def look(store: Store, identity: Identity, label: str) -> Standing:
+    """Where a stage stands now. Raises: MachineError if the store does not answer; UserError if its record is bad."""
+    place, record = store.locate(identity, label)
+    name = f"{identity.kind}/{label}"
+    if record is not None:
+        return Standing(name, place, "complete", "complete", record)
+    worker = store.worker(identity)
+    if worker is not None:
+        return Standing(name, place, "running", f"under way, {worker}")
+    begun = store.begun(place)
+    if begun is not None and begun.failure:
+        return Standing(name, place, "failed", begun.failure)
+    return Standing(name, place, "waiting", store.why(identity, label))
+
+
+def look_at_all(store: Store, stages: Iterable[Stage]) -> list[Standing]:
+    """Where all stages stand; one whose input has no identity is unknown."""
+    return [
+        Standing(stage.id, "", "unknown", stage.problem or "")
+        if stage.identity is None
+        else look(store, stage.identity, stage.label)
+        for stage in stages
+    ]
+
+
+def leave_plan(store: Store, config: FleetConfig, stages: Iterable[Stage]) -> None:
+    """Leave the fleet's stages in the store, for `status`. Raises: MachineError."""
+    content = {
+        "fleet": config.name,
+        "started": utc_now(),
+        "file": file_digest(config),
+        "stages": [
+            {"label": s.label, "kind": s.kind, "identity": s.identity and s.identity.content, "problem": s.problem}
+            for s in stages
+        ],
+    }
+    store.write_fleet(config.name, content)
+
+
+def status(store: Store, config: FleetConfig) -> tuple[list[Standing], dict[str, Any]]:
+    """Where the stages of a fleet stand as it was last started; and when that was, and whether the file has changed.
+
+    Raises: UserError if it never was; MachineError."""
+    content = store.read_fleet(config.name)
+    if content is None:
+        raise UserError(f"fleet {config.name}: was never started on {store.url}; `lesa-ray fleet FILE` does")
+    standings = []
+    for stage in content["stages"]:
+        name = f"{stage['kind']}/{stage['label']}"
+        if stage["identity"] is None:
+            standings.append(Standing(name, "", "unknown", stage["problem"] or ""))
+        else:
+            standings.append(look(store, Identity.from_content(stage["identity"]), stage["label"]))
+    facts = {"started": content["started"], "file_changed": content["file"] != file_digest(config)}
+    return standings, facts
+
+
+def file_digest(config: FleetConfig) -> str:
+    """SHA-256 of a fleet's settings."""
+    return hashlib.sha256(canonical(config.model_dump(mode="json"))).hexdigest()
