@@ -54,7 +54,7 @@ def fleet(
 
     def say(stage: str, text: str) -> None:
         now = datetime.now(UTC).strftime("%H:%M:%S")
-        sys.stderr.write(f"{now} {config.name} {stage}: {' '.join(text.split())}\n")
+        sys.stderr.write(f"{now} {config.name}{' ' if stage else ''}{stage}: {' '.join(text.split())}\n")
         sys.stderr.flush()
 
     with ended_as_interrupted():

@@ -55,6 +55,8 @@ class _Running:
     why: str
     lease: Lease
     amount: Amount
+    node: str | None
+    """Where it was to be led from."""
     told: str = ""
     told_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -64,7 +66,7 @@ def run_fleet(config: FleetConfig, stages: Sequence[Stage], say: Say) -> list[Ou
     """Make every stage that is not finished; what became of each, in their order.
 
     say: is told of a stage's progress, by its id ("" for the fleet). Raises: MachineError if there is no Ray, or the
-    store does not answer at the beginning; UserError if the store cannot be written."""
+    store does not answer at the beginning, or the cluster is lost; UserError if the store cannot be written."""
     store = Store(config.store, config.lease)
     try:
         leave_plan(store, config, stages)
@@ -75,6 +77,8 @@ def run_fleet(config: FleetConfig, stages: Sequence[Stage], say: Say) -> list[Ou
     fleet = _Fleet(config, store, stages, say)
     try:
         fleet.run()
+    except RayError as error:
+        raise MachineError(f"the Ray cluster was lost ({explain(error)[:200]}); the same command goes on") from error
     finally:
         fleet.stop()
     return [fleet.outcomes[stage.id] for stage in stages]
@@ -118,7 +122,7 @@ class _Fleet:
         start_ray()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        self._task = ray.remote(num_cpus=0, max_retries=_LOST_RETRIES, scheduling_strategy="SPREAD")(run_stage)
+        self._task = ray.remote(num_cpus=0, max_retries=_LOST_RETRIES)(run_stage)
 
     def stop(self) -> None:
         """End what still runs, and let others have it."""
@@ -206,10 +210,20 @@ class _Fleet:
         out = self._store.folder(standing.place).url
         settings = stage.settings(out, self._places)
         self._say(stage.id, f"begins: {why}")
-        reference = self._task.options(name=f"stage {stage.id}").remote(settings, out, stage.id, self._board)
+        node = self._quietest_node()
+        strategy = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node, soft=True)
+        task = self._task.options(name=f"stage {stage.id}", scheduling_strategy=strategy)
+        reference = task.remote(settings, out, stage.id, self._board)
         given = settings.model_dump(mode="json")
-        self._running[reference] = _Running(stage, standing.place, given, why, lease, amount)
+        self._running[reference] = _Running(stage, standing.place, given, why, lease, amount, node)
         del self._waiting[stage.id]
+
+    def _quietest_node(self) -> str | None:
+        """The machine that leads the fewest of this fleet's stages; not one without CPUs, as heads of clusters are,
+        whose memory is for the cluster's books."""
+        leading = [running.node for running in self._running.values()]
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+        return min(nodes, key=leading.count, default=None)
 
     def _collect(self) -> None:
         """Take in what has ended; end what is no longer this process's."""

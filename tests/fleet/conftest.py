@@ -1,0 +1,84 @@
+"""A Ray cluster of two nodes beside a real S3 server, and the command line against them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lesa_ray.checkpoint.storage import Storage
+from tests import families
+from tests.fleet.commands import Put, RayCluster
+from tests.training import styles
+
+HOST = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+second = cluster.add_node(num_cpus=2)
+print("ADDRESS", cluster.address, flush=True)
+for line in sys.stdin:
+    if line == "kill\\n":  # as if the machine had lost its power
+        cluster.remove_node(second, allow_graceful=False)
+        second = cluster.add_node(num_cpus=2)
+        print("KILLED", flush=True)
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(s3: str) -> Iterator[RayCluster]:
+    """Its files are apart, so that no other test's Ray takes it for its own."""
+    scratch = tempfile.mkdtemp(prefix="lrf-", dir="/tmp")  # short: Ray's sockets lie below it
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {**clean, "RAY_TMPDIR": scratch}
+    host = subprocess.Popen(
+        [sys.executable, "-c", HOST], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert host.stdout is not None
+    assert host.stdin is not None
+    while not (line := host.stdout.readline()).startswith("ADDRESS"):
+        assert line, "the cluster's host ended"
+    yield RayCluster(line.split()[1], environment, host)
+    host.stdin.close()
+    try:
+        host.wait(timeout=30)
+    finally:
+        host.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three families with a tokenizer of their own, text and conversations."""
+    root = tmp_path_factory.mktemp("models")
+    for name, style in (("llama", "llama3"), ("qwen2", "qwen"), ("mistral", "gpt2")):
+        families.make(name, root / name, vocab_size=512)
+        template = {} if style == "gpt2" else {"template": styles.CHATML}
+        styles.STYLES[style](**template).save_pretrained(root / name)
+    (root / "text.txt").write_text("".join(f"The café opens at nine, says line {i}.\n" for i in range(200)))
+    rows = [{"prompt": f"When, {i}?", "response": f"At nine, {i}."} for i in range(200)]
+    (root / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def put(s3: str) -> Put:
+    """Leave a fleet's file in the bucket: `put(name, content)` is its URL."""
+
+    def write(name: str, content: dict[str, Any]) -> str:
+        Storage(f"{s3}/files").write(f"{name}.yaml", yaml.safe_dump(content).encode())
+        return f"{s3}/files/{name}.yaml"
+
+    return write

@@ -1,0 +1,170 @@
+"""Fleets on a cluster of two nodes and an S3 server: nothing is made twice, whoever is killed, and only what changed.
+
+Two CPU cores make the tests' pace: one chain goes through all stages, the families and methods through those that need
+no training."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lesa_ray import ExpandConfig, expand
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.expansion.runner import InlineRunner
+from lesa_ray.store.catalog import Store
+from lesa_ray.store.record import walk
+from tests import families
+from tests.fleet.commands import Put, RayCluster, ended
+
+NOWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}
+METHODS = ("solar", "avg-deus")
+
+
+def content(store: str, models: Path, names: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "store": store,
+        "families": [
+            {"name": name, "checkpoint": str(models / name), "data": str(models / "text.txt")} for name in names
+        ],
+        "methods": list(METHODS),
+        "factor": 1.4,
+        "stages": {
+            "tokenize": {"seq_len": 32, "holdout": 0.1},
+            "expand": {"shard_size": "1GB"},
+            "evaluate": {"cpus_per_task": 1, "limit": 2},
+        },
+        "lease": 8,
+        **changes,
+    }
+
+
+def made(outcomes: list[dict[str, Any]]) -> set[str]:
+    return {one["id"] for one in outcomes if one["how"] == "made"}
+
+
+def hows(outcomes: list[dict[str, Any]]) -> set[str]:
+    return {one["how"] for one in outcomes}
+
+
+@pytest.mark.timeout(280)
+def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
+    ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
+) -> None:
+    """A fleet is killed, two take up its work together; then again; then with a setting of one family changed."""
+    store, names = Store(f"{s3}/store"), ("llama", "qwen2", "mistral")
+    file = put("tiny", content(store.url, models, names))
+    labels = [f"{name}-{method}-x1.4" for name in names for method in METHODS]
+    everything = {f"tokenize/{name}" for name in names} | {
+        f"{kind}/{label}" for kind in ("expand", "evaluate") for label in labels
+    }
+
+    killed = ray_cluster.start("fleet", file)
+    assert killed.stderr is not None
+    for line in killed.stderr:
+        if "made in" in line:
+            break
+    killed.send_signal(signal.SIGKILL)
+    ended(killed)
+    before = {f"{record['identity']['kind']}/{record['label']}": record for _, record in store.finished()}
+    assert before
+
+    two = [ray_cluster.start("fleet", file, "--json") for _ in range(2)]
+    ends = [ended(one) for one in two]
+    assert [code for code, _, _ in ends] == [0, 0], ends[0][2] + ends[1][2]
+    first, second = (made(outcomes) for _, outcomes, _ in ends)
+    assert not first & second
+    assert first | second == everything - before.keys()
+    records = {f"{record['identity']['kind']}/{record['label']}": record for _, record in store.finished()}
+    assert records.keys() == everything
+    assert all(records[name] == record for name, record in before.items())
+    log = ends[0][2] + ends[1][2]
+    assert "was interrupted, goes on" in log
+    assert all(" tiny " in line for line in ends[0][2].splitlines() if ": begins" in line)
+
+    code, outcomes, _ = ray_cluster.run("fleet", file, "--json", **NOWHERE)  # a cluster would be an error
+    assert (code, hows(outcomes)) == (0, {"complete"})
+    code, standings, _ = ray_cluster.run("fleet", "status", file, "--json", **NOWHERE)
+    assert {one["stage"]: one["state"] for one in standings} == dict.fromkeys(everything, "complete")
+
+    changed = content(store.url, models, names)
+    changed["families"][1]["stages"] = {"expand": {"shard_size": "300KB"}}
+    file = put("tiny", changed)
+    why = {one["stage"]: one["why"] for one in ray_cluster.run("fleet", file, "--dry-run", "--json", **NOWHERE)[1]}
+    assert {name: text for name, text in why.items() if text != "complete"} == {
+        **{f"expand/qwen2-{method}-x1.4": "settings changed: expand.shard_size (1GB → 300KB)" for method in METHODS},
+        **{f"evaluate/qwen2-{method}-x1.4": "input changed: checkpoints" for method in METHODS},
+    }
+    code, outcomes, log = ray_cluster.run("fleet", file, "--json")
+    assert code == 0, log
+    assert made(outcomes) == {name for name, text in why.items() if text != "complete"}
+
+    place = next(one["place"] for one in outcomes if one["id"] == "expand/llama-avg-deus-x1.4")
+    assert ray_cluster.run("verify", f"{store.url}/{place}", "--json")[0] == 0
+    config = ExpandConfig(base=str(models / "llama"), out=str(tmp_path / "o"), method="avg-deus", factor=1.4)
+    expand(config.model_copy(update={"shard_size": "1GB"}), runner=InlineRunner())
+    for path in (tmp_path / "o").glob("model*"):
+        assert store.folder(place).read(path.name) == path.read_bytes()
+    no_secrets(store.storage, log)
+
+
+def no_secrets(storage: Storage, *logs: str) -> None:
+    """Neither of the keys that the tests use is in what the store holds or a fleet says."""
+    texts = [storage.read(name) for name in walk(storage) if not name.endswith((".safetensors", ".parquet"))]
+    assert len(texts) > 20
+    for text in [*texts, *(log.encode() for log in logs)]:
+        assert b"secret" not in text.replace(b"secretary", b"")
+
+
+@pytest.mark.timeout(280)
+def test_all_stages_of_a_chain_while_a_node_is_lost(
+    ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
+) -> None:
+    train = {"steps": 2, "batch": 2, "precision": "fp32", "cpus_per_worker": 1, "eval_rows": 2}
+    stages = {
+        **content("", models, ())["stages"],
+        "pretrain": train,
+        "finetune": {**train, "data": str(models / "chat.jsonl"), "seq_len": 64},
+    }
+    families_ = content("", models, ("llama",))["families"]
+    families_.append({"name": "gone", "checkpoint": str(models / "nothing"), "data": str(models / "text.txt")})
+    store = Store(f"{s3}/chain")
+    settings = content(store.url, models, (), families=families_, methods=["solar"], stages=stages, name="chain")
+    file = put("chain", settings)
+    fleet = ray_cluster.start("fleet", file, "--json")
+    assert fleet.stderr is not None
+    log = ""
+    for line in fleet.stderr:
+        log += line
+        if "pretrain/llama-solar-x1.4: starting 1 worker" in line:
+            ray_cluster.kill_a_node()
+            break
+    code, outcomes, rest = ended(fleet)
+    log += rest
+    assert code == 1, log  # of the family that has no checkpoint, and of no other
+    assert {one["how"] for one in outcomes if "gone" in one["id"]} == {"failed"}
+    assert made(outcomes) == {one["id"] for one in outcomes if "llama" in one["id"]}, log
+    assert len(made(outcomes)) == 5
+    places = {one["id"]: one["place"] for one in outcomes}
+    tuned = store.folder(places["finetune/llama-solar-x1.4"])
+    for name in tuned.list():
+        (tmp_path / name).write_bytes(tuned.read(name))
+    assert families.load_strict(tmp_path, "llama").config.num_hidden_layers == 7
+    record = store.record(places["evaluate/llama-solar-x1.4"])
+    assert record is not None
+    assert len(record["metrics"]["checkpoints"]) == 4
+    assert record["packages"]["ray"]
+    stages["pretrain"] = {**train, "learning_rate": 1e-3}
+    file = put("chain", {**settings, "stages": stages, "families": families_[:1]})
+    code, standings, _ = ray_cluster.run("fleet", file, "--dry-run", "--json", **NOWHERE)
+    assert {one["stage"].split("/")[0]: one["why"] for one in standings} == {
+        "tokenize": "complete",
+        "expand": "complete",
+        "pretrain": "settings changed: pretrain.learning_rate (0.0002 → 0.001)",
+        "finetune": "input changed: checkpoint",
+        "evaluate": "input changed: checkpoints",
+    }
+    no_secrets(store.storage, log)

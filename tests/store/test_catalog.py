@@ -1,0 +1,190 @@
+"""A store finds what was made by what made it, says why something has to be made, and knows what was abandoned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store import garbage
+from lesa_ray.store.catalog import Store, find_run, open_store
+from lesa_ray.store.garbage import find_garbage, remove
+from lesa_ray.store.identity import Identity
+from lesa_ray.store.record import RECORD_FILE, describe_files, make_record
+
+LESA_RAY = str(Path(sys.executable).parent / "lesa-ray")
+STAGE = Identity("expand", {"base": "b"}, {"method": "lesa", "factor": 1.5}, "0.1.0")
+
+
+def begin(store: Store, identity: Identity, label: str, files: dict[str, bytes]) -> str:
+    place = identity.place(label)
+    store.begin(place, identity, "me")
+    for name, data in files.items():
+        store.folder(place).write(name, data)
+    return place
+
+
+def make(store: Store, identity: Identity, label: str = "x", started: str = "2026-01-01") -> str:
+    place = begin(store, identity, label, {"config.json": b"{}"})
+    record = make_record(
+        identity, label, given={}, started=started, seconds=1, metrics={"layers": 8},
+        files=describe_files(store.folder(place)),
+    )  # fmt: skip
+    store.finish(place, record)
+    return place
+
+
+@pytest.mark.timeout(60)
+def test_what_was_made_is_found_by_what_made_it(place: str) -> None:
+    store = Store(place)
+    assert store.locate(STAGE, "x") == (STAGE.place("x"), None)
+    assert store.why(STAGE, "x") == "new"
+    begin(store, STAGE, "x", {"half": b"1"})
+    assert store.locate(STAGE, "x") == (STAGE.place("x"), None)
+    assert store.why(STAGE, "x") == "was interrupted, goes on"
+    assert [one.place for one in store.unfinished()] == [STAGE.place("x")]
+    made = make(store, STAGE)
+    for label in ("x", "another"):
+        found, record = Store(place).locate(STAGE, label)
+        assert (found, record is not None) == (made, True)
+    assert store.unfinished() == []
+    assert [(found, record["metrics"]) for found, record in store.finished()] == [(made, {"layers": 8})]
+    assert not store.control.within("begun/expand").list()
+    assert find_run(f"{place}/{made}")[0] == made
+
+
+def test_why_compares_with_the_latest_of_the_same_label(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    changed = dataclasses.replace(STAGE, settings={"method": "lesa", "factor": 2.0})
+    later = dataclasses.replace(STAGE, code="0.2.0")
+    make(store, STAGE, started="2026-01-02")
+    assert store.why(changed, "x") == "settings changed: expand.factor (1.5 → 2.0)"
+    make(store, later, started="2026-01-03")
+    assert store.why(changed, "x") == "code version changed: 0.2.0 → 0.1.0"
+    assert store.why(changed, "y") == "new"
+    assert store.why(dataclasses.replace(STAGE, kind="pretrain"), "x") == "new"
+
+
+def test_a_record_that_was_copied_in_makes_nothing_finished(tmp_path: Path) -> None:
+    """As the folder of a checkpoint may hold that of another store."""
+    store = Store(str(tmp_path))
+    made = make(store, STAGE)
+    changed = dataclasses.replace(STAGE, code="2")
+    begin(store, changed, "x", {RECORD_FILE: store.folder(made).read(RECORD_FILE)})
+    assert store.locate(changed, "x")[1] is None
+    make(store, changed)
+    assert store.locate(changed, "x")[1] is not None
+
+
+@pytest.mark.parametrize("place", ["folder"], indirect=True)
+def test_no_place_outside_the_store_is_opened(place: str) -> None:
+    store = Store(place)
+    for wrong in ("../x-0123456789ab", "expand/../../x-0123456789ab", "/etc/x-0123456789ab", "expand/x"):
+        with pytest.raises(UserError, match="is not a stage's place"):
+            store.record(wrong)
+    with pytest.raises(UserError, match="is not an artifact store"):
+        open_store(place)
+    os.makedirs(f"{place}/expand")
+    open_store(place)
+
+
+@pytest.mark.timeout(90)
+def test_garbage_is_what_no_one_works_on(place: str) -> None:
+    store = Store(place, term=30)
+    made = make(store, STAGE)
+    left, held = (dataclasses.replace(STAGE, code=code) for code in ("left", "held"))
+    begin(store, left, "x", {"a/b": bytes(1000), "c": bytes(500)})
+    begin(store, held, "x", {"d": bytes(10)})
+    lease = store.lease(held, "me")
+    assert lease is not None
+    Storage(f"{place}/expand/by-hand").write("mine", b"1")
+    found = find_garbage(store)
+    assert [(one.kind, one.name, one.nbytes) for one in found] == [("stage", left.place("x"), 1500)]
+    assert remove(store, found[0], "gc")
+    assert not remove(store, found[0], "gc")
+    assert find_garbage(store) == []
+    assert store.folder(left.place("x")).is_empty()
+    assert not store.folder(held.place("x")).is_empty()
+    assert store.record(made) is not None
+    assert Storage(f"{place}/expand/by-hand").read("mine") == b"1"
+    lease.release()
+    taken = find_garbage(store)
+    assert [one.name for one in taken] == [held.place("x")]
+    lease = store.lease(held, "a fleet that goes on with it")
+    assert not remove(store, taken[0], "gc")
+    assert not store.folder(held.place("x")).is_empty()
+    assert lease is not None
+    lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_uploads_that_were_never_completed(conditional: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(conditional, term=30)
+    fs = store.storage.fs
+    held = dataclasses.replace(STAGE, code="held")
+    make(store, STAGE)
+    keys = [f"{STAGE.place('x')}/model.bin", f"{held.place('x')}/model.bin", "something/else"]
+    for key in keys:
+        bucket, full, _ = fs.split_path(store.storage.path(key))
+        upload = fs.call_s3("create_multipart_upload", Bucket=bucket, Key=full)
+        part = {"Bucket": bucket, "Key": full, "UploadId": upload["UploadId"], "PartNumber": 1}
+        fs.call_s3("upload_part", **part, Body=bytes(1000))
+    lease = store.lease(held, "me")
+    assert [one.name for one in find_garbage(store)] == [keys[0], keys[2]]  # moto says that all began in 2010
+    monkeypatch.setattr(garbage, "_UPLOAD_AGE_SECONDS", 1e10)
+    found = find_garbage(store)  # the third is some other program's
+    assert [(one.kind, one.name, one.nbytes) for one in found] == [("upload", keys[0], 1000)]
+    assert remove(store, found[0], "gc")
+    assert find_garbage(store) == []
+    assert lease is not None
+    lease.release()
+    assert [one.name for one in find_garbage(store)] == [keys[1]]
+
+
+@pytest.mark.timeout(60)
+def test_stores_and_what_a_fleet_is_need_neither_ray_nor_torch() -> None:
+    """So that `runs`, `fleet status` and the like work anywhere, at once."""
+    script = (
+        "import sys, lesa_ray.cli_fleet, lesa_ray.fleet.graph, lesa_ray.fleet.state, lesa_ray.report.fleet,"
+        " lesa_ray.store.garbage; print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout == "[]\n"
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    done = subprocess.run([LESA_RAY, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_the_commands_and_their_exit_codes(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    made = make(store, STAGE)
+    left = begin(store, dataclasses.replace(STAGE, code="left"), "x", {"c": bytes(500)})
+    code, out, _ = run("runs", store.url, "--json")
+    assert (code, [one["place"] for one in json.loads(out)]) == (0, [made])
+    assert run("verify", f"{store.url}/{made}")[0] == 0
+    store.folder(made).write("config.json", b"[]")
+    code, out, _ = run("verify", f"{store.url}/{made}")
+    assert (code, out) == (1, "config.json: has other content\n")
+    code, _, err = run("verify", f"{store.url}/{left}")
+    assert code == 2
+    assert "holds no finished stage" in err
+    code, out, err = run("gc", store.url)
+    assert (code, out) == (0, "")
+    assert left in "".join(err.split())
+    assert "--yes removes them" in err
+    assert not store.folder(left).is_empty()
+    code, out, _ = run("gc", store.url, "--yes", "--json")
+    assert (code, json.loads(out)["removed"]) == (0, [left])
+    assert store.folder(left).is_empty()
+    assert run("gc", str(tmp_path / "nothing"))[0] == 2
