@@ -16,12 +16,13 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
 from lesa_ray.errors import MachineError
 from lesa_ray.expansion.method import Unit
@@ -128,6 +129,14 @@ def _unit_task(expansion: Expansion, unit: Unit, threads: int, board: Any) -> tu
     return record, own_peak_memory()
 
 
+def _for_any_folder(expansion: Expansion) -> Expansion:
+    """The same, whatever folder it is read in: that of a worker need not be this process's."""
+    config = expansion.job.config
+    variants = tuple(resolve_base(variant) for variant in config.variants)
+    placed = config.model_copy(update={"out": Storage(config.out).url, "variants": variants})
+    return replace(expansion, job=replace(expansion.job, config=placed))
+
+
 def _shard_task(out: str, shard: Shard) -> int:
     write_shard(Storage(out), shard)
     return own_peak_memory()
@@ -153,7 +162,7 @@ class RayRunner:
         gpus = config.gpus_per_task if config.gpus_per_task is not None else (1 if self._gpus else 0)
         if gpus > self._gpus:
             raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
-        shared = ray.put(expansion)
+        shared = ray.put(_for_any_folder(expansion))
         board = ray.remote(num_cpus=0)(Board).remote()
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
@@ -192,7 +201,8 @@ class RayRunner:
 
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
         task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
-        running = {task.remote(expansion.job.config.out, shard): shard for shard in shards}
+        out = _for_any_folder(expansion).job.config.out
+        running = {task.remote(out, shard): shard for shard in shards}
         written = 0
         try:
             while running:

@@ -72,6 +72,7 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     from lesa_ray.training.model import build, layers_of
     from lesa_ray.training.packing_check import check_packing
 
+    config = config.model_copy(update={"out": Storage(config.out).url})  # workers run in folders of their own
     blocks = open_blocks(config.data)
     checkpoint = manifest = None
     if config.checkpoint is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def test_one_process_and_four_workers_give_the_same_bytes(bases: Bases, tmp_path
         expand(ExpandConfig(base=bases("llama"), out=outs[0], method=method), runner=InlineRunner())
         expand(ExpandConfig(base=bases("llama"), out=outs[1], method=method), runner=RayRunner())
         assert same(*outs) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("method", ["lesa", "solar"])
+def test_places_may_be_relative_to_a_folder_that_is_not_the_workers(
+    method: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(bases("llama"), tmp_path / "base")
+    shutil.copytree(bases("llama"), tmp_path / "variant")
+    monkeypatch.chdir(tmp_path)
+    variants = ("variant",) if method == "lesa" else ()
+    for out, runner in (("inline", InlineRunner()), ("ray", RayRunner())):
+        expand(ExpandConfig(base="base", out=out, method=method, variants=variants), runner=runner)
+    assert same("inline", "ray") == []
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -120,10 +120,11 @@ def kill_a_worker(out: str, after: int, killed: list[int]) -> threading.Thread:
 
 @pytest.mark.timeout(250)
 def test_what_is_new_learns_and_what_is_old_stays(
-    local_ray: None, grow: Grow, bases: Bases, data: str, tmp_path: Path
+    local_ray: None, grow: Grow, bases: Bases, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = grow(bases("llama"), method="llama-pro").out
-    out = str(tmp_path / "trained")
+    monkeypatch.chdir(tmp_path)  # which is not where workers run
+    base, data, out = os.path.relpath(base), os.path.relpath(data), "trained"
     result = train(base, data, out)
     assert result.heldout_after < result.heldout_before - 0.2
     new = set(json.loads(Storage(base).read("expansion.json"))["new_layers"])
