@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -41,7 +40,8 @@ def ray_cluster(s3: str) -> Iterator[RayCluster]:
     """Its files are apart, so that no other test's Ray takes it for its own."""
     scratch = tempfile.mkdtemp(prefix="lrf-", dir="/tmp")  # short: Ray's sockets lie below it
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = {**clean, "RAY_TMPDIR": scratch}
+    # Processes that have imported torch are kept for the next stage; by default a node keeps one a core.
+    environment = {**clean, "RAY_TMPDIR": scratch, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
     host = subprocess.Popen(
         [sys.executable, "-c", HOST], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
@@ -61,15 +61,12 @@ def ray_cluster(s3: str) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three families with a tokenizer of their own, text and conversations."""
+    """Three families, each with a tokenizer of its own, and text."""
     root = tmp_path_factory.mktemp("models")
     for name, style in (("llama", "llama3"), ("qwen2", "qwen"), ("mistral", "gpt2")):
         families.make(name, root / name, vocab_size=512)
-        template = {} if style == "gpt2" else {"template": styles.CHATML}
-        styles.STYLES[style](**template).save_pretrained(root / name)
+        styles.STYLES[style]().save_pretrained(root / name)
     (root / "text.txt").write_text("".join(f"The café opens at nine, says line {i}.\n" for i in range(200)))
-    rows = [{"prompt": f"When, {i}?", "response": f"At nine, {i}."} for i in range(200)]
-    (root / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 

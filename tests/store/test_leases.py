@@ -92,7 +92,7 @@ def test_processes_that_race_are_never_inside_together(place: str, tmp_path: Pat
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("place", ["folder", "plain"], indirect=True)  # `conditional` differs from `folder` in no step
 def test_a_dead_holders_lease_runs_out_and_a_stopped_one_learns_that_it_lost(place: str) -> None:
-    term = 2.5
+    term = 2.0
     leases = Leases(Storage(place), term)
     first = start(HOLDER, place, str(term))
     try:
