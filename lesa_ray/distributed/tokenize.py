@@ -66,6 +66,7 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
     begin = time.monotonic()
     listener.phase("looking at the data", 0)
     storage = Storage(config.out)
+    config = config.model_copy(update={"out": storage.url})  # tasks run in folders of their own
     run = prepare(config)
     state = _reach(config.out, partial(out_state, storage, run))
     if state == "done":
