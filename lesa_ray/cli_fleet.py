@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -57,7 +58,8 @@ def fleet(
         sys.stderr.write(f"{now} {config.name}{' ' if stage else ''}{stage}: {' '.join(text.split())}\n")
         sys.stderr.flush()
 
-    with ended_as_interrupted():
+    # Ray says on standard output what it thinks of its nodes; that is for results.
+    with ended_as_interrupted(), contextlib.redirect_stdout(sys.stderr):
         outcomes = run_fleet(config, stages, say)
     if as_json:
         _print_json([asdict(one) for one in outcomes])

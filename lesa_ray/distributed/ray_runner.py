@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
@@ -90,6 +91,11 @@ def _passed_on() -> dict[str, Any]:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
     names = [name for name in PASSED_ON if name in os.environ and name not in (job.get("env_vars") or {})]
     return {"env_vars": {name: os.environ[name] for name in names}} if names else {}
+
+
+def on_this_machine() -> NodeAffinitySchedulingStrategy:
+    """Where an actor lives as long as this process does: elsewhere it would go with a machine that is lost."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Board:
@@ -163,7 +169,7 @@ class RayRunner:
         if gpus > self._gpus:
             raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
         shared = ray.put(_for_any_folder(expansion))
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
         running: dict[Any, Unit] = {}

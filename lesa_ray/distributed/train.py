@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from lesa_ray.checkpoint.storage import Storage, explain
-from lesa_ray.distributed.ray_runner import result_of, start_ray
+from lesa_ray.distributed.ray_runner import on_this_machine, result_of, start_ray
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
@@ -151,7 +151,8 @@ def _fitting(node: Mapping[str, float], each: Mapping[str, float]) -> int:
 def _fit(run: Run, resources: Resources, listener: Listener) -> None:
     """Let Ray Train run the workers until the last step is done. Raises: UserError, MachineError."""
     listener.phase(f"starting {resources.fewest} worker{'s' if resources.fewest > 1 else ''}", 0)
-    board = ray.remote(num_cpus=0, max_concurrency=4)(Board).remote()
+    place = on_this_machine()
+    board = ray.remote(num_cpus=0, max_concurrency=4, scheduling_strategy=place)(Board).remote()
     try:
         with _watching(board, run, listener):
             _trainer(run, resources, board).fit()
