@@ -49,6 +49,8 @@ def fleet(
 
         _show_standings(look_at_all(Store(config.store, config.lease), stages), as_json)
         return
+    import ray
+
     from lesa_ray.distributed.fleet import ended_as_interrupted, run_fleet
     from lesa_ray.report.fleet import outcome_table
     from lesa_ray.report.terminal import console
@@ -58,9 +60,10 @@ def fleet(
         sys.stderr.write(f"{now} {config.name}{' ' if stage else ''}{stage}: {' '.join(text.split())}\n")
         sys.stderr.flush()
 
-    # Ray says on standard output what it thinks of its nodes; that is for results.
+    # Ray says on standard output what it thinks of its nodes, until it is shut down; that is for results.
     with ended_as_interrupted(), contextlib.redirect_stdout(sys.stderr):
         outcomes = run_fleet(config, stages, say)
+        ray.shutdown()
     if as_json:
         _print_json([asdict(one) for one in outcomes])
     else:

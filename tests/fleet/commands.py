@@ -15,7 +15,7 @@ LESA_RAY = str(Path(sys.executable).parent / "lesa-ray")
 
 @dataclass
 class RayCluster:
-    """Two nodes of two cores each, in processes of their own."""
+    """Two nodes of a core each, in processes of their own."""
 
     address: str
     environment: dict[str, str]

@@ -23,13 +23,13 @@ HOST = """
 import sys
 from ray.cluster_utils import Cluster
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-second = cluster.add_node(num_cpus=2)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+second = cluster.add_node(num_cpus=1)
 print("ADDRESS", cluster.address, flush=True)
 for line in sys.stdin:
     if line == "kill\\n":  # as if the machine had lost its power
         cluster.remove_node(second, allow_graceful=False)
-        second = cluster.add_node(num_cpus=2)
+        second = cluster.add_node(num_cpus=1)
         print("KILLED", flush=True)
 cluster.shutdown()
 """

@@ -20,7 +20,7 @@ def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(models: Path,
         {
             "name": "f", "store": str(tmp_path / "store"), "lease": 4,
             "families": [{"name": "llama", "checkpoint": str(models / "llama")}],
-            "stages": {"expand": {"lesa": {"epochs": 40}}},
+            "stages": {"expand": {"lesa": {"epochs": 25}}},
         }
     )  # fmt: skip
     (stage,) = build(config, "file")
@@ -36,7 +36,7 @@ def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(models: Path,
 
     def say(_: str, text: str) -> None:
         if "making" in text and not any("making" in one for one in said):
-            thief = {"holder": "a thief", "owner": "t", "term": 7, "released": False, "nonce": "n"}
+            thief = {"holder": "a thief", "owner": "t", "term": 5, "released": False, "nonce": "n"}
             lease.write_text(json.dumps(thief))
         if text.startswith(("under way, a thief", "begins: was interrupted")):
             seen.append(files())
