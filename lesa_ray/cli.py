@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__
 )
 
+_INTERRUPTED = 130
 Base = Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")]
 Method = Annotated[str | None, typer.Option(help="lesa, llama-pro, solar, opt-deus or avg-deus. [default: lesa]")]
 Factor = Annotated[float | None, typer.Option(help="Layers afterwards over layers before. [default: 1.5]")]
@@ -378,7 +379,9 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # Typer makes an exit code of an interrupt, and returns it
+            raise KeyboardInterrupt
     except typer.Exit as error:
         return error.exit_code
     except UserError as error:
@@ -386,7 +389,7 @@ def _run() -> int:
     except MachineError as error:
         return _complain(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted; the same command goes on from here", 130)
+        return _complain("interrupted; the same command goes on from here", _INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

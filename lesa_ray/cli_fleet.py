@@ -51,7 +51,7 @@ def fleet(
         return
     import ray
 
-    from lesa_ray.distributed.fleet import ended_as_interrupted, run_fleet
+    from lesa_ray.distributed.fleet import run_fleet
     from lesa_ray.report.fleet import outcome_table
     from lesa_ray.report.terminal import console
 
@@ -61,7 +61,7 @@ def fleet(
         sys.stderr.flush()
 
     # Ray says on standard output what it thinks of its nodes, until it is shut down; that is for results.
-    with ended_as_interrupted(), contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):
         outcomes = run_fleet(config, stages, say)
         ray.shutdown()
     if as_json:

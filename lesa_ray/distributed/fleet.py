@@ -76,7 +76,8 @@ def run_fleet(config: FleetConfig, stages: Sequence[Stage], say: Say) -> list[Ou
         raise UserError(f"store {config.store}: cannot be written ({explain(error)[:200]})") from error
     fleet = _Fleet(config, store, stages, say)
     try:
-        fleet.run()
+        with _sigterm_kept():
+            fleet.run()
     except RayError as error:
         raise MachineError(f"the Ray cluster was lost ({explain(error)[:200]}); the same command goes on") from error
     finally:
@@ -120,6 +121,7 @@ class _Fleet:
             return
         self._say("", "starting Ray")
         start_ray()
+        _sigterm_interrupts()  # Ray has made it its own
         self._board = ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
         self._task = ray.remote(num_cpus=0, max_retries=_LOST_RETRIES)(run_stage)
 
@@ -325,17 +327,24 @@ class _Fleet:
 
 
 @contextlib.contextmanager
-def ended_as_interrupted() -> Iterator[None]:
-    """While the block runs, SIGTERM (of `ray job stop`, Kubernetes) is an interrupt, so that leases are let go."""
+def _sigterm_kept() -> Iterator[None]:
+    """Put back at the end what SIGTERM did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _sigterm_interrupts()
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sigterm_interrupts() -> None:
+    """Take SIGTERM (of `ray job stop`, Kubernetes) as an interrupt, so that leases are let go."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)

@@ -14,7 +14,7 @@ import pytest
 
 from lesa_ray import UserError, cli
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.store import garbage
+from lesa_ray.store import catalog, garbage
 from lesa_ray.store.catalog import Store, find_run, open_store
 from lesa_ray.store.garbage import find_garbage, remove
 from lesa_ray.store.identity import Identity
@@ -195,3 +195,15 @@ def test_the_commands_and_their_exit_codes(tmp_path: Path, run: Callable[..., tu
     assert (code, json.loads(out)["removed"]) == (0, [left])
     assert store.folder(left).is_empty()
     assert run("gc", str(tmp_path / "nothing"))[0] == 2
+
+
+def test_an_interrupt_is_told_by_the_exit_code(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: str) -> Store:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalog, "open_store", interrupt)
+    code, out, err = run("runs", "store")
+    assert (code, out) == (130, "")
+    assert err == "lesa-ray: interrupted; the same command goes on from here\n"
