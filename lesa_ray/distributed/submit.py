@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import platform
 import shlex
@@ -56,6 +57,7 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     url = url if url not in (None, "local") else DASHBOARD  # `local` is start_ray's word for no cluster
     where = _without_password(url)
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of every file that stays here
     with _faults_of(url):
         os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's client takes the variable even where it is given an address
         client = JobSubmissionClient(url)

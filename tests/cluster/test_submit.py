@@ -1,0 +1,100 @@
+"""A command submitted from another folder to a real cluster of one machine: its log, its exit code, and no secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lesa_ray import ExpandConfig, expand
+from lesa_ray.expansion.runner import InlineRunner
+
+BIN = Path(sys.executable).parent
+SECRET = "sesame-4711-open"
+
+
+def free_ports(count: int) -> list[int]:
+    """Below 10,000, where Ray's own workers take theirs."""
+    found: list[int] = []
+    for port in range(7300 + os.getpid() % 1000, 10_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[str, Path]]:
+    """The URL of a cluster's dashboard, and the folder with its logs; in its own place, as other Rays may run here."""
+    gcs, dashboard, client, agent = free_ports(4)
+    with tempfile.TemporaryDirectory(prefix="lr-", ignore_cleanup_errors=True) as folder:  # short: it names sockets
+        environment = {
+            **os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}",
+        }  # fmt: skip
+        environment.pop("RAY_ADDRESS", None)
+        command = [
+            str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", f"--port={gcs}",
+            f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}",
+        ]  # fmt: skip
+        server = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and server.poll() is None:
+                with socket.socket() as probe:
+                    if not probe.connect_ex(("127.0.0.1", agent)):
+                        break
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{dashboard}", Path(folder)
+        finally:
+            server.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
+            try:
+                server.wait(timeout=20)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(200)
+def test_a_job_from_another_folder(
+    head: tuple[str, Path], bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, logs = head
+    monkeypatch.chdir(tmp_path)
+    base, out = bases("llama"), tmp_path / "out"
+    (tmp_path / "good.yaml").write_text(f"base: {base}\nout: {out}\nmethod: avg-deus\n")
+    (tmp_path / "wrong.yaml").write_text(f"base: {tmp_path}/nothing\nout: {tmp_path}/none\n")
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "AWS_SECRET_ACCESS_KEY": SECRET, "HF_TOKEN": SECRET}
+
+    def submit(config: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "lesa-ray"), "submit", "--address", url, "--", "python", "-m", "pipelines.expand"]
+        return subprocess.run(
+            [*command, "--config", config], env=environment, capture_output=True, text=True, timeout=90, check=False
+        )
+
+    done = submit("good.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{out}: " in done.stdout
+    expand(ExpandConfig(base=base, out=str(tmp_path / "here"), method="avg-deus"), runner=InlineRunner())
+    for file in (tmp_path / "here").glob("model*"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    wrong = submit("wrong.yaml")
+    assert wrong.returncode == 2, wrong.stdout + wrong.stderr
+    assert "nothing: no such folder" in wrong.stdout
+    assert not (tmp_path / "none").exists()
+    written = b"".join(path.read_bytes() for path in logs.rglob("*") if path.is_file() and path.stat().st_size < 2**24)
+    assert b"pipelines.expand" in written
+    assert SECRET.encode() not in written + (done.stdout + done.stderr).encode()
