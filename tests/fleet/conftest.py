@@ -40,8 +40,10 @@ def ray_cluster(s3: str) -> Iterator[RayCluster]:
     """Its files are apart, so that no other test's Ray takes it for its own."""
     scratch = tempfile.mkdtemp(prefix="lrf-", dir="/tmp")  # short: Ray's sockets lie below it
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # Processes that have imported torch are kept for the next stage; by default a node keeps one a core.
-    environment = {**clean, "RAY_TMPDIR": scratch, "RAY_idle_worker_killing_time_threshold_ms": "600000"}
+    # Processes that have imported torch are kept for the next stage, by default a node keeps one a core; and a node
+    # that is lost is missed after some five seconds.
+    settings = {"RAY_idle_worker_killing_time_threshold_ms": "600000", "RAY_health_check_period_ms": "1000"}
+    environment = {**clean, **settings, "RAY_TMPDIR": scratch}
     host = subprocess.Popen(
         [sys.executable, "-c", HOST], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
