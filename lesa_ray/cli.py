@@ -6,7 +6,6 @@ what, nothing was written; 1: a fault of the machine, the same command goes on; 
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lesa_ray.cli_fleet import COMMANDS
-from lesa_ray.cli_options import with_options
+from lesa_ray.cli_options import print_json, with_options
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -137,7 +136,7 @@ def expand(
     with terminal.progress_lines() as listener:
         result = run(settings, listener=listener)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "out": result.out,
                 "layers": result.layers,
@@ -201,7 +200,7 @@ def _show(expansion: Any, cluster: str | None, as_json: bool) -> None:
 
     need = estimate(expansion, this_machine() if cluster is None else read_cluster(cluster))
     if as_json:
-        _print_json({**terminal.describe(expansion), "estimate": need.to_dict()})
+        print_json({**terminal.describe(expansion), "estimate": need.to_dict()})
         return
     terminal.show_expansion(expansion)
     show_estimate(need)
@@ -235,7 +234,7 @@ def tokenize(
     from lesa_ray.report.data import describe_tokens, token_lines
 
     if as_json:
-        _print_json(describe_tokens(result))
+        print_json(describe_tokens(result))
         return
     terminal.console.print(token_lines(result), highlight=False)
 
@@ -298,7 +297,7 @@ def export(
 
     result = export_checkpoint(run, out, checkpoint)
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     from lesa_ray.report import terminal
 
@@ -326,7 +325,7 @@ def evaluate(
 
         report = run(settings, listener=listener)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     from lesa_ray.report.evaluation import evaluation_table
 
@@ -359,17 +358,12 @@ for command in COMMANDS:
 
 def _print_trained(result: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     from lesa_ray.report import terminal
     from lesa_ray.report.training import training_lines
 
     terminal.console.print(training_lines(result), highlight=False)
-
-
-def _print_json(value: object) -> None:
-    json.dump(value, sys.stdout, indent=1)
-    sys.stdout.write("\n")
 
 
 def main() -> None:

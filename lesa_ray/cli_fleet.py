@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lesa_ray.cli_options import print_json
 from lesa_ray.errors import UserError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -65,7 +65,7 @@ def fleet(
         outcomes = run_fleet(config, stages, say)
         ray.shutdown()
     if as_json:
-        _print_json([asdict(one) for one in outcomes])
+        print_json([asdict(one) for one in outcomes])
     else:
         console.print(outcome_table(outcomes), highlight=False)
     if any(one.how in ("failed", "skipped") for one in outcomes):
@@ -89,7 +89,7 @@ def _show_standings(standings: Any, as_json: bool) -> None:
     from lesa_ray.report.terminal import console
 
     if as_json:
-        _print_json([describe_standing(one) for one in standings])
+        print_json([describe_standing(one) for one in standings])
     else:
         console.print(standing_table(standings), highlight=False)
 
@@ -103,7 +103,7 @@ def runs(
 
     found = open_store(store).finished()
     if as_json:
-        _print_json([{"place": place, **record} for place, record in found])
+        print_json([{"place": place, **record} for place, record in found])
         return
     from lesa_ray.report.fleet import record_table
     from lesa_ray.report.terminal import console
@@ -122,7 +122,7 @@ def verify(
     place, storage, record = find_run(run)
     wrong = compare_files(storage, record)
     if as_json:
-        _print_json({"run": place, "files": len(record["files"]), "bytes": record["bytes"], "wrong": wrong})
+        print_json({"run": place, "files": len(record["files"]), "bytes": record["bytes"], "wrong": wrong})
     else:
         for line in wrong:
             sys.stdout.write(f"{line}\n")
@@ -148,7 +148,7 @@ def gc(
     holder = f"gc on {socket.gethostname()}, process {os.getpid()}"
     removed = [one for one in found if remove(opened, one, holder)] if yes else []
     if as_json:
-        _print_json({"abandoned": [asdict(one) for one in found], "removed": [one.name for one in removed]})
+        print_json({"abandoned": [asdict(one) for one in found], "removed": [one.name for one in removed]})
         return
     if found:
         console.print(garbage_table(found), highlight=False)
@@ -161,8 +161,3 @@ def gc(
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (fleet, runs, verify, gc)
-
-
-def _print_json(value: object) -> None:
-    json.dump(value, sys.stdout, indent=1)
-    sys.stdout.write("\n")

@@ -1,4 +1,4 @@
-"""Command-line options out of settings: every field of a settings class becomes a flag, its docstring the help.
+"""What commands share: options out of settings (every field a flag, its docstring the help), results as JSON.
 
 So a setting is described in one place, and a new one is on the command line at once. Flags that are not given are
 None, which lets a YAML file (`--config`) or the default decide.
@@ -7,6 +7,8 @@ None, which lets a YAML file (`--config`) or the default decide.
 from __future__ import annotations
 
 import inspect
+import json
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -36,6 +38,12 @@ def with_options(kind: type[Settings], leave_out: tuple[str, ...] = ()) -> Calla
         return function
 
     return decorate
+
+
+def print_json(value: object) -> None:
+    """A result for programs, on standard output."""
+    json.dump(value, sys.stdout, indent=1)
+    sys.stdout.write("\n")
 
 
 def _option(kind: type[Settings], name: str) -> Any:

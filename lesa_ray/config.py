@@ -7,10 +7,10 @@ The models read from and write to YAML; a setting that is not known is an error,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lesa_ray.errors import UserError
 from lesa_ray.sizes import Bytes
@@ -20,6 +20,14 @@ PredictorKind = Literal["mlp", "ridge"]
 VectorRule = Literal["lower", "mean", "first"]
 Recipe = Literal["paper", "released-code"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""A field of several strings; one alone may be given as it is."""
 
 
 class Settings(BaseModel):

@@ -108,7 +108,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     """One Ray task for each checkpoint; the first to fail stops the others."""
     import ray
 
-    from lesa_ray.distributed.ray_runner import Board, on_this_machine, result_of, start_ray
+    from lesa_ray.distributed.ray_runner import new_board, result_of, start_ray
 
     start_ray()
     names = job.config.checkpoints
@@ -116,7 +116,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = _share(job.config, len(names), nodes)
     most_memory = max(node.get("memory", 0) for node in nodes)
-    board = ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
+    board = new_board()
     running: dict[Any, int] = {}
     outcomes: dict[int, Outcome] = {}
     try:

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import explain
-from lesa_ray.distributed.ray_runner import Board, on_this_machine, result_of, start_ray
+from lesa_ray.distributed.ray_runner import new_board, result_of, start_ray
 from lesa_ray.distributed.stage_task import Done, run_stage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.fleet.graph import Stage
@@ -122,7 +122,7 @@ class _Fleet:
         self._say("", "starting Ray")
         start_ray()
         _sigterm_interrupts()  # Ray has made it its own
-        self._board = ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
+        self._board = new_board()
         self._task = ray.remote(num_cpus=0, max_retries=_LOST_RETRIES)(run_stage)
 
     def stop(self) -> None:

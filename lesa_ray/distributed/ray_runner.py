@@ -111,6 +111,11 @@ class Board:
         return self._state
 
 
+def new_board() -> Any:
+    """A board, as an actor beside this process."""
+    return ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
+
+
 def _unit_task(expansion: Expansion, unit: Unit, threads: int, board: Any) -> tuple[dict[str, Any], int]:
     import torch
 
@@ -169,7 +174,7 @@ class RayRunner:
         if gpus > self._gpus:
             raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
         shared = ray.put(_for_any_folder(expansion))
-        board = ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
+        board = new_board()
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
         running: dict[Any, Unit] = {}
@@ -207,7 +212,7 @@ class RayRunner:
 
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
         task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
-        out = _for_any_folder(expansion).job.config.out
+        out = Storage(expansion.job.config.out).url
         running = {task.remote(out, shard): shard for shard in shards}
         written = 0
         try:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lesa_ray.config import DtypeName, Settings
+from lesa_ray.config import DtypeName, Settings, Several
 
 SplitName = Literal["heldout", "train"]
 DeviceName = Literal["cpu", "cuda"]
@@ -15,9 +15,9 @@ DeviceName = Literal["cpu", "cuda"]
 class EvaluateConfig(Settings):
     """One evaluation: checkpoints, each measured on the same data and tasks."""
 
-    checkpoints: tuple[str, ...] = Field(min_length=1)
+    checkpoints: Several = Field(min_length=1)
     """Folders, Hugging Face repo ids or fsspec URLs; differences are to the first."""
-    data: tuple[str, ...] = ()
+    data: Several = ()
     """Text (files, folders, globs, URLs of .txt, .md, .py, .jsonl, .parquet), each file or row a document; or one
     folder of token blocks."""
     split: SplitName = "heldout"
@@ -47,11 +47,6 @@ class EvaluateConfig(Settings):
     """GPUs one checkpoint asks Ray for. By default one where the cluster has GPUs, else none."""
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPU cores for one checkpoint. By default the cluster's, divided among the checkpoints."""
-
-    @field_validator("checkpoints", "data", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lesa_ray.expansion.cluster_spec import ClusterSpec
-from lesa_ray.expansion.lesa_task import lesa_task
+from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
 from lesa_ray.expansion.memory import UNIT_SHARE
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
@@ -176,8 +176,7 @@ def _unit(
         device_memory=device_memory,
     )
     # Decided already, by what was stated and not by what this cluster has.
-    decided = {"svd": job.method.choices(job)[types[0].name]}
-    task = replace(task, settings=task.settings.model_copy(update=decided))
+    task = replace(task, settings=task.settings.model_copy(update={"svd": lesa_route(job, types)}))
     cost = unit_cost(task)
     return UnitEstimate(
         name=unit.name,

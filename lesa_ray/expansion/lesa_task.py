@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
 from lesa_ray.expansion.method import Device, Job
-from lesa_ray.lesa.cost import Task
+from lesa_ray.lesa.cost import Route, Task, route_of
 
 
 def lesa_task(
@@ -33,3 +33,8 @@ def lesa_task(
         memory_budget=memory_budget,
         device_memory=device_memory,
     )
+
+
+def lesa_route(job: Job, types: Iterable[WeightType]) -> Route:
+    """The spectral route of the unit that fits `types`, by what was stated alone: the same wherever it runs."""
+    return route_of(lesa_task(job, types, memory_budget=job.config.memory_budget))

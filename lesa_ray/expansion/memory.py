@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
+from pathlib import Path
 
 UNIT_SHARE = 0.8
 """Of the free memory that one unit takes by default; the rest is for its worker's own and for the page cache."""
@@ -22,10 +22,7 @@ def free_memory() -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limit, used = (
-                int(open(os.path.join("/sys/fs/cgroup", name), encoding="ascii").read())  # noqa: SIM115
-                for name in (limit_file, used_file)
-            )
+            limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit_file, used_file))
             free = min(free, limit - used)
     return max(free, 0)
 

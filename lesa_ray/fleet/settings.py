@@ -7,16 +7,25 @@ family may have its own on top: 70 billion parameters want more workers than one
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from lesa_ray.config import Settings
+from lesa_ray.config import Settings, Several
 from lesa_ray.store.identity import checked_label
 from lesa_ray.store.lease import TERM_SECONDS
 
 StageName = Literal["tokenize", "expand", "pretrain", "finetune", "evaluate"]
-StageSettings = dict[StageName, dict[str, Any]]
+
+
+def _filled(value: object) -> object:
+    """`evaluate:` with nothing behind it is a stage without settings of its own."""
+    return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+StageSettings = Annotated[dict[StageName, dict[str, Any]], BeforeValidator(_filled)]
+Label = Annotated[str, AfterValidator(partial(checked_label, what="name"))]
 
 
 class Amount(Settings):
@@ -29,44 +38,29 @@ class Amount(Settings):
 class Family(Settings):
     """A checkpoint to grow, and the text for it."""
 
-    name: str
+    name: Label
     """A label: letters, digits and . _ -; part of every place of the family's results."""
     checkpoint: str
     """A folder, a Hugging Face repo id or an fsspec URL."""
     tokenizer: str | None = None
     """Whose tokens the text becomes; by default the checkpoint's."""
-    data: tuple[str, ...] = ()
+    data: Several = ()
     """What is tokenized: as `lesa-ray tokenize` takes it."""
     stages: StageSettings = Field(default_factory=dict)
     """Settings of stages for this family alone, on top of the fleet's."""
     resources: dict[StageName, Amount] = Field(default_factory=dict)
     """The same of `resources`."""
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_label(cls, value: str) -> str:
-        return checked_label(value, "name")
-
-    @field_validator("stages", mode="before")
-    @classmethod
-    def _nothing_is_no_settings(cls, value: object) -> object:
-        return _filled(value)
-
 
 class FleetConfig(Settings):
     """A fleet: every family grown by every method and factor, trained, tuned and measured."""
 
-    name: str
+    name: Label
     """A label; `fleet status` finds the fleet by it."""
     store: str
     """The artifact store: a folder or an fsspec URL."""
     families: tuple[Family, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(default=("lesa",), min_length=1)
+    methods: Several = Field(default=("lesa",), min_length=1)
     factors: tuple[float, ...] = Field(default=(1.5,), min_length=1)
     """Layers afterwards over layers before; `factor` names a single one."""
     stages: StageSettings = Field(min_length=1)
@@ -94,21 +88,6 @@ class FleetConfig(Settings):
             del data["factor"]
         return data
 
-    @field_validator("name")
-    @classmethod
-    def _is_a_label(cls, value: str) -> str:
-        return checked_label(value, "name")
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("stages", mode="before")
-    @classmethod
-    def _nothing_is_no_settings(cls, value: object) -> object:
-        return _filled(value)
-
     @model_validator(mode="after")
     def _consistent(self) -> FleetConfig:
         names = [family.name for family in self.families]
@@ -123,11 +102,6 @@ class FleetConfig(Settings):
         if "pretrain" in self.stages and "tokenize" not in self.stages:
             raise ValueError("stages: pretrain needs tokenize")
         return self
-
-
-def _filled(value: object) -> object:
-    """`evaluate:` with nothing behind it is a stage without settings of its own."""
-    return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def absolute(place: str) -> str:

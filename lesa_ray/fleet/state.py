@@ -62,12 +62,7 @@ def look(store: Store, identity: Identity, label: str) -> Standing:
 
 def look_at_all(store: Store, stages: Iterable[Stage]) -> list[Standing]:
     """Where all stages stand; one whose input has no identity is unknown."""
-    return [
-        Standing(stage.id, "", "unknown", stage.problem or "")
-        if stage.identity is None
-        else look(store, stage.identity, stage.label)
-        for stage in stages
-    ]
+    return [_standing(store, stage.kind, stage.label, stage.identity, stage.problem) for stage in stages]
 
 
 def leave_plan(store: Store, config: FleetConfig, stages: Iterable[Stage]) -> None:
@@ -93,13 +88,16 @@ def status(store: Store, config: FleetConfig) -> tuple[list[Standing], dict[str,
         raise UserError(f"fleet {config.name}: was never started on {store.url}; `lesa-ray fleet FILE` does")
     standings = []
     for stage in content["stages"]:
-        name = f"{stage['kind']}/{stage['label']}"
-        if stage["identity"] is None:
-            standings.append(Standing(name, "", "unknown", stage["problem"] or ""))
-        else:
-            standings.append(look(store, Identity.from_content(stage["identity"]), stage["label"]))
+        identity = stage["identity"] and Identity.from_content(stage["identity"])
+        standings.append(_standing(store, stage["kind"], stage["label"], identity, stage["problem"]))
     facts = {"started": content["started"], "file_changed": content["file"] != file_digest(config)}
     return standings, facts
+
+
+def _standing(store: Store, kind: str, label: str, identity: Identity | None, problem: str | None) -> Standing:
+    if identity is None:
+        return Standing(f"{kind}/{label}", "", "unknown", problem or "")
+    return look(store, identity, label)
 
 
 def file_digest(config: FleetConfig) -> str:

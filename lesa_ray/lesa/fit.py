@@ -24,15 +24,12 @@ from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
 from lesa_ray.lesa import yardsticks
 from lesa_ray.lesa.clock import Clock
+from lesa_ray.lesa.cost import SCORED
 from lesa_ray.lesa.predictor import Predictor, Progress, train
 from lesa_ray.lesa.report import FitReport, Predict, Score, score
 from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Load, generator_for, row_blocks, square_norm
-
-SCORED = 4
-"""Training triples that are scored where fewer are held out. Predicting one by ridge takes nearly as long as adding it
-to the normal equations: with all of them the fit would take almost twice as long."""
 
 
 def fit_weight_type(

@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 from lesa_ray.errors import UserError
+from lesa_ray.lesa.cost import RIDGE_FEATURES
 
-FEATURES_CPU = 8192
-"""2·d2 up to which ridge is fitted on a CPU: at 8,192 the system takes 0.5 GB in float64 and 200 GFLOP to solve."""
-FEATURES_CUDA = 32768
-"""The same on a GPU: 8.6 GB, twice while solving."""
 NOISE = 8
 """float32 serves while λ·m is at least this many times eps·‖XᵀX‖_F, a generous bound of Cholesky's backward error:
 where the energy is spread over n directions, ‖XᵀX‖_F is about √n times the norm that counts."""
@@ -46,7 +43,7 @@ class Ridge:
 
 def why_no_ridge(d2: int, device: str) -> str | None:
     """The reason for which ridge is left out, or None."""
-    bound = FEATURES_CPU if torch.device(device).type == "cpu" else FEATURES_CUDA
+    bound = RIDGE_FEATURES[torch.device(device).type]
     if 2 * d2 <= bound:
         return None
     return f"{2 * d2} features; ridge is fitted up to {bound} on this kind of device"

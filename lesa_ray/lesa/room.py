@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from lesa_ray.errors import MachineError
-
-DEVICE_SHARE = 0.85
-"""Of a GPU's free memory; the rest is for a layer or two, products in flight and the allocator's rounding."""
+from lesa_ray.lesa.cost import DEVICE_SHARE
 
 
 class Room:

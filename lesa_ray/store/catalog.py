@@ -70,10 +70,8 @@ class Store:
         record = self.record(place)
         if record is not None:
             return place, record
-        for name in self.storage.within(identity.kind).folders():
-            other = f"{identity.kind}/{name}"
-            parsed = parse_place(other)
-            if parsed is not None and parsed[2] == identity.digest[:12] and other != place:
+        for other, _, digest in self._places(identity.kind):
+            if digest == identity.digest[:12] and other != place:
                 record = self.record(other)
                 if record is not None and record["digest"] == identity.digest:
                     return other, record
@@ -83,12 +81,7 @@ class Store:
         """Places and records of all finished stages (of a kind), in the order in which they were started.
 
         A record that cannot be read is passed over here; `verify` says what is wrong with it."""
-        places = [
-            f"{one}/{name}"
-            for one in ((kind,) if kind else KINDS)
-            for name in self.storage.within(one).folders()
-            if parse_place(f"{one}/{name}")
-        ]
+        places = [place for one in ((kind,) if kind else KINDS) for place, _, _ in self._places(one)]
 
         def read(place: str) -> tuple[str, Record | None]:
             try:
@@ -146,20 +139,19 @@ class Store:
         """Why a stage that is not finished has to be made."""
         if self.begun(identity.place(label)) is not None:
             return "was interrupted, goes on"
-        earlier = [record for _, record in self._versions(identity.kind, label)]
+        same = (place for place, other, _ in self._places(identity.kind) if other == label)
+        earlier = [record for record in map(self.record, same) if record is not None]
         if not earlier:
             return "new"
         latest = max(earlier, key=lambda record: record["started"])
         return difference(Identity.from_content(latest["identity"]), identity)
 
-    def _versions(self, kind: str, label: str) -> Iterator[tuple[str, Record]]:
-        """Finished stages of a kind and a label, whatever made them."""
+    def _places(self, kind: str) -> Iterator[tuple[str, str, str]]:
+        """Place, label and first digits of the hash of each stage's folder of a kind."""
         for name in self.storage.within(kind).folders():
             parsed = parse_place(f"{kind}/{name}")
-            if parsed is not None and parsed[1] == label:
-                record = self.record(f"{kind}/{name}")
-                if record is not None:
-                    yield f"{kind}/{name}", record
+            if parsed is not None:
+                yield f"{kind}/{name}", parsed[1], parsed[2]
 
     def write_fleet(self, name: str, content: dict[str, Any]) -> None:
         """Leave a fleet's stages where `fleet status` finds them."""

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,8 +88,6 @@ class LocalRegister:
 
     def _now(self) -> float:
         """The filesystem's time: on a network filesystem the server's."""
-        import time
-
         lock = self._storage.path(".lock")
         try:
             os.utime(lock)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
-import logging
 from collections.abc import Callable, Iterator
-from urllib.parse import urlparse
 
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from lesa_ray.checkpoint import server_copy
 from lesa_ray.checkpoint.storage import Storage
 from tests.moody import Moody
+from tests.servers import moto_server
 
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
     """The address of an S3 server that knows UploadPartCopy, with the buckets `bucket` and `other`."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    for bucket in ("bucket", "other"):
-        connection = http.client.HTTPConnection(urlparse(address).netloc, timeout=30)
-        connection.request("PUT", f"/{bucket}")
-        assert connection.getresponse().status == 200
-        connection.close()
-    S3FileSystem.clear_instance_cache()  # which keeps clients of other servers
-    yield address
-    S3FileSystem.clear_instance_cache()
-    server.stop()
+    with moto_server("bucket", "other") as address:
+        S3FileSystem.clear_instance_cache()  # which keeps clients of other servers
+        yield address
+        S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

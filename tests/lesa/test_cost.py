@@ -60,7 +60,7 @@ def counted(call: Callable[[], object]) -> int:
 
 
 def test_bounds_are_those_of_the_code_that_is_modelled():
-    assert RIDGE_FEATURES == {"cpu": ridge.FEATURES_CPU, "cuda": ridge.FEATURES_CUDA}
+    assert RIDGE_FEATURES == ridge.RIDGE_FEATURES
     assert SCORED == fit.SCORED
     assert DEVICE_SHARE == ROOM_SHARE
     assert GPUS.keys() == GPU_MEMORY.keys()

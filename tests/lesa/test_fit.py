@@ -10,6 +10,7 @@ import torch
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
+from lesa_ray.lesa.cost import RIDGE_FEATURES
 from lesa_ray.lesa.fit import evenly, fit_weight_type, split_triples
 from lesa_ray.lesa.report import FitReport
 from tests.lesa.layers import reference_svd, related_layers
@@ -100,7 +101,7 @@ def test_ridge_learns_related_layers_and_is_scored_on_both_sides():
 
 
 def test_ridge_is_left_out_where_it_costs_too_much(monkeypatch):
-    monkeypatch.setattr("lesa_ray.lesa.ridge.FEATURES_CPU", 15)
+    monkeypatch.setitem(RIDGE_FEATURES, "cpu", 15)
     report, _ = run(related_layers(5, 12, 8), [])
     assert report.ridge_skipped == "16 features; ridge is fitted up to 15 on this kind of device"
     assert list(report.trained) == ["predictor", "zero", "mean"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
-import logging
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
+
+from tests.servers import moto_server
 
 PLACES = ["folder", "conditional", "plain"]
 """A local folder; an S3 server that honours conditional writes (moto's); one that does not (rclone's)."""
@@ -19,16 +17,8 @@ PLACES = ["folder", "conditional", "plain"]
 @pytest.fixture(scope="session")
 def conditional_server() -> Iterator[str]:
     """The address of an S3 server that honours If-None-Match and If-Match, with a bucket `bucket`."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    connection = http.client.HTTPConnection(urlparse(address).netloc, timeout=30)
-    connection.request("PUT", "/bucket")
-    assert connection.getresponse().status == 200
-    connection.close()
-    yield address
-    server.stop()
+    with moto_server("bucket") as address:
+        yield address
 
 
 @pytest.fixture(params=PLACES)

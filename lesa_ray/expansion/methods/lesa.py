@@ -13,12 +13,10 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
-from lesa_ray.checkpoint.reader import FLOAT_BYTES
-from lesa_ray.config import SvdRoute
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import lesa_task
+from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
-from lesa_ray.lesa.cost import choose_route, require_budget, unit_cost
+from lesa_ray.lesa.cost import require_budget, unit_cost
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +43,7 @@ class Lesa(Method):
         return units
 
     def choices(self, job: Job) -> dict[str, str]:
-        return {weight_type.name: _route(job, types) for types in _together(job).values() for weight_type in types}
+        return {weight_type.name: lesa_route(job, types) for types in _together(job).values() for weight_type in types}
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.lesa.fit import fit_together
@@ -66,7 +64,7 @@ class Lesa(Method):
             job.anatomy.layers,
             [(slot.id, slot.lower, slot.upper) for slot in job.plan.slots if slot.upper is not None],
             store,
-            job.config.lesa.model_copy(update={"svd": _route(job, types)}),
+            job.config.lesa.model_copy(update={"svd": lesa_route(job, types)}),
             seed=_seed(job.config.seed, unit.name),
             device=context.device,
             variants=[
@@ -95,23 +93,6 @@ def _together(job: Job) -> dict[str, tuple[WeightType, ...]]:
         if len({(t.shape, t.dtype, t.transposed) for t in types}) > 1:
             raise UserError(f"--share-experts: BASE {job.config.base}: {kind} are not of one shape and element type")
     return kinds
-
-
-def _route(job: Job, types: tuple[WeightType, ...]) -> SvdRoute:
-    """The spectral route, by the settings alone, so that it is the same wherever the unit runs."""
-    settings = job.config.lesa
-    if settings.svd != "auto":
-        return settings.svd
-    return choose_route(
-        types[0].d1,
-        types[0].d2,
-        job.anatomy.layers * len(types),
-        settings.rank,
-        element_bytes=FLOAT_BYTES[types[0].dtype],
-        oversampling=settings.oversampling,
-        power_iterations=settings.power_iterations,
-        memory_budget=job.config.memory_budget,
-    )
 
 
 def _seed(seed: int, weight_type: str) -> int:
