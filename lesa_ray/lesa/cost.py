@@ -215,7 +215,7 @@ def unit_cost(task: Task) -> UnitCost:
     if route == "gram":
         whole = EIGH_MATRICES * 8 * d1 * d1  # the matrix, in which the eigenvectors come back, and eigh's workspace
         away = gpu and whole > DEVICE_SHARE * task.device_memory
-        block = 4 * GRAM_BLOCK[task.device] * d1
+        block = 12 * GRAM_BLOCK[task.device] * d1  # a product in float32 and as doubles
         phases += [
             phase(
                 "gram",

@@ -141,11 +141,11 @@ def decompose(
         coefficients = room.tensor
         if held:
             for c, i in itertools.product(own, range(layers)):
-                weight = room.layer(c, i, source.shape, source.dtype).to(device, dtype)
-                coefficients[c, i] = _projected(frame, weight)
+                weight = room.layer(c, i, source.shape, source.dtype).to(device, dtype, copy=True)  # it lies below
+                _project(frame, weight, coefficients[c, i])
         rest = range(basis, len(loads)) if held else range(len(loads))
         for c, i, weight in source.stream(rest) if rest else ():
-            coefficients[c, i] = _projected(frame, weight.to(dtype))
+            _project(frame, weight.to(dtype), coefficients[c, i])
         if frame is None:
             return Decomposition(route, None, torch.ones(keep, dtype=torch.float64), coefficients, source.squares, own)
         flat = coefficients.flatten(0, 1)
@@ -154,7 +154,7 @@ def decompose(
             flat = flat.flatten()[: len(flat) * keep * d2].view(-1, keep, d2)
         energy = torch.zeros(keep, dtype=torch.float64, device=device)
         for one in flat[: basis * layers]:
-            energy += torch.linalg.vector_norm(one.to(device), dim=1, dtype=torch.float64).square()
+            energy += torch.linalg.vector_norm(one.to(device), dim=1).double().square()
         sigma = energy.sqrt().cpu()
         kept = sigma > _rounding(d1, basis * source.columns, dtype) * sigma.max()
         kept[0] = True  # all-zero weights keep one direction, whose coefficients are zero
@@ -172,8 +172,14 @@ def decompose(
     return Decomposition(route, frame, sigma, coefficients, source.squares, own)
 
 
-def _projected(frame: Tensor | None, weight: Tensor) -> Tensor:
-    return weight if frame is None else frame.T @ weight
+def _project(frame: Tensor | None, weight: Tensor, into: Tensor) -> None:
+    """Coefficients of a weight in a frame, written straight to where they stay, if that is on the same device."""
+    if frame is None:
+        into.copy_(weight)
+    elif into.device == weight.device:
+        torch.mm(frame.T, weight, out=into)
+    else:
+        into.copy_(frame.T @ weight)
 
 
 def _rotate(flat: Tensor, basis: int, frame: Tensor, keep: int) -> Tensor:
@@ -252,7 +258,8 @@ def add_gram(gram: Tensor, weight: Tensor) -> None:
         if halves and weight.is_cuda:
             target += torch.mm(rows, weight[:end].T, out_dtype=torch.float32).to(gram.device)
         elif halves or gram.device != weight.device:
-            target += (rows @ weight[:end].T).to(gram.device)
+            # As doubles first: an addition of mixed types takes four times as long.
+            target += (rows @ weight[:end].T).to(gram.device, torch.float64)
         else:
             target.addmm_(rows, weight[:end].T)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lesa_ray.config import LesaSettings
-from lesa_ray.lesa.predictor import Predictor, loss_and_gradient, train
+from lesa_ray.lesa.predictor import SETTLE, Predictor, _Steps, loss_and_gradient, train
 from lesa_ray.lesa.streams import generator_for
 
 
@@ -206,10 +206,25 @@ def test_same_seed_same_bytes_other_seed_other_bytes():
     assert results[0] != results[2]
 
 
-def test_progress_and_the_processor_mode_are_given_back():
+def test_moments_of_units_that_died_become_zero():
+    """Numbers below 1.2e-38 would stay there, and slow every step that follows."""
+    predictor = Predictor(2, 8, torch.float32, "cpu", 0)
+    steps = _Steps(predictor, LesaSettings(hidden=8))
+    batch = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    for at in range(1200):
+        steps(batch)
+        if at == 0:
+            predictor.layers[0][1][:4] = -100.0  # the bias: half of the units are never active again
+        if at % SETTLE == 0:
+            steps.settle()
+    for moment in (steps._first, steps._second):
+        assert float(moment.abs().max()) > 0
+        assert not bool(((moment != 0) & (moment.abs() < torch.finfo(torch.float32).tiny)).any())
+
+
+def test_progress_is_told():
     calls: list[tuple[str, float]] = []
     coefficients = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
     settings = LesaSettings(hidden=4, epochs=2)
     train(Predictor(2, 4, torch.float32, "cpu", 0), coefficients, [1], settings, 0, lambda *call: calls.append(call))
     assert [share for _, share in calls] == [0.5, 1.0]
-    assert float(torch.full((1,), 1e-40) * 1.0) != 0, "denormal numbers are flushed outside of training too"
