@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lesa_ray.cli_fleet import COMMANDS
+from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
 from lesa_ray.cli_options import print_json, with_options
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
@@ -352,7 +353,7 @@ def submit(
     sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, *LAYERWISE):
     app.command()(command)
 
 

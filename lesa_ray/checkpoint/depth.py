@@ -23,6 +23,9 @@ PER_LAYER = (
     "layers_block_type",
     "attention_layers",
     "layer_rope_theta",
+    "intermediate_sizes",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
 )
 """Lists with one value for each layer."""
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices", "full_attn_idxs")
@@ -127,6 +130,9 @@ def completed_config(raw: dict[str, Any], base: str) -> dict[str, Any] | None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from lesa_ray.layerwise.register import register
+
+    register()
     if raw.get("model_type") not in CONFIG_MAPPING:
         return None
     try:

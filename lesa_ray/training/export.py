@@ -33,6 +33,7 @@ from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import shard_limit
+from lesa_ray.layerwise.folder import write_code
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState
 
@@ -189,6 +190,7 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
     if plan.tokenizer is not None:
         tokenizer = Storage(plan.tokenizer)
         copy_small_files(tokenizer, storage, side_files(tokenizer.list()))
+    write_code(storage, plan.config)
     if plan.stop is not None:
         _add_stop(storage, plan.config, plan.stop)
     manifest = read_manifest(plan.base.storage) if plan.base else None

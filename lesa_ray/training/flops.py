@@ -181,7 +181,8 @@ def _active_share(config: Any, parameter: torch.nn.Parameter, name: str) -> floa
 
 def _attention(config: Any, layer: int, seq_len: int) -> float:
     """Forward FLOPs for each token of one layer's scores and weighted sum; 0 for a layer without softmax attention."""
-    heads: int | None = getattr(config, "num_attention_heads", None)
+    own = getattr(config, "num_attention_heads_per_layer", None)
+    heads: int | None = own[layer] if own else getattr(config, "num_attention_heads", None)
     if not heads:
         return 0.0
     kinds = getattr(config, "layer_types", None)

@@ -37,6 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lesa_ray.checkpoint.reader import TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
+from lesa_ray.layerwise.register import register
 from lesa_ray.training.conversion import Conversion, convert, model_tensors
 from lesa_ray.training.freeze import layer_of
 
@@ -46,6 +47,7 @@ _CHUNK = 2**28
 
 def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
     """The model of a config.json (its content), on the meta device, in float32. Raises: UserError."""
+    register()
     family = raw.get("model_type")
     if family not in CONFIG_MAPPING:
         raise UserError(f"{where}: transformers does not know the family {family!r} of its config.json")
@@ -98,6 +100,7 @@ def shard(
         for layer in layers[lowest or 0 :]:
             _checkpoint_activations(layer)
     if compiled:
+        _allow_graphs(2 * len(layers))
         for layer in layers:
             layer.compile()
     compute = torch.bfloat16 if bf16 else torch.float32
@@ -117,6 +120,12 @@ def shard(
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
     _fill_buffers(model, mesh.device_type)
+
+
+def _allow_graphs(count: int) -> None:
+    """Let so many graphs be compiled of one function. Layers share their code; where each has shapes of its own, each
+    needs a graph, and another to measure with. Past the limit (8) torch would run the rest uncompiled, slowly."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
 def _checkpoint_activations(layer: nn.Module) -> None:

@@ -1,0 +1,34 @@
+"""The folder of a layer-wise scaled model: config.json, and the code with which it loads elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import UserError
+from lesa_ray.layerwise.names import CODE_FILES, MODEL_TYPE
+
+
+def write_folder(out: str, architecture: Mapping[str, Any]) -> bool:
+    """Write the folder that `lesa-ray pretrain --architecture` takes, config.json last.
+
+    Returns whether it was there already. Raises: UserError if there is something else."""
+    storage = Storage(out)
+    content = (json.dumps(architecture, indent=2) + "\n").encode()
+    if storage.exists("config.json") and storage.read("config.json") == content:
+        return True
+    if storage.folders() or any(name not in CODE_FILES and not name.endswith(".tmp") for name in storage.list()):
+        raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
+    write_code(storage, architecture)
+    storage.write("config.json", content)
+    return False
+
+
+def write_code(storage: Storage, config: Mapping[str, Any]) -> None:
+    """Put the model's code beside a checkpoint of this architecture; nothing for others. config: its config.json."""
+    if config.get("model_type") == MODEL_TYPE:
+        for name in CODE_FILES:
+            storage.write(name, files("lesa_ray.layerwise").joinpath(name).read_bytes())

@@ -1,0 +1,64 @@
+"""Llama with layers that differ in FFN width and heads, built from transformers' own parts.
+
+Only the sizes of a layer's matrices differ; what is computed is Llama's code, so the KV cache, attention kernels,
+activation checkpointing, FSDP and compile work as they do there, and where all layers are alike the logits are Llama's
+to the last bit. Parameters have Llama's names.
+
+Self-contained: see configuration_layerwise_llama.py."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .configuration_layerwise_llama import LayerwiseLlamaConfig
+
+
+class LayerwiseLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """Llama's layer with the sizes of one layer."""
+
+    def __init__(self, config: LayerwiseLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config.of_layer(layer_idx), layer_idx)
+        # the model's own from here on: which attention is used may be changed there later
+        self.self_attn.config = config
+        self.mlp.config = config
+
+
+class LayerwiseLlamaPreTrainedModel(LlamaPreTrainedModel):  # type: ignore[misc]
+    config_class = LayerwiseLlamaConfig
+    _no_split_modules = ("LayerwiseLlamaDecoderLayer",)
+
+
+class LayerwiseLlamaModel(LlamaModel):  # type: ignore[misc]
+    """Llama's stack of layers. Its constructor is not called: it would make all layers alike."""
+
+    config_class = LayerwiseLlamaConfig
+    _no_split_modules = ("LayerwiseLlamaDecoderLayer",)
+
+    def __init__(self, config: LayerwiseLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [LayerwiseLlamaDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class LayerwiseLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """The stack with a head over the vocabulary."""
+
+    config_class = LayerwiseLlamaConfig
+    _no_split_modules = ("LayerwiseLlamaDecoderLayer",)
+
+    def __init__(self, config: LayerwiseLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = LayerwiseLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
