@@ -1,0 +1,42 @@
+"""The command that makes the page of a study; `lesa_ray.cli` puts it on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from lesa_ray.cli_options import print_json
+
+
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Folders or URLs of comparisons, analyses, expanded checkpoints, training runs."
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="Where report.html and figures/*.png go: a folder or an fsspec URL.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+) -> None:
+    """Make one HTML page, and images, of what was measured: RUN..., any mix of comparisons, analyses, checkpoints."""
+    from lesa_ray.report.page.build import write_report
+
+    written = write_report(runs, out)
+    if as_json:
+        print_json(asdict(written))
+        return
+    from lesa_ray.report.terminal import console, size
+
+    count = len(written.missing)
+    lacking = f"; {count} {'piece is' if count == 1 else 'pieces are'} missing, the page says which" if count else ""
+    console.print(
+        f"{written.page}: {len(written.figures)} figures, {size(written.nbytes)}{lacking}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (report,)

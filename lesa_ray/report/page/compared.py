@@ -1,0 +1,120 @@
+"""A comparison as figures need it: each arm with its stroke, its numbers by seed, and its mean curve.
+
+Only runs whose training ended count: one that failed or is still to come has no final loss, and its curve would pull
+the mean of the others. Bands and means are over the steps at which all of an arm's runs were evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from lesa_ray.report.page.figure import Entry
+from lesa_ray.report.page.measures import Spread, spread
+from lesa_ray.report.page.palette import Stroke, arm_stroke
+from lesa_ray.report.page.schema import Arm, Comparison, Evaluation, Trial
+
+Cost = Literal["tokens", "seconds", "flops"]
+COSTS: tuple[Cost, ...] = ("tokens", "seconds", "flops")
+AXES = {"tokens": "tokens trained on", "seconds": "training time (s)", "flops": "training compute (FLOP)"}
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """Over the seeds, at each common step: mean cost; mean, least and largest held-out loss."""
+
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class ArmView:
+    """An arm and what is known of it, by seed."""
+
+    arm: Arm
+    stroke: Stroke
+
+    @property
+    def name(self) -> str:
+        return self.arm.name
+
+    @property
+    def complete(self) -> list[Trial]:
+        """Runs whose training ended with a loss that is a number."""
+        return [trial for trial in self.arm.runs if trial.final_loss is not None]
+
+    @property
+    def finals(self) -> dict[int, float]:
+        """Final held-out loss by seed."""
+        return {trial.seed: trial.final_loss for trial in self.arm.runs if trial.final_loss is not None}
+
+    @property
+    def before(self) -> dict[int, float]:
+        """Held-out loss right after the expansion by seed; also of runs that failed later."""
+        return {trial.seed: trial.loss_before for trial in self.arm.runs if trial.loss_before is not None}
+
+    @property
+    def final(self) -> Spread | None:
+        return spread(list(self.finals.values()))
+
+    def curve(self, trial: Trial, cost: Cost) -> tuple[list[float], list[float]]:
+        """Costs and losses of one run, where both are known."""
+        points = [(_cost(at, cost), at.loss) for at in sorted(trial.curve, key=lambda at: at.step)]
+        whole = [(x, y) for x, y in points if x is not None and y is not None]
+        return [x for x, _ in whole], [y for _, y in whole]
+
+    def mean_curve(self, cost: Cost) -> MeanCurve | None:
+        """None without a step that all complete runs share."""
+        runs = [{at.step: at for at in trial.curve if at.loss is not None} for trial in self.complete if trial.curve]
+        if not runs:
+            return None
+        x, mean, low, high = [], [], [], []
+        for step in sorted(set.intersection(*(set(run) for run in runs))):
+            costs = [_cost(run[step], cost) for run in runs]
+            losses = [run[step].loss for run in runs]
+            if None in costs:
+                continue
+            numbers = [loss for loss in losses if loss is not None]
+            x.append(fmean(c for c in costs if c is not None))
+            mean.append(fmean(numbers))
+            low.append(min(numbers))
+            high.append(max(numbers))
+        return MeanCurve(x, mean, low, high) if x else None
+
+
+def views(comparison: Comparison) -> list[ArmView]:
+    """All arms in their order, methods and controls numbered apart."""
+    made: list[ArmView] = []
+    counts = {True: 0, False: 0}
+    for arm in comparison.arms:
+        made.append(ArmView(arm, arm_stroke(counts[arm.control], arm.control)))
+        counts[arm.control] += 1
+    return made
+
+
+def ranked(arms: Sequence[ArmView]) -> list[tuple[ArmView, Spread]]:
+    """Arms that have a final loss, the least first."""
+    found = [(view, view.final) for view in arms]
+    return sorted(((view, final) for view, final in found if final is not None), key=lambda pair: pair[1].mean)
+
+
+def legend(arms: Sequence[ArmView], *, line: bool = True) -> tuple[Entry, ...]:
+    """An entry an arm."""
+    return tuple(
+        Entry(view.name + (" (control)" if view.arm.control else ""), view.stroke, line=line, mark=True)
+        for view in arms
+    )
+
+
+def how_compare(comparison: Comparison) -> str:
+    """The command that makes the comparison again."""
+    return f"lesa-ray compare {comparison.file or 'FILE'}"
+
+
+def _cost(at: Evaluation, cost: Cost) -> float | None:
+    value: float | None = getattr(at, cost)
+    return 0.0 if value is None and at.step == 0 else value

@@ -1,0 +1,83 @@
+"""Layers as points: PCA and t-SNE of their leading coefficients, a panel for each weight type.
+
+The picture of the LESA paper (arXiv 2502.13794), which reads continuity in it, mostly for gate_proj. A picture misleads
+easily, t-SNE's above all, so each panel has a number: the mean distance of consecutive layers over that of all pairs.
+1 is no order at all; a smooth path of many layers comes near 0.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from lesa_ray.report.page.figure import Figure, Panel, Table, plot_marks
+from lesa_ray.report.page.measures import orderliness
+from lesa_ray.report.page.palette import AXIS, INK, NEW, Stroke, depth_colour
+from lesa_ray.report.page.schema import Analysis, Points
+from lesa_ray.report.page.weights import depth_entries, how_analyze, shown_types
+from lesa_ray.report.page.words import percent, short_type
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def picture_figure(analysis: Analysis, label: str, name: str, kind: str) -> Figure | None:
+    """kind: pca or tsne. None where no weight type has it."""
+    points: dict[str, Points] = {}
+    for t, figures in shown_types(analysis).items():
+        found = figures.pictures.pca if kind == "pca" else figures.pictures.tsne
+        if found and all(len(point) == 2 for point in found):
+            points[t] = found
+    if not points:
+        return None
+    orders = {t: value for t, found in points.items() if (value := orderliness(found)) is not None}
+    see = "There are too few layers for an order."
+    if orders:
+        best, worst = min(orders, key=lambda t: orders[t]), max(orders, key=lambda t: orders[t])
+        see = (
+            f"{short_type(best)} follows the depth most closely: consecutive layers are {orders[best]:.2f} times as "
+            f"far apart as any two (1 would be no order); {short_type(worst)} least, {orders[worst]:.2f}."
+        )
+    title = "Principal components" if kind == "pca" else "t-SNE"
+    return Figure(
+        name,
+        f"{title} of the layers' leading coefficients: {label}",
+        see,
+        how_analyze(analysis),
+        tuple(_panel(t, found, analysis, orders.get(t), kind) for t, found in points.items()),
+        depth_entries(analysis),
+        Table(
+            ("weight type", "distance of consecutive layers over that of all pairs"),
+            tuple((short_type(t), f"{value:.3f}") for t, value in orders.items()),
+        ),
+    )
+
+
+def _panel(name: str, points: Points, analysis: Analysis, order: float | None, kind: str) -> Panel:
+    share = analysis.types[name].pictures.pca_share or []
+
+    def draw(axes: Axes) -> None:
+        new = set(analysis.new_layers)
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(x, y, color=AXIS, linewidth=0.7, alpha=0.7, zorder=1)
+        for at, (px, py) in enumerate(points):
+            if at in new:
+                plot_marks(axes, [px], [py], Stroke(NEW, "D"), filled=False, markersize=5)
+            else:
+                plot_marks(axes, [px], [py], Stroke(depth_colour(at, len(points)), "o"), markersize=5)
+        for at in sorted({0, len(points) - 1}):
+            outward = [7 if value >= fmean(values) else -7 for value, values in ((x[at], x), (y[at], y))]
+            axes.annotate(
+                str(at), (x[at], y[at]), xytext=outward, textcoords="offset points", fontsize=8, color=INK,
+                ha="center", va="center",
+            )  # fmt: skip
+        axes.margins(0.14)
+        axes.locator_params(nbins=4)
+        axes.tick_params(labelbottom=kind == "pca", labelleft=kind == "pca", length=0)
+        for axis, number, word in (("x", 0, "first"), ("y", 1, "second")):
+            part = f", {percent(share[number])} of variance" if kind == "pca" and len(share) > number else ""
+            text = f"{word} component{part}" if kind == "pca" else f"{word} t-SNE axis (no unit)"
+            (axes.set_xlabel if axis == "x" else axes.set_ylabel)(text)
+
+    title = short_type(name) + ("" if order is None else f", order {order:.2f}")
+    return Panel(title, draw, height=2.8)

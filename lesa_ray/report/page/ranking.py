@@ -1,0 +1,264 @@
+"""Which arm did best, and how far that can be believed; the loss each arm starts from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lesa_ray.report.page.compared import ArmView, how_compare, ranked
+from lesa_ray.report.page.figure import (
+    Entry,
+    Figure,
+    Panel,
+    Table,
+    plot_marks,
+    rows_axis,
+    rows_height,
+)
+from lesa_ray.report.page.measures import Difference, Spread, paired, spread
+from lesa_ray.report.page.palette import CONTROL, INK, MUTED, Stroke
+from lesa_ray.report.page.schema import Comparison
+from lesa_ray.report.page.words import big, difference_words, listed, percent, plural, signed, some, spread_words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BASE_LINE = Stroke(MUTED, "o", (4, 2))
+
+
+def verdict(arms: list[ArmView]) -> list[str]:
+    """What the final losses say, in sentences: the best, what is not told apart from it, and the controls."""
+    order = ranked(arms)
+    if not order:
+        return ["No run is complete, so there is no ranking yet."]
+    best, final = order[0]
+    said = [
+        f"{best.name} has the lowest held-out loss at the end: {spread_words(final)} nats a token "
+        f"({plural(final.n, 'seed')})."
+    ]
+    seeds = max(found.n for _, found in order)
+    if seeds == 1:
+        said.append("There is one seed: no spread is known, and the order of the arms is not a finding.")
+        return said + _controls_in_words(arms, known=False)
+    others = [(view, paired(view.finals, best.finals)) for view, _ in order[1:]]
+    alike = [view.name for view, found in others if found is None or not found.clear]
+    if alike:
+        verb = "is" if len(alike) == 1 else "are"
+        said.append(
+            f"{some(alike)} {verb} not told apart from it: the 95 % interval of the difference over the seeds "
+            "includes zero, so which of them is better is not a finding."
+        )
+    elif others:
+        said.append("All others are told apart from it: their differences over the seeds are larger than chance.")
+    said += _controls_in_words(arms, known=True)
+    said.append(
+        f"{plural(len(order), 'arm')} compared: among twenty equal ones, one would still seem to differ by chance."
+    )
+    return said
+
+
+def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
+    """How the methods stand to the best control."""
+    controls = ranked([view for view in arms if view.arm.control])
+    methods = ranked([view for view in arms if not view.arm.control])
+    if not controls:
+        return ["No control is in this comparison, so it does not say whether expanding helped at all."]
+    if not methods:
+        return []
+    best, final = controls[0]
+    found = [(view, paired(view.finals, best.finals)) for view, _ in methods]
+    if not known:
+        below = [view.name for view, difference in found if difference is not None and difference.mean < 0]
+        return [
+            f"The best control is {best.name} ({spread_words(final)}); "
+            f"{f'{some(below)} ended below it' if below else 'no method ended below it'} with this seed."
+        ]
+    better = [view.name for view, d in found if d is not None and d.clear and d.mean < 0]
+    worse = [view.name for view, d in found if d is not None and d.clear and d.mean > 0]
+    parts = [f"clearly better than it: {some(better) if better else 'no method'}"]
+    if worse:
+        parts.append(f"clearly worse: {some(worse)}")
+    rest = len(found) - len(better) - len(worse)
+    if rest:
+        parts.append(f"not told apart: {rest} of {len(found)}")
+    return [f"The best control is {best.name} ({spread_words(final)}); {'; '.join(parts)}."]
+
+
+def ranking_table(arms: list[ArmView]) -> Table:
+    """All arms, the best first; those without a result last."""
+    order = ranked(arms)
+    best = order[0][0] if order else None
+    rows = [_row(view, final, best) for view, final in order]
+    done = {id(view) for view, _ in order}
+    rows += [_row(view, None, best) for view in arms if id(view) not in done]
+    columns = (
+        "arm",
+        "layers",
+        "parameters",
+        "trained",
+        "right after expansion",
+        "final loss",
+        "seeds",
+        "Δ to the best",
+    )
+    return Table(columns, tuple(rows))
+
+
+def _row(view: ArmView, final: Spread | None, best: ArmView | None) -> tuple[str, ...]:
+    arm = view.arm
+    before = spread(list(view.before.values()))
+    trained = arm.trained_parameters / arm.parameters if arm.trained_parameters and arm.parameters else None
+    return (
+        arm.name + (" (control)" if arm.control else ""),
+        "–" if arm.layers is None else str(arm.layers),
+        "–" if arm.parameters is None else big(arm.parameters),
+        "–" if trained is None else percent(trained),
+        "–" if before is None else spread_words(before),
+        "–" if final is None else spread_words(final),
+        f"{len(view.finals)} of {len(arm.runs)}",
+        _to_best(view, best) if final is not None else _why_none(view),
+    )
+
+
+def _to_best(view: ArmView, best: ArmView | None) -> str:
+    if best is None or view is best:
+        return "the best"
+    found: Difference | None = paired(view.finals, best.finals)
+    if found is None:
+        return "no common seed"
+    if found.half is None:
+        return f"{difference_words(found)}, one seed"
+    return difference_words(found) + ("" if found.clear else ", not told apart")
+
+
+def _why_none(view: ArmView) -> str:
+    states = sorted({"no finite loss" if one.status == "complete" else one.status for one in view.arm.runs})
+    return listed(states) if states else "no run"
+
+
+def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
+    """Every run's final loss, and the mean of each arm."""
+    order = ranked(arms)
+    if not order:
+        return None
+    rows = [(view, list(view.finals.values())) for view, _ in order]
+    (best, first), gaps = order[0], order[-1][1].mean - order[0][1].mean
+    widest = max((final.high - final.low for _, final in order if final.n > 1), default=None)
+    if len(order) == 1:
+        see = f"Only {best.name} has a final loss, {first.mean:.4f}."
+    elif widest is None:
+        see = (
+            f"From the best arm to the worst it is {gaps:.4f}; with one seed each, how much of that is chance is open."
+        )
+    else:
+        n = max(final.n for _, final in order)
+        see = (
+            f"From the best arm's mean to the worst's it is {gaps:.4f}; the {plural(n, 'seed')} of one arm lie up to "
+            f"{widest:.4f} apart. A smaller difference between arms counts only where it holds seed by seed."
+        )
+    return Figure(
+        "final-loss",
+        "Held-out loss at the end of training",
+        see,
+        how_compare(comparison),
+        (_rows_panel("held-out loss (nats a token)", rows, None), *_differences(arms, [view for view, _ in rows])),
+        _rows_legend(None, rows),
+        Table(
+            ("arm", "mean", "standard deviation", "seeds"),
+            tuple((view.name, f"{f.mean:.4f}", "–" if f.sd is None else f"{f.sd:.4f}", str(f.n)) for view, f in order),
+        ),
+    )
+
+
+def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
+    """A panel of each arm's differences to the best control (the best arm, where there is none), seed by seed."""
+    known = ranked([view for view in arms if view.arm.control]) or ranked(arms)
+    to = known[0][0]
+    found = {view.name: paired(view.finals, to.finals) for view in rows if view is not to}
+    means = [abs(one.mean) for one in found.values() if one is not None]
+    if not means or max(means) == 0:
+        return []
+    limit = 1.6 * max(means)
+
+    def draw(axes: Axes) -> None:
+        rows_axis(axes, [view.name for view in rows])
+        axes.grid(axis="y", visible=False)
+        axes.axvline(0, color=INK, linewidth=1)
+        for at, view in enumerate(rows):
+            one = found.get(view.name)
+            if one is None:
+                continue
+            if one.half is not None:
+                ends = [one.mean - one.half, one.mean + one.half]
+                axes.plot(ends, [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
+            plot_marks(axes, [one.mean], [at], view.stroke, filled=one.clear, markersize=6)
+        axes.set_xlim(-limit, limit)
+        axes.set_xlabel("difference of the final losses, 95 % interval (filled: leaves out 0)")
+        axes.locator_params(axis="x", nbins=5)
+
+    return [Panel(f"difference to {to.name}", draw, width=4.6, height=rows_height(len(rows)))]
+
+
+def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
+    """The loss right after expansion, beside the base's."""
+    found = [(view, list(view.before.values())) for view in arms if view.before]
+    if not found:
+        return None
+    rows = sorted(found, key=lambda row: sum(row[1]) / len(row[1]))
+    base = comparison.base.loss
+    if base is None:
+        high, low = rows[-1], rows[0]
+        see = (
+            f"Training starts lowest with {low[0].name} ({_mean(low[1]):.4f}) and highest with {high[0].name} "
+            f"({_mean(high[1]):.4f}); the base's own loss was not measured."
+        )
+    else:
+        kept = [view.name for view, losses in rows if abs(_mean(losses) - base) < 5e-5 * max(1, abs(base))]
+        worst, losses = rows[-1]
+        keeps = f"No arm starts exactly at the base's {base:.4f}"
+        if kept:
+            keeps = f"{some(kept)} {'start' if len(kept) > 1 else 'starts'} where the base is ({base:.4f})"
+        see = f"{keeps}; the furthest from it is {worst.name}, {signed(_mean(losses) - base)}."
+    return Figure(
+        "loss-after-expansion",
+        "Held-out loss right after expansion, before any training",
+        see,
+        how_compare(comparison),
+        (_rows_panel("held-out loss (nats a token)", rows, base),),
+        _rows_legend(base, rows),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _rows_panel(label: str, rows: list[tuple[ArmView, list[float]]], base: float | None) -> Panel:
+    """A row an arm: its runs as open markers, their mean as a filled one with a bar from the least to the largest."""
+
+    def draw(axes: Axes) -> None:
+        rows_axis(axes, [view.name for view, _ in rows])
+        axes.grid(axis="y", visible=False)
+        for at, (view, values) in enumerate(rows):
+            if len(values) > 1:
+                axes.plot([min(values), max(values)], [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
+                plot_marks(axes, values, [at] * len(values), view.stroke, filled=False, markersize=4)
+            plot_marks(axes, [_mean(values)], [at], view.stroke, markersize=7)
+        if base is not None:
+            axes.axvline(base, color=_BASE_LINE.colour, dashes=_BASE_LINE.dashes, linewidth=1.2, zorder=1)
+        axes.set_xlabel(label)
+        axes.margins(x=0.08)
+        axes.locator_params(axis="x", nbins=5)
+
+    return Panel("each run", draw, width=4.6, height=rows_height(len(rows)))
+
+
+def _rows_legend(base: float | None, rows: list[tuple[ArmView, list[float]]]) -> tuple[Entry, ...]:
+    several = any(len(values) > 1 for _, values in rows)
+    entries = [Entry("mean over seeds" if several else "one seed", Stroke(INK, "o"), line=False)]
+    if several:
+        entries.append(Entry("one seed", Stroke(INK, "o"), line=False, filled=False))
+    if any(view.arm.control for view, _ in rows):
+        entries.append(Entry("grey: controls", Stroke(CONTROL, "s"), line=False))
+    if base is not None:
+        entries.append(Entry("the base, untrained", _BASE_LINE, mark=False))
+    return tuple(entries)

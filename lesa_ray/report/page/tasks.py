@@ -1,0 +1,207 @@
+"""Downstream tasks of a comparison, and what the papers published for the same base and growth."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from lesa_ray.report.page.compared import ArmView, how_compare
+from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, plot_marks, rows_axis, rows_height
+from lesa_ray.report.page.palette import INK, MUTED, Stroke
+from lesa_ray.report.page.schema import Comparison
+from lesa_ray.report.page.words import listed, plural, some
+from lesa_ray.report.published import TASKS, Published, matching
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 12
+_BASE = Stroke(MUTED, "o", (4, 2))
+_FALLING = ("perplexity", "wikitext", "bits_per_byte", "loss")
+"""Words in the names of tasks whose figures are better when lower."""
+
+
+def task_values(view: ArmView) -> dict[str, list[float]]:
+    """Values over the seeds, by task."""
+    found: dict[str, list[float]] = {}
+    for trial in view.complete:
+        for name, value in (trial.tasks or {}).items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
+    """A panel a task, a row an arm."""
+    values = {view.name: found for view in arms if (found := task_values(view))}
+    names = list(dict.fromkeys(name for found in values.values() for name in found))
+    if not names:
+        return None
+    shown = [view for view in arms if view.name in values]
+    best = []
+    for name in names:
+        means = {view.name: fmean(values[view.name][name]) for view in shown if name in values[view.name]}
+        pick = min if _falls(name) else max
+        best.append((name, pick(means, key=lambda key: means[key])))
+    wins: dict[str, int] = {}
+    for _, arm in best:
+        wins[arm] = wins.get(arm, 0) + 1
+    first = max(wins, key=lambda key: wins[key])
+    seeds = max(len(v) for found in values.values() for v in found.values())
+    see = f"{first} has the best mean in {wins[first]} of {plural(len(names), 'task')}"
+    see += "; with one seed that is no finding" if seeds == 1 else f" ({plural(seeds, 'seed')})"
+    more = f"; {len(names) - _MOST} more tasks are in the table only" if len(names) > _MOST else ""
+    lines = {name: _lines(comparison, arms, name) for name in names}
+    base = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
+    return Figure(
+        "tasks",
+        "Downstream tasks",
+        f"{see}{more}.",
+        how_compare(comparison),
+        tuple(_task_panel(name, shown, values, lines[name], base.get(name)) for name in names[:_MOST]),
+        (
+            Entry("mean over seeds", Stroke(INK, "o"), line=False),
+            *([Entry("the base, untrained", _BASE, mark=False)] if base else []),
+            *(
+                [Entry("published (see below)", Stroke(MUTED, "D"), line=False, filled=False)]
+                if any(lines.values())
+                else []
+            ),
+        ),
+        Table(
+            ("arm", *names),
+            tuple(
+                (view.name, *(f"{fmean(v):.4g}" if (v := values[view.name].get(name)) else "–" for name in names))
+                for view in shown
+            ),
+        ),
+    )
+
+
+def _falls(task: str) -> bool:
+    return any(word in task for word in _FALLING)
+
+
+def _lines(comparison: Comparison, arms: list[ArmView], task: str) -> dict[str, float]:
+    """What was published for this task by method: only wikitext's word perplexity is given task by task."""
+    if "wikitext" not in task:
+        return {}
+    tables = [one for one in published_for(comparison, arms) if one.columns[0].startswith("wikitext")]
+    return {m: row[0] for m, row in tables[0].rows.items() if row[0] is not None} if tables else {}
+
+
+def _task_panel(
+    name: str,
+    shown: list[ArmView],
+    values: dict[str, dict[str, list[float]]],
+    lines: dict[str, float],
+    base: float | None,
+) -> Panel:
+    def draw(axes: Axes) -> None:
+        rows_axis(axes, [view.name for view in shown], wrap=16)
+        axes.grid(axis="y", visible=False)
+        for at, view in enumerate(shown):
+            found = values[view.name].get(name, [])
+            if found:
+                axes.plot([min(found), max(found)], [at, at], color=view.stroke.colour, linewidth=2, alpha=0.45)
+                plot_marks(axes, [fmean(found)], [at], view.stroke)
+            if view.arm.method in lines:
+                plot_marks(axes, [lines[view.arm.method]], [at], Stroke(MUTED, "D"), filled=False, markersize=6)
+        if base is not None:
+            axes.axvline(base, color=_BASE.colour, dashes=_BASE.dashes, linewidth=1.2, zorder=1)
+        axes.margins(x=0.1)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel("perplexity (lower is better)" if _falls(name) else "score (higher is better)")
+
+    return Panel(name, draw, height=rows_height(len(shown)))
+
+
+def published_for(comparison: Comparison, arms: list[ArmView]) -> list[Published]:
+    """The published tables whose base and growth are this comparison's."""
+    base = comparison.base
+    grown = {view.arm.layers for view in arms if view.arm.layers is not None}
+    return matching(base.family, base.layers, base.parameters, grown)
+
+
+def published_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
+    """The papers' figures for this base and growth, and this study's where it measured the same task."""
+    tables = published_for(comparison, arms)
+    if not tables:
+        return None
+    ours = {table.title: [_ours(table, column, arms) for column in table.columns] for table in tables}
+    measured = sorted({column for t in tables for column, found in zip(t.columns, ours[t.title], strict=True) if found})
+    see = "This study has the base and the growth of " + listed(
+        sorted({table.source.split(",")[0] for table in tables})
+    )
+    if measured:
+        see += f"; filled marks are its own figures ({some(measured)}), open ones the papers'."
+    else:
+        see += "; it measured none of the papers' tasks, so only its order of methods can be compared with theirs."
+    panels = tuple(
+        _published_panel(table, number, ours[table.title][number])
+        for table in tables
+        for number in range(len(table.columns))
+    )
+    return Figure(
+        "published",
+        "What the papers published for this base and growth",
+        see,
+        how_compare(comparison),
+        panels,
+        (
+            Entry("published", Stroke(MUTED, "D"), line=False, filled=False),
+            *([Entry("this study", Stroke(INK, "o"), line=False)] if measured else []),
+        ),
+        Table(
+            ("published", "method", "figures"),
+            tuple(
+                (
+                    f"{table.title} ({table.source})",
+                    method,
+                    "; ".join(
+                        f"{column}: {value:g}"
+                        for column, value in zip(table.columns, row, strict=True)
+                        if value is not None
+                    ),
+                )
+                for table in tables
+                for method, row in table.rows.items()
+            ),
+        ),
+    )
+
+
+def _ours(table: Published, column: str, arms: list[ArmView]) -> dict[str, float]:
+    """This study's figure for a column, by method; empty where it did not measure all that the column is made of."""
+    found: dict[str, float] = {}
+    for view in arms:
+        if view.arm.method not in table.rows or view.arm.layers != table.layers or view.arm.control:
+            continue
+        means = {name: fmean(values) for name, values in task_values(view).items()}
+        if column.startswith("wikitext"):
+            values = [value for name, value in means.items() if "wikitext" in name]
+        else:
+            values = [next((v for name, v in means.items() if name.split("/")[0] == task), -1.0) for task in TASKS]
+            scale = 100 if all(0 <= value <= 1 for value in values) else 1
+            values = [fmean(values) * scale] if column.startswith("mean of 7") and min(values) >= 0 else []
+        if values:
+            found.setdefault(view.arm.method, values[0])
+    return found
+
+
+def _published_panel(table: Published, number: int, ours: dict[str, float]) -> Panel:
+    rows = [(method, row[number]) for method, row in table.rows.items()]
+
+    def draw(axes: Axes) -> None:
+        rows_axis(axes, [method for method, _ in rows])
+        axes.grid(axis="y", visible=False)
+        for at, (method, value) in enumerate(rows):
+            if value is not None:
+                plot_marks(axes, [value], [at], Stroke(MUTED, "D"), filled=False, markersize=6)
+            if method in ours:
+                plot_marks(axes, [ours[method]], [at], Stroke(INK, "o"))
+        axes.margins(x=0.1)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel(table.columns[number])
+
+    return Panel(table.title, draw, height=rows_height(len(rows)) + 0.25)

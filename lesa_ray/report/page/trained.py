@@ -1,0 +1,110 @@
+"""Training runs given by themselves: their loss, step by step and on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lesa_ray.report.page.figure import Entry, Figure, Panel, plot_line, short_ticks
+from lesa_ray.report.page.palette import Stroke, arm_stroke
+from lesa_ray.report.page.sources import Training
+from lesa_ray.report.page.words import listed, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_POINTS = 600
+"""Steps drawn of one run: more cannot be seen, and would make the page heavy."""
+
+
+def training_figure(trainings: Sequence[Training]) -> Figure | None:
+    """Two panels: the loss of each step (a running mean) and the held-out loss, against tokens."""
+    heldout = {run.label: _heldout(run) for run in trainings}
+    losses = {run.label: _losses(run) for run in trainings}
+    shown = [run for run in trainings if heldout[run.label][0] or losses[run.label][0]]
+    if not shown:
+        return None
+    strokes = {run.label: arm_stroke(at, False) for at, run in enumerate(shown)}
+    said = []
+    for run in shown:
+        ys = heldout[run.label][1]
+        if len(ys) > 1:
+            said.append(f"{run.label} {ys[0]:.4f} → {ys[-1]:.4f} ({signed(ys[-1] - ys[0])})")
+    see = (
+        f"Held-out loss from the first evaluation to the last: {listed(said)}."
+        if said
+        else ("The held-out loss was not measured twice, so what training changed is not known.")
+    )
+    panels = []
+    if any(heldout[run.label][0] for run in shown):
+        panels.append(_panel("held-out rows", {r.label: heldout[r.label] for r in shown}, strokes, marks=True))
+    if any(losses[run.label][0] for run in shown):
+        panels.append(_panel("training rows, running mean", {r.label: losses[r.label] for r in shown}, strokes))
+    return Figure(
+        "training",
+        "Loss during training",
+        f"{see} One run each: no spread is known." if len(shown) > 1 else see,
+        how_train(shown[0]),
+        tuple(panels),
+        tuple(Entry(run.label, strokes[run.label]) for run in shown),
+    )
+
+
+def how_train(run: Training) -> str:
+    """The command that makes the run again, in short."""
+    from lesa_ray.report.page.sources import short_name
+
+    settings = run.settings
+    checkpoint = short_name(str(settings.get("checkpoint") or "CKPT"))
+    data = short_name(str(settings.get("data") or "BLOCKS"))
+    steps = f" --steps {settings['steps']}" if settings.get("steps") else ""
+    seed = f" --seed {settings['seed']}" if settings.get("seed") else ""
+    return f"lesa-ray pretrain {checkpoint} --data {data} --out {run.label.replace(' ', '-')}{steps}{seed}"
+
+
+def _tokens(run: Training) -> dict[int, float]:
+    """Tokens by step; where a row has none, as many a step as the others have."""
+    known = {row["step"]: row["tokens"] for row in run.rows if isinstance(row.get("tokens"), int | float)}
+    if not known:
+        return {}
+    last = max(known)
+    return {0: 0.0, **{row["step"]: row["step"] * known[last] / last for row in run.rows if last}, **known}
+
+
+def _series(run: Training, key: str) -> tuple[list[float], list[float]]:
+    tokens = _tokens(run)
+    points = [(tokens.get(row["step"], row["step"]), row[key]) for row in run.rows if isinstance(row.get(key), float)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _heldout(run: Training) -> tuple[list[float], list[float]]:
+    return _series(run, "heldout_loss")
+
+
+def _losses(run: Training) -> tuple[list[float], list[float]]:
+    """The loss of the steps, as means over so many that `_POINTS` remain."""
+    x, y = _series(run, "loss")
+    size = max(1, -(-len(x) // _POINTS), len(x) // 60)
+    starts = range(0, len(x), size)
+    return [x[min(s + size, len(x)) - 1] for s in starts], [sum(y[s : s + size]) / len(y[s : s + size]) for s in starts]
+
+
+def _panel(
+    title: str, series: dict[str, tuple[list[float], list[float]]], strokes: dict[str, Stroke], *, marks: bool = False
+) -> Panel:
+    def draw(axes: Axes) -> None:
+        for label, (x, y) in series.items():
+            if not x:
+                continue
+            stroke = strokes[label]
+            every = max(1, len(x) // 8)
+            few = marks or len(x) == 1
+            more = {"marker": stroke.marker, "markevery": (0, every), "markersize": 4} if few else {"linewidth": 1.3}
+            plot_line(axes, x, y, stroke, **more)
+        axes.set_xlim(left=0)
+        axes.margins(y=0.08)
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel("loss (nats a token)")
+        short_ticks(axes)
+
+    return Panel(title, draw)

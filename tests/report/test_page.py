@@ -1,0 +1,341 @@
+"""`lesa-ray report`: the page of studies as they come, whole and with pieces missing; what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lesa_ray import Expanded
+from lesa_ray.errors import UserError
+from lesa_ray.report.page import build as build_module
+from lesa_ray.report.page.build import Written, analysis_page, write_report
+from lesa_ray.report.page.measures import orderliness
+from tests.report import page_samples as samples
+from tests.test_cli import run
+
+pytest.importorskip("matplotlib")
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its text, ids and links; wrong nesting is an error."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.html = path.read_text()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+        self.feed(self.html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.tags.append(tag)
+        if named.get("id"):
+            self.ids.append(str(named["id"]))
+        self.fetched += [str(named[name]) for name in ("src", "xlink:href", "href", "srcset") if named.get(name)]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.text += data
+
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, Written, Path]:
+    """The page of a comparison with three seeds and two analyses of the same layers."""
+    root = tmp_path_factory.mktemp("page")
+    runs = [
+        samples.write(root / "toy", "comparison.json", samples.comparison()),
+        samples.write(root / "before", "analysis.json", samples.analysis()),
+        samples.write(root / "after", "analysis.json", samples.analysis(checkpoint="models/trained", shift=0.1)),
+    ]
+    written = write_report(runs, str(root / "out"))
+    return Page(root / "out/report.html"), written, root
+
+
+def test_every_figure_is_on_the_page_and_beside_it(whole: tuple[Page, Written, Path]) -> None:
+    page, written, root = whole
+    names = {Path(name).stem for name in written.figures}
+    assert {
+        "final-loss", "loss-after-expansion", "held-out-loss", "cost-at-equal-loss", "tokens-to-loss", "norms", "pca-2",
+        "spectra", "ranks", "captured", "neighbours", "analysis-fit", "matched", "pca", "tsne", "residual",
+    } <= names  # fmt: skip
+    assert names <= set(page.ids)
+    for name in written.figures:
+        image = (root / "out" / name).read_bytes()
+        assert image.startswith(b"\x89PNG")
+        assert f'href="{name}"' in page.html
+    figures = re.findall(r"<figure id=.*?</figure>", page.html, re.DOTALL)
+    assert len(figures) == len(names)
+    for figure in figures:  # a title, a sentence, a drawing, how to make it again
+        assert re.search(r"<h3>[^<]+</h3>", figure)
+        assert re.search(r'<p class="see">[^<]{20,}\.</p>', figure)
+        assert "<svg" in figure
+        assert "<code>lesa-ray" in figure
+
+
+def test_the_page_stands_alone(whole: tuple[Page, Written, Path]) -> None:
+    page, written, root = whole
+    assert page.html.startswith("<!doctype html>")
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    beside = {f"figures/{Path(name).name}" for name in written.figures}
+    assert all(place.startswith("#") or place in beside for place in page.fetched)
+    assert "url(http" not in page.html
+    assert "@import" not in page.html
+    assert len(page.ids) == len(set(page.ids))  # panels bring ids of their own
+    for target in re.findall(r'(?:href="#|url\(#)([^")]+)', page.html):
+        assert target in page.ids
+    for svg in re.findall(r"<svg.*?</svg>", page.html, re.DOTALL):
+        ET.fromstring(svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1))
+    again = write_report([str(root / name) for name in ("toy", "before", "after")], str(root / "out"))
+    assert again == written
+    assert (root / "out/report.html").read_text() == page.html  # no clock in it
+
+
+def test_colours_follow_the_browser(whole: tuple[Page, Written, Path]) -> None:
+    page, _, _ = whole
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page.html, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawings)) <= {"#000000", "#ffffff"}
+    assert "prefers-color-scheme: dark" in page.html
+    assert "@media print" in page.html
+    used = set(re.findall(r"var\((--[\w-]+)\)", page.html))
+    assert used <= set(re.findall(r"(--[\w-]+):", page.html))
+    assert "<text" in drawings  # text is text
+
+
+def test_sentences_are_computed(whole: tuple[Page, Written, Path]) -> None:
+    page, _, _ = whole
+    text = page.words()
+    assert "lesa has the lowest held-out loss at the end: 2.6410 ± 0.0010 nats a token (3 seeds)" in text
+    assert "All others are told apart from it" in text
+    assert (
+        "The best control is base, same tokens (2.6560 ± 0.0010); clearly better than it: lesa; clearly worse" in text
+    )
+    assert re.search(r"llama-pro ends at 2\.6610; lesa is there with 1\d % of its tokens", text)
+    assert "New layers have 0.4" in text
+    assert "A new layer changes the stream by 0.050 of its norm on average, an old one by 0.500" in text
+    assert "in trained a new one by 0.150, an old one by 0.600" in text
+    assert "aligned mean +0.110" in text
+    order = orderliness([[float(i), 0.1 * i * i] for i in range(6)])
+    assert f"gate_proj, order {order:.2f}" in text
+
+
+def test_one_seed_is_no_finding(tmp_path: Path) -> None:
+    run_ = samples.write(tmp_path / "toy", "comparison.json", samples.comparison(seeds=(0,)))
+    written = write_report([run_], str(tmp_path / "out"))
+    text = Page(tmp_path / "out/report.html").words()
+    assert "There is one seed: no spread is known, and the order of the arms is not a finding." in text
+    assert "told apart" not in text
+    assert any(line.startswith("A spread over seeds") for line in written.missing)
+    assert any("analyze CHECKPOINT" in line for line in written.missing)
+
+
+def test_arms_within_the_spread_are_not_told_apart(tmp_path: Path) -> None:
+    content = samples.comparison()
+    for seed, loss in enumerate((2.635, 2.641, 2.66)):
+        content["arms"][1]["runs"][seed]["final_loss"] = loss
+    write_report([samples.write(tmp_path / "toy", "comparison.json", content)], str(tmp_path / "out"))
+    assert "llama-pro is not told apart from it" in Page(tmp_path / "out/report.html").words()
+
+
+def test_missing_pieces_are_said(tmp_path: Path) -> None:
+    content = samples.comparison(notes=["control copy: left out: there is no such method"])
+    failed, never = content["arms"][0]["runs"][1], content["arms"][1]["runs"]
+    failed |= {
+        "status": "failed",
+        "problem": "pretrain/x: <b>out of memory</b>\n& more",
+        "curve": [],
+        "final_loss": None,
+    }
+    for trial in never:
+        trial |= {"status": "missing", "curve": [], "final_loss": None, "loss_before": None}
+    for trial in content["arms"][2]["runs"]:
+        trial["curve"] = []
+    content["base"]["loss"] = None
+    bare = samples.analysis(fit=None, residual=None, matched_missing="phi3 has no roles")
+    for figures in bare["types"].values():
+        figures |= {"neighbour_cosine_matched": None, "neighbour_cosine_chance": None, "norms": [None] * 6}
+        figures["pictures"] |= {"tsne": None, "tsne_missing": "scikit-learn is not installed"}
+    runs = [
+        samples.write(tmp_path / "toy", "comparison.json", content),
+        samples.write(tmp_path / "bare", "analysis.json", bare),
+    ]
+    written = write_report(runs, str(tmp_path / "out"))
+    page = Page(tmp_path / "out/report.html")
+    text = page.words()
+    assert "&lt;b&gt;out of memory&lt;/b&gt; &amp; more" in page.html
+    for words in (
+        "lesa, seed 1 (toy): failed: pretrain/x",
+        "llama-pro, seed 2 (toy): missing",
+        "base, same tokens, seed 0 (toy): its loss curve is empty",
+        "control copy: left out: there is no such method (toy)",
+        "Downstream tasks (toy): the comparison measured none",
+        "Of grown: norms, the quick fit of the predictors (`--fit`), candidates after matching (`--match`)",
+        "Of grown: matched layers: phi3 has no roles",
+        "t-SNE of q_proj and gate_proj: scikit-learn is not installed",
+        "What the layers of grown add to the residual stream: analysed without text",
+    ):
+        assert words in text, words
+    assert "2 of 3" in text
+    assert {"held-out-loss", "final-loss", "pca"} <= {Path(name).stem for name in written.figures}
+
+
+def test_nothing_ran_yet(tmp_path: Path) -> None:
+    content = samples.comparison(reached=[])
+    content["base"] = {"checkpoint": "base"}
+    for one in content["arms"]:
+        one["runs"] = [{"seed": 0, "status": "missing"}]
+    written = write_report([samples.write(tmp_path / "toy", "comparison.json", content)], str(tmp_path / "out"))
+    assert "No run is complete, so there is no ranking yet." in Page(tmp_path / "out/report.html").words()
+    assert written.figures == ()
+
+
+def test_published_results_of_the_same_setting(tmp_path: Path) -> None:
+    content = samples.comparison()
+    content["base"] |= {"layers": 16, "parameters": 1_235_814_400}
+    for one in content["arms"]:
+        one["layers"] = 16 if one["method"] is None else 24
+        for trial in one["runs"]:
+            trial["tasks"] = {"wikitext": 12.3 + trial["seed"], "piqa": 0.7}
+    written = write_report([samples.write(tmp_path / "toy", "comparison.json", content)], str(tmp_path / "out"))
+    text = Page(tmp_path / "out/report.html").words()
+    assert {"figures/published.png", "figures/tasks.png"} <= set(written.figures)
+    assert "filled marks are its own figures (wikitext, word perplexity)" in text
+    assert "wikitext, word perplexity: 12.19; mean of 7 tasks (%): 52.02" in text
+
+
+def test_a_real_expansion_and_its_training(
+    tmp_path: Path, bases: Callable[[str], str], grow: Callable[..., Expanded]
+) -> None:
+    lesa = grow(
+        bases("llama"), method="lesa", out=str(tmp_path / "a/grown"), lesa={"epochs": 1, "ridge_yardstick": False}
+    )
+    copies = grow(bases("llama"), method="llama-pro", out=str(tmp_path / "b/grown"))
+    trained = tmp_path / "trained"
+    (trained / "training").mkdir(parents=True)
+    (trained / "expansion.json").write_text(Path(lesa.out, "expansion.json").read_text())
+    rows: list[dict[str, Any]] = [{"step": 0, "heldout_loss": 5.0}]
+    rows += [{"step": s, "loss": 5.0 - s / 10, "tokens": 64.0 * s} for s in range(1, 5)]
+    lines = [json.dumps(row) for row in [*rows, {"step": 4, "heldout_loss": 4.5}]]
+    (trained / "training/metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    (trained / "training/run.json").write_text(json.dumps({"summary": {"checkpoint": lesa.out, "steps": 4}}))
+    # the arms of a comparison tell where their expansions are
+    content = samples.comparison()
+    content["arms"][1]["runs"][0]["expansion"] = copies.out
+    content["arms"][3]["runs"][0]["expansion"] = str(tmp_path / "gone")
+    study = samples.write(tmp_path / "toy", "comparison.json", content)
+    written = write_report([lesa.out, f"{trained}/expansion.json", study], str(tmp_path / "out"))
+    page = Page(tmp_path / "out/report.html")
+    text = page.words()
+    names = {Path(name).stem for name in written.figures}
+    assert {"plan", "fit-grown", "norm-ratios", "training"} <= names
+    assert not any(name.startswith("fit-llama-pro") for name in names)
+    assert "fit-trained" not in names  # it is the base's
+    assert "trained 5.0000 → 4.5000 (−0.5000)" in text
+    assert "2 different plans" in text
+    manifest = json.loads(Path(lesa.out, "expansion.json").read_text())
+    ratios = [fit["norm_ratio"] for fit in manifest["fit"].values()]
+    assert f"have {min(ratios):.2f} to {max(ratios):.2f} times the norm" in text
+    assert "Plan and fit of random, zero output projections: the expanded checkpoint is no longer" in text
+    assert re.search(r"<th scope=\"row\">lesa\.epochs</th><td>1</td>", page.html)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "holds none of them"),
+        ({"comparison.json": "{"}, "is not JSON"),
+        ({"comparison.json": '{"kind": "comparison", "version": 2, "arms": []}'}, "version"),
+        ({"analysis.json": '{"kind": "comparison", "version": 1, "layers": 3}'}, "kind"),
+        ({"analysis.json": '{"kind": "analysis", "version": 1, "layers": "many"}'}, "layers"),
+        ({"expansion.json": '{"base": "b"}'}, "not the manifest"),
+    ],
+)
+def test_a_run_that_is_none_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: dict[str, str],
+    words: str,
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name, text in content.items():
+        (tmp_path / "run" / name).write_text(text)
+    code, out, line = run(capsys, monkeypatch, "report", tmp_path / "run", "--out", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert line.startswith(f"lesa-ray: RUN {tmp_path}/run")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = samples.write(tmp_path / "toy", "analysis.json", samples.analysis(layers=1, new_layers=()))
+    for runs, out, words in (
+        ([tmp_path / "none"], tmp_path / "out", "there is no such folder"),
+        ([good], tmp_path / "toy/analysis.json", "is a file"),
+    ):
+        code, _, line = run(capsys, monkeypatch, "report", *runs, "--out", out)
+        assert code == 2
+        assert words in line
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/report.html").write_text("my own")
+    with pytest.raises(UserError, match="not a report of lesa-ray's"):
+        write_report([good], str(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"]
+    monkeypatch.setattr(build_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'lesa-ray\[report\]'"):
+        write_report([good], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_report_takes_the_place_of_an_old_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = samples.analysis(layers=2, new_layers=())
+    small["types"].popitem()
+    good = samples.write(tmp_path / "toy", "analysis.json", small)
+    write_report([good], str(tmp_path / "out"))
+    (tmp_path / "out/figures/mine.png").write_bytes(b"")
+    small["residual"] = None
+    samples.write(tmp_path / "toy", "analysis.json", small)
+    code, out, _ = run(capsys, monkeypatch, "report", good, "--out", tmp_path / "out", "--json")
+    assert code == 0
+    told = json.loads(out)
+    there = {path.name for path in (tmp_path / "out/figures").iterdir()}
+    assert there == {Path(name).name for name in told["figures"]} | {"mine.png"}
+    assert "residual.png" not in there
+
+
+def test_the_page_of_an_analysis_alone() -> None:
+    html = analysis_page(samples.analysis(layers=1, new_layers=()), "lesa-ray analyze models/grown --out here")
+    assert "lesa-ray analyze models/grown" in html
+    assert "figures/" not in html
+    assert "no comparison was given" not in html
+    with pytest.raises(UserError, match="kind"):
+        analysis_page({"kind": "table"}, "")

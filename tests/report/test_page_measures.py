@@ -1,0 +1,127 @@
+"""The arithmetic of the page against plain references, and its words and colours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from lesa_ray.report.page import palette
+from lesa_ray.report.page.figure import short_number
+from lesa_ray.report.page.measures import cost_to_reach, evenly, orderliness, paired, spread, t975, value_at
+from lesa_ray.report.page.words import listed, short_type, some
+from lesa_ray.report.published import DEUS_1B, DEUS_8B, LESA_8B, matching
+
+
+def test_the_spread_over_seeds() -> None:
+    found = spread([2.0, 2.5, 4.5])
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.n) == (3.0, 2.0, 4.5, 3)
+    assert found.sd == pytest.approx(np.std([2.0, 2.5, 4.5], ddof=1))
+    one = spread([1.0])
+    assert one is not None
+    assert one.sd is None
+    assert spread([]) is None
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    a, b = {0: 1.0, 1: 2.0, 2: 3.0, 7: 99.0}, {2: 2.8, 1: 1.9, 0: 0.9, 8: 0.0}
+    found = paired(a, b)
+    assert found is not None
+    differences = np.array([0.1, 0.1, 0.2])
+    half = student.ppf(0.975, 2) * differences.std(ddof=1) / math.sqrt(3)
+    assert (found.mean, found.half, found.n) == (pytest.approx(differences.mean()), pytest.approx(half, rel=1e-3), 3)
+    assert not found.clear  # 0.133 ± 0.143
+    sharper = paired({0: 1.1, 1: 2.1, 2: 3.11}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert sharper is not None
+    assert sharper.clear
+    alone = paired({0: 1.0}, {0: 5.0})
+    assert alone is not None
+    assert (alone.half, alone.clear) == (None, False)
+    assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 15, 16, 40, 300])
+def test_quantiles_of_students_t(freedom: int) -> None:
+    assert t975(freedom) == pytest.approx(student.ppf(0.975, freedom), rel=2e-3)
+
+
+def test_what_it_costs_to_reach_a_loss() -> None:
+    costs, losses = [0.0, 10.0, 30.0], [3.0, 2.0, 1.0]
+    assert cost_to_reach(costs, losses, 2.5) == 5.0
+    assert cost_to_reach(costs, losses, 1.25) == 25.0
+    assert cost_to_reach(costs, losses, 3.5) == 0.0
+    assert cost_to_reach(costs, losses, 0.9) is None
+    assert cost_to_reach([0.0, 1.0, 2.0], [3.0, 1.0, 2.0], 1.5) == 0.75  # the first time counts
+
+
+def test_values_between_points() -> None:
+    xs, ys = [0.0, 2.0, 3.0], [5.0, 1.0, 9.0]
+    for x in (-1.0, 0.0, 0.5, 2.0, 2.75, 3.0, 4.0):
+        assert value_at(xs, ys, x) == pytest.approx(np.interp(x, xs, ys))
+
+
+def test_how_orderly_a_path_is() -> None:
+    line = [[float(i), 2.0 * i] for i in range(20)]
+    assert orderliness(line) == pytest.approx(3 / 21)  # mean distance of pairs on a line of n points: (n + 1) / 3
+    rng = np.random.default_rng(0)
+    assert orderliness(rng.permutation(np.array(line)).tolist()) == pytest.approx(1, abs=0.3)
+    assert orderliness(line[:2]) is None
+    assert orderliness([[1.0, 1.0]] * 4) is None
+
+
+def test_evenly() -> None:
+    assert evenly(11, 6) == [0, 2, 4, 6, 8, 10]
+    assert evenly(3, 6) == [0, 1, 2]
+
+
+def test_words() -> None:
+    assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+    assert some(list("abcdefgh"), 3) == "a, b and 6 more"
+    assert [short_number(value) for value in (0, 0.25, 1500, 2e7, 3.456e18)] == [
+        "0",
+        "0.25",
+        "1.5k",
+        "20M",
+        "3.46E",
+    ]
+    assert short_type("self_attn.q_proj.weight") == "q_proj"
+    assert short_type("attention.dense.weight") == "attention.dense"
+    assert short_type("mlp.experts.3.gate_proj.weight") == "3.gate_proj"
+
+
+def test_colours_are_seen_on_both_backgrounds_and_are_told_apart_in_svg() -> None:
+    for theme, name in ((palette.LIGHT, "light"), (palette.DARK, "dark")):
+        for token, colour in theme.items():
+            if token not in ("grid", "on-fill"):
+                assert palette.contrast(colour, palette.BACKGROUND[name]) >= 3, (name, token)
+        fills = [theme["series-0"], theme["series-1"]]
+        assert all(palette.contrast(theme["on-fill"], fill) >= 4.5 for fill in fills)
+    assert palette.LIGHT.keys() == palette.DARK.keys()
+    assert len(set(palette.LIGHT.values())) == len(palette.LIGHT)  # each is replaced by its own variable
+    assert palette.contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+def test_strokes_of_arms_differ() -> None:
+    strokes = [palette.arm_stroke(i, control) for control in (False, True) for i in range(8)]
+    assert all(a != b for a, b in itertools.combinations(strokes, 2))
+    assert {palette.arm_stroke(i, True).colour for i in range(4)} == {palette.CONTROL}
+
+
+def test_published_results_are_shown_for_their_own_setting_alone() -> None:
+    assert LESA_8B in matching("llama", 32, 8_030_261_248, {32, 48})
+    assert DEUS_1B not in matching("llama", 32, 8_030_261_248, {32, 48})
+    assert matching("llama", 16, 1_235_814_400, {24}) == [DEUS_1B]
+    for family, layers, parameters, grown in (
+        ("qwen2", 32, 8_030_261_248, {48}),
+        ("llama", 32, 8_030_261_248, {40}),
+        ("llama", 32, 7_000_000_000, {48}),
+        ("llama", None, None, set()),
+    ):
+        assert matching(family, layers, parameters, grown) == []
+    assert DEUS_8B.rows["opt-deus"] == (7.73, 68.87)
+    assert LESA_8B.rows["lesa"][1] == 5.13
+    assert all(len(row) == len(table.columns) for table in (LESA_8B, DEUS_8B) for row in table.rows.values())
