@@ -11,7 +11,7 @@ differ in their tensors or shapes, depth that disagrees with the configuration.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry
@@ -62,6 +62,8 @@ class Anatomy:
     layers: int
     types: dict[str, WeightType]
     outside: tuple[str, ...]
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    """config.json, for what names and shapes do not say."""
 
     def name(self, layer: int, weight_type: str) -> str:
         """The tensor's name in the files."""
@@ -117,7 +119,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     family = str(checkpoint.config.get("model_type", "unknown"))
     conv1d = _uses_conv1d(family, layers[0])
     types = {name: _weight_type(entry, name, layers[0], conv1d) for name, entry in layers[0].items()}
-    return Anatomy(family=family, stack=stack, layers=len(layers), types=types, outside=tuple(outside))
+    return Anatomy(family, stack, len(layers), types, tuple(outside), checkpoint.config)
 
 
 def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]]) -> None:

@@ -46,6 +46,8 @@ while solving."""
 SCORED = 4
 """Training triples that are scored where fewer are held out. Predicting one by ridge takes nearly as long as adding it
 to the normal equations: with all of them the fit would take almost twice as long."""
+EXACT = 4096
+"""Rows up to which layers are matched by the exact assignment: two seconds, and costs of 134 MB in float64."""
 DEVICE_SHARE = 0.85
 """Of a GPU's free memory that a unit fills; the rest is for a layer or two, products in flight, the allocator's
 rounding and the library's own."""

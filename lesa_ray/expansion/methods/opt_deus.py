@@ -8,12 +8,12 @@ ends up zero; the feed-forward's output is not aligned unless a later slot is ma
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
+from lesa_ray.checkpoint.blocks import in_attention
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.expansion.methods.slots import slot_units
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from lesa_ray.expansion.transport import Role
 
-_ATTENTION = re.compile(r"(?:^|\.)(?:self_attn|attn|attention|self_attention|mixer)\.")
 _NORMS_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "norm2", "ffn_norm")
 """The first of these that a layer has; where Gemma 2's four norms are, the second is not the one before the MLP."""
 _ITERATIONS = 100  # of Sinkhorn, a usual number, for the estimate
@@ -103,11 +102,10 @@ def tensor_roles(types: Mapping[str, WeightType]) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     for name, weight_type in types.items():
         if weight_type.kind == "matrix":
-            attention = _ATTENTION.search(name) is not None
             if name in writers:
-                roles[name] = Role.ATTENTION_OUTPUT if attention else Role.MLP_OUTPUT
+                roles[name] = Role.ATTENTION_OUTPUT if in_attention(name) else Role.MLP_OUTPUT
             else:
-                roles[name] = Role.ATTENTION_INPUT if attention else Role.MLP_INPUT
+                roles[name] = Role.ATTENTION_INPUT if in_attention(name) else Role.MLP_INPUT
         elif weight_type.kind == "vector":
             is_norm = before_mlp is not None and name.startswith(f"{before_mlp}.")
             roles[name] = Role.NORM_BEFORE_MLP if is_norm else Role.OTHER_VECTOR

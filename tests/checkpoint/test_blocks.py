@@ -1,0 +1,105 @@
+"""What lies on the private side of a layer, family by family, and the layers whose private side is not known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.anatomy import WeightType, read_anatomy
+from lesa_ray.checkpoint.blocks import read_blocks
+from lesa_ray.checkpoint.reader import open_checkpoint
+
+Bases = Callable[[str], str]
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "rotations"),
+    [
+        ("llama", (4, 2, 16), ("planes", "any")),
+        ("mistral", (4, 2, 16), ("planes", "any")),
+        ("qwen2", (4, 2, 16), ("planes", "any")),
+        ("qwen3", (4, 2, 24), ("none", "any")),  # q_norm and k_norm act on single entries of a head
+        ("gemma2", (4, 2, 16), ("planes", "any")),
+        ("bert", (4, 4, 16), ("any", "any")),
+    ],
+)
+def test_heads_and_what_they_may_be_turned_by(
+    family: str, heads: tuple[int, int, int], rotations: tuple[str, str], bases: Bases
+) -> None:
+    attention, mlp = read_blocks(read_anatomy(open_checkpoint(bases(family))), "test")
+    assert (attention.heads, attention.groups, attention.size) == heads
+    assert (attention.query_rotation, attention.value_rotation) == rotations
+    assert mlp.neurons == 96 if family != "bert" else mlp.neurons > 0
+
+
+def test_biases_on_the_private_side_follow_and_others_do_not(bases: Bases) -> None:
+    attention, mlp = read_blocks(read_anatomy(open_checkpoint(bases("qwen2"))), "test")
+    assert {name: part for name, part in attention.parts.items() if name.endswith("bias")} == {
+        f"self_attn.{part}_proj.bias": part for part in "qkv"
+    }
+    assert dict(mlp.parts) == {f"mlp.{part}_proj.weight": part for part in ("gate", "up", "down")}
+    attention, mlp = read_blocks(read_anatomy(open_checkpoint(bases("bert"))), "test")
+    assert {name for name in (*attention.parts, *mlp.parts) if name.endswith("bias")} == {
+        *(f"attention.self.{name}.bias" for name in ("query", "key", "value")),
+        "intermediate.dense.bias",
+    }
+    assert set(mlp.parts.values()) == {"gate", "down"}
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("mixtral", "which expert of one layer"),
+        ("qwen3_moe", "which expert of one layer"),
+        ("gpt2", "attn.c_attn.weight is none of query, key, value and output, or several of them in one"),
+        ("gpt_neox", "attention.query_key_value.weight is none of query"),
+        ("pythia", "attention.query_key_value.weight is none of query"),
+        ("phi3", "self_attn.qkv_proj.weight is none of query"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused_in_one_line(family: str, why: str, bases: Bases) -> None:
+    with pytest.raises(UserError, match=why) as refusal:
+        read_blocks(read_anatomy(open_checkpoint(bases(family))), "analyze")
+    assert str(refusal.value).startswith("analyze: ")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "why"),
+    [
+        ({"num_attention_heads": 3}, (), "are not 3 heads of one size"),
+        ({"num_attention_heads": None}, (), "does not say num_attention_heads"),
+        ({}, (("self_attn.sinks", (4,)),), r"what self_attn.sinks \[4\] belongs to is not known"),
+        ({}, (("mlp.ffn_norm.weight", (96,)),), r"what mlp.ffn_norm.weight \[96\] belongs to is not known"),
+        ({}, (("self_attn.bias_proj.weight", (4, 64)),), "self_attn.bias_proj.weight is none of query"),
+        ({}, (("mlp.gate_up_proj.weight", (192, 64)),), "mlp.gate_up_proj.weight has 192 rows for 96 neurons"),
+    ],
+)
+def test_an_unknown_tensor_on_the_private_side_is_refused(
+    changes: dict[str, object], extra: tuple[tuple[str, tuple[int, ...]], ...], why: str, bases: Bases
+) -> None:
+    anatomy = read_anatomy(open_checkpoint(bases("llama")))
+    types = dict(anatomy.types)
+    for name, shape in extra:
+        types[name] = WeightType(name, shape, "F32", "vector" if len(shape) == 1 else "matrix")
+    changed = dataclasses.replace(anatomy, types=types, config={**anatomy.config, **changes})
+    with pytest.raises(UserError, match=why):
+        read_blocks(changed, "test")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}]
+)
+def test_partly_rotary_heads_are_not_turned(changes: dict[str, object], bases: Bases) -> None:
+    anatomy = read_anatomy(open_checkpoint(bases("llama")))
+    attention, _ = read_blocks(dataclasses.replace(anatomy, config={**anatomy.config, **changes}), "test")
+    assert (attention.query_rotation, attention.value_rotation) == ("none", "any")
+
+
+def test_an_unknown_family_keeps_its_heads_as_they_are(bases: Bases) -> None:
+    anatomy = read_anatomy(open_checkpoint(bases("llama")))
+    attention, _ = read_blocks(dataclasses.replace(anatomy, family="novel"), "test")
+    assert (attention.query_rotation, attention.value_rotation) == ("none", "none")
