@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from lesa_ray.errors import UserError
-from lesa_ray.lesa.cost import RIDGE_FEATURES
+from lesa_ray.lesa.cost import RIDGE_BLOCK, RIDGE_FEATURES
 
 NOISE = 8
 """float32 serves while λ·m is at least this many times eps·‖XᵀX‖_F, a generous bound of Cholesky's backward error:
 where the energy is spread over n directions, ‖XᵀX‖_F is about √n times the norm that counts."""
-BLOCK = 256
-"""Rows of a layer's own product at once, as in the Gram matrix of the spectral step."""
 
 
 class Ridge:
@@ -59,11 +57,43 @@ def fit_ridge(coefficients: Tensor, middles: Sequence[int], penalty: float, devi
     """Ridge with λ = `penalty` on the triples (m−1, m, m+1), m in `middles`, of coefficients (layers, r, d2)."""
     gram, cross = normal_equations(coefficients, middles, device)
     if not _well_conditioned(gram, penalty):
+        del gram, cross  # before their like in float64 is made
         gram, cross = normal_equations(coefficients, middles, device, torch.float64)
     gram.diagonal().add_(penalty * float(gram.diagonal().mean()) or 1.0)  # all-zero layers: any λ, the answer is zero
-    factor = torch.linalg.cholesky(gram)
-    del gram  # as large as the factor, and solving takes as much again
-    return Ridge(torch.cholesky_solve(cross, factor).to(coefficients.dtype))
+    cholesky_(gram)
+    solve_(gram, cross)
+    del gram
+    return Ridge(cross.to(coefficients.dtype))
+
+
+def cholesky_(a: Tensor) -> Tensor:
+    """A = L Lᵀ: the lower triangle of a positive definite A (n, n) becomes that of L, in A's own memory.
+
+    By blocks, right-looking (Golub, Van Loan, section 4.2.5). torch's own needs A and L beside each other, and a third
+    such matrix to solve with: at 5,632 features three times 127 MB."""
+    n = len(a)
+    for at in range(0, n, RIDGE_BLOCK):
+        end = min(at + RIDGE_BLOCK, n)
+        corner = torch.linalg.cholesky(a[at:end, at:end])
+        a[at:end, at:end] = corner
+        a[end:, at:end] = torch.linalg.solve_triangular(corner.mT, a[end:, at:end], upper=True, left=False)
+        for row in range(end, n, RIDGE_BLOCK):
+            stop = min(row + RIDGE_BLOCK, n)
+            a[row:stop, end:stop].addmm_(a[row:stop, at:end], a[end:stop, at:end].mT, alpha=-1)
+    return a
+
+
+def solve_(factor: Tensor, b: Tensor) -> Tensor:
+    """X of L Lᵀ X = B, in B's own memory: L in the lower triangle of `factor` (n, n), B (n, columns)."""
+    n = len(factor)
+    blocks = [(at, min(at + RIDGE_BLOCK, n)) for at in range(0, n, RIDGE_BLOCK)]
+    for at, end in blocks:  # L Y = B
+        b[at:end].addmm_(factor[at:end, :at], b[:at], alpha=-1)
+        b[at:end] = torch.linalg.solve_triangular(factor[at:end, at:end], b[at:end], upper=False)
+    for at, end in reversed(blocks):  # Lᵀ X = Y
+        b[at:end].addmm_(factor[end:, at:end].mT, b[end:], alpha=-1)
+        b[at:end] = torch.linalg.solve_triangular(factor[at:end, at:end].mT, b[at:end], upper=True)
+    return b
 
 
 def _well_conditioned(gram: Tensor, penalty: float) -> bool:
@@ -89,8 +119,10 @@ def normal_equations(
     def add_own(target: Tensor, layers: set[int]) -> None:  # V_iᵀ V_i
         for i in sorted(layers):
             v = layer(i)
-            for at in range(0, d2, BLOCK):
-                target[at : at + BLOCK, : at + BLOCK].addmm_(v[:, at : at + BLOCK].T, v[:, : at + BLOCK])
+            for at in range(0, d2, RIDGE_BLOCK):
+                target[at : at + RIDGE_BLOCK, : at + RIDGE_BLOCK].addmm_(
+                    v[:, at : at + RIDGE_BLOCK].T, v[:, : at + RIDGE_BLOCK]
+                )
 
     def add_product(target: Tensor, pairs: set[tuple[int, int]]) -> None:  # V_aᵀ V_b
         for a, b in sorted(pairs):

@@ -22,14 +22,14 @@ def plain_solution(coefficients: torch.Tensor, middles: list[int], penalty: floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("block", [4, 256])
+@pytest.mark.parametrize("block", [5, 256])
 @pytest.mark.parametrize(
     "middles",
     [[1], [1, 2, 3, 4, 5, 6], [1, 4], [2, 3, 6], [1, 2, 6, 9, 10, 11]],
     ids=["one", "all", "apart", "gaps", "two checkpoints of 8 and 5 layers"],
 )
 def test_ridge_is_the_plain_solution(monkeypatch, dtype, block, middles):
-    monkeypatch.setattr(ridge, "BLOCK", block)
+    monkeypatch.setattr(ridge, "RIDGE_BLOCK", block)
     v = torch.randn(13, 20, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
     x, y = design(v, middles)
     gram, cross = ridge.normal_equations(v, middles, "cpu")
