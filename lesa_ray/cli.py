@@ -27,7 +27,13 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 Base = Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")]
-Method = Annotated[str | None, typer.Option(help="lesa, llama-pro, solar, opt-deus or avg-deus. [default: lesa]")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="lesa, llama-pro, solar, opt-deus, avg-deus, aligned-lesa, mean-aligned; random, copy (controls). "
+        "[default: lesa]"
+    ),
+]
 Factor = Annotated[float | None, typer.Option(help="Layers afterwards over layers before. [default: 1.5]")]
 Layers = Annotated[int | None, typer.Option(help="Layers afterwards, instead of --factor.")]
 Position = Annotated[

@@ -17,6 +17,9 @@ from lesa_ray.sizes import Bytes
 
 SvdRoute = Literal["auto", "exact", "gram", "randomized", "none"]
 PredictorKind = Literal["mlp", "ridge"]
+Weighing = Literal["direction", "energy"]
+Scaling = Literal["none", "unit"]
+NormRule = Literal["predicted", "neighbours"]
 VectorRule = Literal["lower", "mean", "first"]
 Recipe = Literal["paper", "released-code"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -47,6 +50,16 @@ class LesaSettings(Settings):
     """Extra random directions of the randomised route (Halko, Martinsson, Tropp 2011, section 4.2)."""
     power_iterations: int = Field(default=2, ge=0)
     """Power iterations of the randomised route; 2 suffice for slowly decaying spectra (ibid., section 4.5)."""
+    weigh: Weighing = "direction"
+    """What the predictor's error is measured in: `direction`, V, where all singular directions count alike (the paper
+    and its code), or `energy`, ΣV, where the error is that of W itself, as U is orthonormal (ours)."""
+    scale: Scaling = "none"
+    """`unit` multiplies all coefficients by one number that makes their mean square 1 (ours). As published an entry of
+    V has the size 1/√(layers·d2), 0.002 at 24 layers of 8,192 columns, far below what a fresh network puts out, so that
+    its training begins by unlearning that. Ridge is the same either way."""
+    norms: NormRule = "predicted"
+    """`neighbours` sets the Frobenius norm of each predicted matrix to the mean of its two neighbours' (ours): a
+    regression shrinks what it cannot predict. The report's norm ratio is that before."""
     predictor: PredictorKind = "mlp"
     """What predicts a layer from its neighbours: the paper's network, or ridge regression in closed form, which takes a
     small part of the time and no training, and is often no worse."""
@@ -105,6 +118,10 @@ class ExpandConfig(Settings):
     """top | middle | bottom | ends | uniform, or gaps as in `15-30` or `1,5,9`; None: the method's published one."""
     zero_init: bool | None = None
     """Zero every projection through which a new layer writes into the residual stream; None: as published."""
+    output_scale: float | None = Field(default=None, ge=0)
+    """What every projection through which a new layer writes into the residual stream is multiplied by in the result:
+    a gate on each new layer, between 0 (the same as `zero_init`) and 1, as residual branches are started small in
+    SkipInit (arXiv 2002.10444) and ReZero (arXiv 2003.04887). None: as `zero_init` says."""
     vectors: VectorRule | None = None
     """Where the 1-D tensors (norms, biases) of a new layer come from; None: as published."""
     recipe: Recipe = "paper"
@@ -139,6 +156,8 @@ class ExpandConfig(Settings):
     def _one_size(self) -> ExpandConfig:
         if self.factor is not None and self.layers is not None:
             raise ValueError("give factor or layers, not both")
+        if self.zero_init is not None and self.output_scale is not None:
+            raise ValueError("give zero_init or output_scale, not both; zero_init is output_scale 0")
         return self
 
 

@@ -65,7 +65,7 @@ def write_run(
     if first is None:
         _write_zeros(out, storage, nbytes)
         return
-    if first.dtype != run[0].dtype:
+    if run[0].converted:
         for tensor in run:
             _convert(out, tensor, readers)
         return
@@ -122,7 +122,10 @@ def _convert(out: IO[bytes], tensor: OutTensor, readers: Readers) -> None:
     assert source is not None
     wide, narrow = (getattr(torch, TORCH_NAMES[dtype]) for dtype in (source.dtype, tensor.dtype))
     for chunk in readers.chunks(source, source.offset, source.offset + source.nbytes):
-        values = torch.frombuffer(bytearray(chunk), dtype=wide).to(narrow)
+        values = torch.frombuffer(bytearray(chunk), dtype=wide)
+        if source.scale != 1:
+            values = values.to(torch.promote_types(wide, torch.float32)) * source.scale
+        values = values.to(narrow)
         if not torch.isfinite(values).all():
             raise UserError(
                 f"tensor {source.name} holds NaN or Inf, or values too large for {TORCH_NAMES[tensor.dtype]}"

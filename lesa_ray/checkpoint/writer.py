@@ -43,6 +43,8 @@ class Span:
     """The tensor's name there, for messages."""
     check: bool = False
     """Whether to look for NaN and Inf on the way (old tensors; those a unit made were looked at when made)."""
+    scale: float = 1.0
+    """What the values are multiplied by on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,11 @@ class OutTensor:
     def nbytes(self) -> int:
         size = FLOAT_BYTES.get(self.dtype) or _OTHER_BYTES.get(self.dtype, 1)
         return math.prod(self.shape) * size
+
+    @property
+    def converted(self) -> bool:
+        """Whether its values change on the way, so that no bytes can be copied."""
+        return self.source is not None and (self.source.dtype != self.dtype or self.source.scale != 1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def write_shard(storage: Storage, shard: Shard, make: Callable[[str], torch.Tens
 
     make: gives the tensor of a name, for those without a source, one at a time (again, if the server refused to copy);
     without it they are zeros.
-    Raises: UserError if a tensor that is made, checked, or converted to a narrower type holds NaN or Inf (which one),
+    Raises: UserError if a tensor that is made, checked, scaled or converted to another type holds NaN or Inf (which),
     or if a source ends before its header says or changes meanwhile.
     """
     _write_file(storage, shard.file, header_bytes(shard.tensors), list(_runs(shard.tensors)), make)
@@ -176,7 +183,7 @@ def _write_file(storage: Storage, file: str, header: bytes, runs: list[list[OutT
 
 def _piece(run: list[OutTensor], readers: Readers, copies: ServerCopies) -> Piece:
     first, nbytes = run[0].source, _nbytes([run])
-    if first is None or first.dtype != run[0].dtype:
+    if first is None or run[0].converted:
         return Piece(nbytes)
     return Piece(nbytes, copies.source(readers.storage(first), first.file, first.offset, nbytes))
 
@@ -236,6 +243,6 @@ def _continues(before: OutTensor, after: OutTensor) -> bool:
     a, b = before.source, after.source
     if a is None or b is None:
         return a is b
-    if a.dtype != before.dtype or b.dtype != after.dtype:
+    if before.converted or after.converted:
         return False
     return (a.url, a.file, a.offset + a.nbytes, a.dtype, a.check) == (b.url, b.file, b.offset, b.dtype, b.check)

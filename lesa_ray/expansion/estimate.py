@@ -161,11 +161,11 @@ def _unit(
     expansion: Expansion, unit: Unit, cluster: ClusterSpec, rates: Rates, at_once: int, device_memory: int
 ) -> UnitEstimate:
     job, storage = expansion.job, cluster.storage(at_once)
-    types = [job.anatomy.types[name] for name in dict.fromkeys(name for _, name in unit.makes)]
+    types = job.method.fitted(job, unit)
     interpreter = INTERPRETER_BYTES + (CUDA_BYTES if device_memory else 0)
     written = sum(tensor.nbytes for tensor in unit_tensors(job, unit))
-    if job.method.name != "lesa" or types[0].kind != "matrix":
-        read = 2 * written
+    if not types:
+        read = unit.reads or 2 * written
         seconds = {"read": read / storage, "compute": unit.flops / rates.fp32, "write": written / storage}
         return UnitEstimate(unit.name, unit.flops, seconds, read, written, unit.memory + interpreter, 0)
     task = lesa_task(

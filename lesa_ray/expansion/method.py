@@ -48,6 +48,15 @@ class Made:
     """Made by a unit of the method."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that a unit leaves for later ones and that is no part of the result; float64."""
+
+    name: str
+    """Unique among all units."""
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Unit:
     """One piece of a method's work. `makes` holds (slot id, weight type) in the order in which they are written."""
@@ -59,7 +68,11 @@ class Unit:
     memory: int
     """Rough peak in bytes beside the interpreter."""
     after: tuple[str, ...] = ()
-    """Units whose tensors this one reads: slots of an earlier round."""
+    """Units whose tensors this one reads: slots of an earlier round, or what they keep."""
+    keeps: tuple[Kept, ...] = ()
+    """Left before what it makes, in this order."""
+    reads: int = 0
+    """Rough bytes read; 0: twice what it writes."""
 
     @property
     def file(self) -> str:
@@ -75,6 +88,12 @@ class Tensors(Protocol):
     def write(self, slot: int, weight_type: str, tensor: torch.Tensor) -> None:
         """Leave one of the tensors that the unit makes; they come in the order of `Unit.makes`."""
 
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Leave one of the tensors of `Unit.keeps`, before all others, in their order."""
+
+    def kept(self, name: str) -> torch.Tensor:
+        """What an earlier unit kept, float64."""
+
     def name(self, layer: int, weight_type: str) -> str:
         """The tensor's name for messages."""
 
@@ -89,11 +108,19 @@ class Job:
     method: Method
     zero_init: bool
     vectors: VectorSource
+    output_scale: float = 1.0
+    """What new layers' output projections are multiplied by in the result, if they are not zero. Later slots are made
+    from them as they were."""
 
     @cached_property
     def zeroed(self) -> frozenset[str]:
         """Weight types that are zero in new layers."""
         return frozenset(residual_writers(self.anatomy.types)) if self.zero_init else frozenset()
+
+    @cached_property
+    def scaled(self) -> frozenset[str]:
+        """Weight types that are scaled in new layers."""
+        return frozenset(residual_writers(self.anatomy.types)) if self.output_scale != 1 else frozenset()
 
     @cached_property
     def neighbours(self) -> frozenset[int]:
@@ -130,7 +157,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = ""
+    """Where it is published; empty for what is this project's own."""
     position: ClassVar[str]
     """Where new layers go as published; shown to users."""
     zero_init: ClassVar[bool]
@@ -140,6 +168,12 @@ class Method(ABC):
     trains: ClassVar[Literal["new", "all"]] = "new"
     """What the paper trains afterwards."""
     minimum_layers: ClassVar[int] = 2
+    draws: ClassVar[bool] = True
+    """Whether what it makes depends on the seed."""
+    predicts: ClassVar[bool] = False
+    """Whether it trains predictors, so that the settings under `lesa`, and variants, are its."""
+    averages_vectors: ClassVar[bool] = False
+    """Whether its units make the means of vectors (`vectors: mean`) themselves."""
 
     def plan(self, base_layers: int, layers: int, position: str | None) -> Plan:
         """Where the new layers go. Raises: UserError."""
@@ -152,6 +186,10 @@ class Method(ABC):
     def choices(self, job: Job) -> dict[str, str]:
         """What the method decides by settings that do not count for the result otherwise, such as the memory budget."""
         return {}
+
+    def fitted(self, job: Job, unit: Unit) -> tuple[WeightType, ...]:
+        """The matrices, as they are decomposed, to whose layers a unit fits a predictor; none for other work."""
+        return ()
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         """Do one unit's work and return what is worth reporting: plain JSON, the same for the same inputs and seed."""
@@ -170,7 +208,7 @@ class RunContext:
 
 def check_settings(config: ExpandConfig, method: Method) -> None:
     """Raises: UserError for settings that the method would not look at."""
-    if method.name == "lesa":
+    if method.predicts:
         return
     if config.variants:
         raise UserError(f"--variants: {method.name} trains no predictor, so it has no use for them; lesa has")
@@ -190,9 +228,16 @@ def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method) -> Job:
         anatomy=anatomy,
         plan=method.plan(anatomy.layers, layers, config.position),
         method=method,
-        zero_init=method.zero_init if config.zero_init is None else config.zero_init,
+        zero_init=_zero_init(config, method),
         vectors=config.vectors or ("first" if _first_vectors(config) else method.vectors),
+        output_scale=config.output_scale or 1.0,
     )
+
+
+def _zero_init(config: ExpandConfig, method: Method) -> bool:
+    if config.output_scale is not None:
+        return config.output_scale == 0
+    return method.zero_init if config.zero_init is None else config.zero_init
 
 
 def _first_vectors(config: ExpandConfig) -> bool:

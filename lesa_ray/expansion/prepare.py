@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -62,8 +62,8 @@ class Expansion:
 
     @property
     def made_in(self) -> dict[str, str]:
-        """For each tensor that a unit makes, the unit's file."""
-        return {made_name(*made): unit.file for unit in self.units for made in unit.makes}
+        """For each tensor that a unit makes or keeps, the unit's file."""
+        return {tensor.name: unit.file for unit in self.units for tensor in unit_tensors(self.job, unit)}
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -146,11 +146,14 @@ def _check_variant(base: str, anatomy: Anatomy, variant: str) -> None:
 
 
 def _check_supported(job: Job) -> None:
+    unknown = f"cannot tell which tensors of a {job.anatomy.family} layer write into the residual stream"
     if job.zero_init and not job.zeroed:
         raise UserError(
-            f"{job.method.name}: cannot tell which tensors of a {job.anatomy.family} layer write into the residual "
-            "stream, so they cannot be zeroed; use --no-zero-init if the new layers may change the function"
+            f"{job.method.name}: {unknown}, so they cannot be zeroed; "
+            "use --no-zero-init if the new layers may change the function"
         )
+    if job.output_scale != 1 and not job.scaled:
+        raise UserError(f"output_scale {job.output_scale:g}: {unknown}; leave it out")
     if job.method.copies:
         return
     for weight_type in job.anatomy.types.values():
@@ -190,16 +193,20 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
         for weight_type in job.anatomy.types.values():
             name = job.anatomy.name(index, weight_type.name)
             content = job.content(output, weight_type)
+            scale = job.output_scale if weight_type.name in job.scaled else 1.0
             if isinstance(content, Copy):
                 entry = checkpoint.tensors[job.anatomy.name(content.layer, weight_type.name)]
-                tensors.append(_copied(job, checkpoint, entry, name, check=False))
+                tensors.append(_copied(job, checkpoint, entry, name, check=False, scale=scale))
                 continue
             source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name)]
+            source = source and replace(source, scale=scale)
             tensors.append(OutTensor(name, result_dtype(job, weight_type.dtype), weight_type.shape, source))
     return tensors
 
 
-def _copied(job: Job, checkpoint: Checkpoint, entry: TensorEntry, name: str, *, check: bool) -> OutTensor:
+def _copied(
+    job: Job, checkpoint: Checkpoint, entry: TensorEntry, name: str, *, check: bool, scale: float = 1.0
+) -> OutTensor:
     source = Span(
         checkpoint.storage.url,
         entry.file,
@@ -208,5 +215,6 @@ def _copied(job: Job, checkpoint: Checkpoint, entry: TensorEntry, name: str, *, 
         entry.dtype,
         entry.name,
         check and entry.is_float,
+        scale,
     )
     return OutTensor(name, result_dtype(job, entry.dtype), entry.shape, source)

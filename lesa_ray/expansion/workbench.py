@@ -39,7 +39,7 @@ def made_name(slot: int, weight_type: str) -> str:
 
 def unit_tensors(job: Job, unit: Unit) -> tuple[OutTensor, ...]:
     """What a unit's file holds, in order: in the base's shapes, in the dtype of the result."""
-    planned = []
+    planned = [OutTensor(kept.name, "F64", kept.shape, None) for kept in unit.keeps]
     for slot, name in unit.makes:
         weight_type = job.anatomy.types[name]
         planned.append(OutTensor(made_name(slot, name), result_dtype(job, weight_type.dtype), weight_type.shape, None))
@@ -79,7 +79,7 @@ def run_unit(
 ) -> dict[str, Any]:
     """Work on one unit from start to end and return its record.
 
-    units: for each tensor that an earlier unit made (`made_name`), the file it is in.
+    units: for each tensor that an earlier unit made (`made_name`) or kept, the file it is in.
     threads: cores used; part of what determines the bytes of the result, as sums over threads round differently.
     """
     import torch
@@ -135,6 +135,12 @@ class _Bench:
     def write(self, slot: int, weight_type: str, tensor: torch.Tensor) -> None:
         stored = tensor.T if self._job.anatomy.types[weight_type].transposed else tensor
         self._writer.write(made_name(slot, weight_type), stored)
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        self._writer.write(name, tensor)
+
+    def kept(self, name: str) -> torch.Tensor:
+        return self._read_made(name)
 
     def name(self, layer: int, weight_type: str) -> str:
         return self._job.anatomy.name(layer, weight_type)

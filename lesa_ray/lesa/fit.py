@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from lesa_ray.config import LesaSettings
+from lesa_ray.config import LesaSettings, NormRule
 from lesa_ray.errors import UserError
 from lesa_ray.lesa import yardsticks
 from lesa_ray.lesa.clock import Clock
@@ -110,6 +110,8 @@ def fit_together(
             rank=settings.rank,
             oversampling=settings.oversampling,
             power_iterations=settings.power_iterations,
+            weigh=settings.weigh,
+            scale=settings.scale,
             seed=seed,
             device=device,
             scratch_dir=scratch_dir,
@@ -139,7 +141,7 @@ def fit_together(
             on_training, on_held_out = scores(scored), scores(held_out) if held_out else None
 
         with clock.phase("predict"):
-            ratio = _fill(slots, len(loads), predictor, parts, store, _between(report, 0.9, 1.0))
+            ratio = _fill(slots, len(loads), predictor, parts, store, settings.norms, _between(report, 0.9, 1.0))
 
     return FitReport(
         d1=parts.shape[0],
@@ -215,9 +217,10 @@ def _fill(
     predictor: Predict,
     parts: Decomposition,
     store: Callable[[int, int, Tensor], None],
+    norm_rule: NormRule,
     progress: Progress,
 ) -> float | None:
-    """Predict and store each slot; return the mean ratio of its norm to its neighbours'.
+    """Predict and store each slot; return the mean ratio of its norm, as predicted, to its neighbours'.
 
     Coefficients of a new layer are kept only until the last slot that refers to it.
     """
@@ -246,6 +249,8 @@ def _fill(
                 neighbours = (norms[member, lower] + norms[member, upper]) / 2
                 if neighbours > 0:
                     ratios.append(norm / neighbours)
+                if norm_rule == "neighbours" and norm > 0:
+                    weight, predicted, norm = weight * (neighbours / norm), predicted * (neighbours / norm), neighbours
                 if stored is not None:
                     stored.result()
                 stored = behind.submit(store, member, slot, weight.float().cpu())

@@ -1,10 +1,10 @@
 """What is known of a fit afterwards: the figures that go into the manifest, and how they are measured.
 
-Measured in weight space without forming a weight: U is orthonormal, so ⟨W, Ŵ⟩ = ⟨ΣV, ΣV̂⟩ and ‖Ŵ‖ = ‖ΣV̂‖,
-row sums of the coefficients weighted with Σ². R² = 1 − ‖W − Ŵ‖² / ‖W‖² = (2⟨W, Ŵ⟩ − ‖Ŵ‖²) / ‖W‖², so
-predicting zero scores exactly 0, what a truncated basis cannot express counts as error, and a negative value
-is worse than predicting zero. R² and cosine are taken over all triples of a set as one long vector; the loss
-is the training loss, the mean over batches of each triple's rows.
+Measured in weight space without forming a weight: U is orthonormal, so ⟨W, Ŵ⟩ = ⟨ΣV, ΣV̂⟩ and ‖Ŵ‖ = ‖ΣV̂‖, row sums of
+the coefficients weighted with Σ² (or what stands in its place, `Decomposition.multipliers`). R² = 1 − ‖W − Ŵ‖² / ‖W‖²
+= (2⟨W, Ŵ⟩ − ‖Ŵ‖²) / ‖W‖², so predicting zero scores exactly 0, what a truncated basis cannot express counts as error,
+and a negative value is worse than predicting zero. R² and cosine are taken over all triples of a set as one long
+vector; the loss is the training loss, the mean over batches of each triple's rows.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def score(
 ) -> dict[str, Score]:
     """Scores of each predictor on the triples (m−1, m, m+1), m in `middles`, of coefficients (layers, r, d2)."""
     sums = {name: _Sums() for name in predictors}
-    weights = decomposition.sigma.square().to(device)
+    weights = decomposition.multipliers.square().to(device)
     squares = decomposition.squares.flatten()
     for m in middles:
         true = torch.empty_like(weights)

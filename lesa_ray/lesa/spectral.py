@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lesa_ray.config import SvdRoute
+from lesa_ray.config import Scaling, SvdRoute, Weighing
 from lesa_ray.errors import UserError
 from lesa_ray.lesa.clock import Clock
 from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, choose_route
@@ -51,6 +51,9 @@ class Decomposition:
     """‖W_i‖²_F: (checkpoints, L) float64."""
     basis: range
     """The checkpoints that the basis is of."""
+    multipliers: Tensor
+    """(r,) float64 on the CPU: what a row of V is multiplied by, so that W = U diag(multipliers) V. Σ as published;
+    other choices rescale V (`weigh`, `scale`)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,10 +71,8 @@ class Decomposition:
 
     def compose(self, coefficients: Tensor) -> Tensor:
         """W = U Σ V: coefficients (r, d2) to a weight (d1, d2) on the same device."""
-        if self.left is None:
-            return coefficients
-        scaled = coefficients * self.sigma.to(coefficients).unsqueeze(1)
-        return self.left.to(coefficients.device) @ scaled
+        scaled = coefficients * self.multipliers.to(coefficients).unsqueeze(1)
+        return scaled if self.left is None else self.left.to(coefficients.device) @ scaled
 
 
 def decompose(
@@ -83,6 +84,8 @@ def decompose(
     rank: int | None = None,
     oversampling: int = 10,
     power_iterations: int = 2,
+    weigh: Weighing = "direction",
+    scale: Scaling = "none",
     seed: int = 0,
     device: str = "cpu",
     scratch_dir: str | None = None,
@@ -91,6 +94,8 @@ def decompose(
 ) -> Decomposition:
     """Basis of the first `basis` checkpoints of `loads`, and in it the coefficients of all of them.
 
+    weigh: `direction` gives V, whose rows are equally long; `energy` gives ΣV, of which rows count by their part in W.
+    scale: `unit` makes the mean square of the base's coefficients 1 by one factor.
     memory_budget: bytes of host memory in all; without room for them in it, the coefficients lie in `scratch_dir`.
     clock: is charged with the phases load, gram, eigh, range, svd and project.
     Raises: UserError for weights that are not finite float matrices of one shape.
@@ -146,8 +151,14 @@ def decompose(
         rest = range(basis, len(loads)) if held else range(len(loads))
         for c, i, weight in source.stream(rest) if rest else ():
             _project(frame, weight.to(dtype), coefficients[c, i])
-        if frame is None:
-            return Decomposition(route, None, torch.ones(keep, dtype=torch.float64), coefficients, source.squares, own)
+        columns = basis * source.columns
+        if frame is None:  # each row counts by its own energy
+            sigma = torch.ones(keep, dtype=torch.float64)
+            energies = sigma * float(source.squares[list(own)].sum()) / keep
+            multipliers = _multipliers(energies.sqrt(), columns, "energy", scale)
+            if scale != "none":
+                coefficients.div_(multipliers[0].to(dtype))
+            return Decomposition(route, None, sigma, coefficients, source.squares, own, multipliers)
         flat = coefficients.flatten(0, 1)
         if route == "randomized":
             frame = _rotate(flat, basis * layers, frame, keep)
@@ -156,12 +167,13 @@ def decompose(
         for one in flat[: basis * layers]:
             energy += torch.linalg.vector_norm(one.to(device), dim=1).double().square()
         sigma = energy.sqrt().cpu()
-        kept = sigma > _rounding(d1, basis * source.columns, dtype) * sigma.max()
+        kept = sigma > _rounding(d1, columns, dtype) * sigma.max()
         kept[0] = True  # all-zero weights keep one direction, whose coefficients are zero
         # Directions at rounding level get no row of V: divided by their Σ, noise would become training rows.
         chosen = kept.nonzero().flatten()
         sigma = sigma[chosen]
-        divisor = sigma.clamp_min(torch.finfo(dtype).tiny).to(dtype).unsqueeze(1)
+        multipliers = _multipliers(sigma, columns, weigh, scale)
+        divisor = multipliers.clamp_min(torch.finfo(dtype).tiny).to(dtype).unsqueeze(1)
         if len(chosen) < keep:
             frame = frame[:, chosen.to(device)].contiguous()
             flat = _each(flat, len(chosen), lambda one: one[chosen.to(one.device)] / divisor.to(one.device))
@@ -169,7 +181,16 @@ def decompose(
             for one in flat:
                 one.div_(divisor.to(one.device))
     coefficients = flat.view(len(loads), layers, len(chosen), d2)
-    return Decomposition(route, frame, sigma, coefficients, source.squares, own)
+    return Decomposition(route, frame, sigma, coefficients, source.squares, own, multipliers)
+
+
+def _multipliers(sigma: Tensor, columns: int, weigh: Weighing, scale: Scaling) -> Tensor:
+    """What rows of norm σ_k, over the base's `columns`, are divided by: (r,) float64."""
+    multipliers = sigma if weigh == "direction" else torch.ones_like(sigma)
+    if scale == "none":
+        return multipliers
+    rows = sigma / multipliers.clamp_min(torch.finfo(torch.float64).tiny)
+    return multipliers * (math.sqrt(float(rows.square().mean()) / columns) or 1.0)
 
 
 def _project(frame: Tensor | None, weight: Tensor, into: Tensor) -> None:

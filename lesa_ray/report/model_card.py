@@ -13,6 +13,8 @@ def model_card(expansion: Expansion, manifest: Manifest) -> str:
     base = hub or expansion.checkpoint.storage.url.rsplit("/", 1)[-1]  # where its folder lies is nobody's business
     trained = "its new layers" if manifest["train"] == "new" else "all layers"
     kept = job.zero_init
+    named = f"[{job.method.title}]({job.method.paper})" if job.method.paper else job.method.title
+    then = "the method's paper goes on to train" if job.method.paper else "what is meant to be trained now is"
     lines = ["---"]
     if hub:
         lines += [f"base_model: {hub.removeprefix('hf://').split('@')[0]}", "base_model_relation: finetune"]
@@ -20,13 +22,14 @@ def model_card(expansion: Expansion, manifest: Manifest) -> str:
     lines += [
         f"# {base.rsplit('/', 1)[-1]}, {job.plan.base_layers} → {job.plan.layers} layers",
         "",
-        f"`{base}` ({job.anatomy.family}) grown deeper with [{job.method.title}]({job.method.paper}): "
+        f"`{base}` ({job.anatomy.family}) grown deeper with {named}: "
         f"{manifest['parameters']['base'] / 1e6:,.1f} M → {manifest['parameters']['result'] / 1e6:,.1f} M parameters. "
-        f"**It has not been trained since**; the method's paper goes on to train {trained}.",
+        f"**It has not been trained since**; {then} {trained}.",
         "",
         "The output projections of the new layers are zero, so it computes exactly what its base computes."
         if kept
-        else "The new layers change what the model computes: measure it before you use it.",
+        else "The new layers change what the model computes: measure it before you use it."
+        + ("" if job.output_scale == 1 else f" Their output projections are multiplied by {job.output_scale:g}."),
         "",
         f"New layers: {', '.join(map(str, manifest['new_layers']))}. `expansion.json` says where each layer comes from"
         + (" and how well each weight type was predicted." if manifest["fit"] else "."),

@@ -72,11 +72,13 @@ def show_expansion(expansion: Expansion) -> None:
     show_base(expansion)
     job = expansion.job
     console.print(
-        f"\n[bold]{job.method.name}[/]: {job.plan.base_layers} → {job.plan.layers} layers ({job.method.paper})"
+        f"\n[bold]{job.method.name}[/]: {job.plan.base_layers} → {job.plan.layers} layers"
+        + (f" ({job.method.paper})" if job.method.paper else "")
     )
     console.print(plan_picture(job.plan, copies=job.method.copies, width=console.width))
     table = Table.grid(padding=(0, 2))
-    table.add_row("new layers", "all output projections zero: the function is kept" if job.zero_init else "not zeroed")
+    scaled = "not zeroed" if job.output_scale == 1 else f"output projections × {job.output_scale:g}"
+    table.add_row("new layers", "all output projections zero: the function is kept" if job.zero_init else scaled)
     table.add_row("norms, biases", {"lower": "lower neighbour's", "first": "layer 0's"}.get(job.vectors, job.vectors))
     table.add_row(
         "result", f"{count(expansion.parameters)} parameters, {size(expansion.nbytes)}, {len(expansion.shards)} file(s)"
@@ -127,6 +129,7 @@ def describe(expansion: Expansion) -> dict[str, Any]:
                 for o in job.plan.outputs
             ],
             "zero_init": job.zero_init,
+            "output_scale": 0.0 if job.zero_init else job.output_scale,
             "vectors": job.vectors,
         },
         "result": {

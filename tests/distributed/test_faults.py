@@ -40,7 +40,7 @@ def same(one: str, two: str) -> list[str]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_one_process_and_four_workers_give_the_same_bytes(bases: Bases, tmp_path: Path) -> None:
-    for method in ("lesa", "opt-deus", "solar"):
+    for method in ("lesa", "opt-deus", "solar", "aligned-lesa"):
         outs = [str(tmp_path / f"{method}-{runner}") for runner in ("inline", "ray")]
         expand(ExpandConfig(base=bases("llama"), out=outs[0], method=method), runner=InlineRunner())
         expand(ExpandConfig(base=bases("llama"), out=outs[1], method=method), runner=RayRunner())

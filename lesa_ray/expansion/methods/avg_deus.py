@@ -17,6 +17,7 @@ class AvgDeus(Method):
     position = "top"
     zero_init = False
     vectors = "mean"
+    draws = False
 
     def units(self, job: Job) -> list[Unit]:
         return slot_units(job, job.anatomy.matrices, flops_per_element=2, tensors_in_memory=4)

@@ -32,6 +32,7 @@ class Lesa(Method):
     zero_init = False
     vectors = "lower"
     minimum_layers = 3
+    predicts = True
 
     def units(self, job: Job) -> list[Unit]:
         units = []
@@ -44,6 +45,9 @@ class Lesa(Method):
 
     def choices(self, job: Job) -> dict[str, str]:
         return {weight_type.name: lesa_route(job, types) for types in _together(job).values() for weight_type in types}
+
+    def fitted(self, job: Job, unit: Unit) -> tuple[WeightType, ...]:
+        return _together(job).get(unit.name, ())
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.lesa.fit import fit_together

@@ -19,6 +19,7 @@ class LlamaPro(Method):
     vectors = "lower"
     copies = True
     minimum_layers = 1
+    draws = False
 
     def plan(self, base_layers: int, layers: int, position: str | None) -> Plan:
         if position is None:

@@ -35,6 +35,7 @@ class OptDeus(Method):
     position = "top"
     zero_init = True
     vectors = "fused"
+    draws = False
 
     def units(self, job: Job) -> list[Unit]:
         fused = job.vectors == "fused"

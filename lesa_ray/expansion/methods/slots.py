@@ -52,7 +52,8 @@ def _unit_name(slot_id: int | None) -> str:
 
 def vectors_unit(job: Job) -> Unit | None:
     """The unit that averages the vectors of all slots, where the setting `vectors` is `mean`."""
-    makes = job.makes(job.plan.slots, job.anatomy.vectors) if job.vectors == "mean" else ()
+    mean = job.vectors == "mean" and not job.method.averages_vectors
+    makes = job.makes(job.plan.slots, job.anatomy.vectors) if mean else ()
     return Unit(name=VECTORS_UNIT, makes=makes, flops=0, memory=0) if makes else None
 
 

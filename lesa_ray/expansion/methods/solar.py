@@ -20,6 +20,7 @@ class Solar(Method):
     copies = True
     trains = "all"
     minimum_layers = 1
+    draws = False
 
     def plan(self, base_layers: int, layers: int, position: str | None) -> Plan:
         if position is not None:
