@@ -5,8 +5,8 @@ Decides
   which any width changes. α stays as the profile has it, since query heads come in steps of the KV heads, too coarse
   to meet a budget with; so does the frame of a framed profile, which is absolute.
 - The total must come within half a per cent. The coarser the multiple of the widths, the less can be met, least of all
-  where all layers are alike and step together; so unless a multiple is given it is the largest power of two from 256
-  down to 8 that meets the budget.
+  where all layers are alike and step together; so unless a multiple is given it is the largest power of two, 256 at
+  most, that meets the budget (below 8 for toys alone).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.layerwise.profiles import FRAME_ALPHA, FRAME_BETA, Profile, make_divisible, multipliers, query_heads
 
 TOLERANCE = 0.005
-MULTIPLES = (256, 128, 64, 32, 16, 8)
+MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _BISECTIONS = 60
 """Halvings of the scale's range: below the spacing of float64."""
 

@@ -61,7 +61,7 @@ class LayerwiseConfig(Settings):
     alpha: tuple[float, ...] | None = None
     """Query heads over d_model / head_dim, likewise."""
     multiple: int | None = Field(default=None, ge=1)
-    """What FFN widths are multiples of. None: the largest of 256, 128 … 8 that meets the budget."""
+    """What FFN widths are multiples of. None: the largest of 256, 128, 64 … that meets the budget."""
     vocab_size: int = Field(default=50_304, ge=1)
     """Entries of the vocabulary."""
     seq_len: int = Field(default=1024, ge=1)

@@ -156,19 +156,19 @@ def models_of(config: StudyConfig, blocks: TokenBlocks) -> dict[tuple[int, Profi
     Raises: UserError if there is none with which all meet the budget."""
     found: dict[tuple[int, ProfileName], LayerwiseConfig] = {}
     for layers in config.layers:
-        failure: UserError | None = None
+        failure = ""
         for multiple in MULTIPLES:
             models = {profile: config.model(profile, layers, blocks, multiple) for profile in config.profiles}
             try:
-                for model in models.values():
-                    sizes_of(model)
+                for profile in config.profiles:
+                    sizes_of(models[profile])
             except UserError as error:
-                failure = error
+                failure = f"{layers} layers, {profile}: {error}"
                 continue
             found |= {(layers, profile): model for profile, model in models.items()}
             break
         else:
-            raise UserError(f"{layers} layers: {failure}")
+            raise UserError(failure)
     return found
 
 
