@@ -40,7 +40,7 @@ class Published:
 
 _LESA_PAPER = "LESA, arXiv 2502.13794"
 _DEUS_PAPER = "OpT-DeUS, arXiv 2508.08011, recomputed from its repository's evaluation files"
-_DEUS_COLUMNS = ("wikitext, word perplexity", "mean of 7 tasks (%)")
+_DEUS_COLUMNS = ("wikitext word perplexity", "mean of 7 tasks (%)")
 
 LESA_8B = Published(
     "Llama-3-8B → 11.5 B, Wikipedia 2024.11, 6,000 steps",

@@ -101,6 +101,13 @@ def analysis(*, layers: int = 6, new_layers: tuple[int, ...] = (3,), shift: floa
     }  # fmt: skip
 
 
+def bare_analysis(**given: Any) -> dict[str, Any]:
+    """Norms and the residual stream alone."""
+    content = analysis(**given)
+    types = {name: {"norms": figures["norms"]} for name, figures in content["types"].items()}
+    return {**content, "types": dict(list(types.items())[:1]), "fit": None}
+
+
 def write(folder: Path, name: str, content: dict[str, Any]) -> str:
     """The content as a RUN; its folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,7 @@ def test_evenly() -> None:
 
 def test_words() -> None:
     assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+    assert listed(["a, b", "c"]) == "“a, b” and c"
     assert some(list("abcdefgh"), 3) == "a, b and 6 more"
     assert [short_number(value) for value in (0, 0.25, 1500, 2e7, 3.456e18)] == [
         "0",

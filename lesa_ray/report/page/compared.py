@@ -15,6 +15,7 @@ from lesa_ray.report.page.figure import Entry
 from lesa_ray.report.page.measures import Spread, spread
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.schema import Arm, Comparison, Evaluation, Trial
+from lesa_ray.report.page.words import called
 
 Cost = Literal["tokens", "seconds", "flops"]
 COSTS: tuple[Cost, ...] = ("tokens", "seconds", "flops")
@@ -41,6 +42,11 @@ class ArmView:
     @property
     def name(self) -> str:
         return self.arm.name
+
+    @property
+    def called(self) -> str:
+        """The name as it stands in a sentence."""
+        return called(self.arm.name)
 
     @property
     def complete(self) -> list[Trial]:

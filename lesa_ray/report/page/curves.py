@@ -28,7 +28,7 @@ from lesa_ray.report.page.figure import (
 from lesa_ray.report.page.measures import cost_to_reach, evenly, spread, value_at
 from lesa_ray.report.page.palette import CONTROL, INK, MUTED, SERIES, Stroke
 from lesa_ray.report.page.schema import Comparison
-from lesa_ray.report.page.words import big, percent, plural, some
+from lesa_ray.report.page.words import big, called, percent, plural, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +81,7 @@ def _curves_words(shown: list[ArmView], curves: dict[str, MeanCurve], cut: list[
             name for name, one in curves.items() if name != best and one.x[-1] >= middle
             and value_at(one.x, one.mean, middle) < level
         ]  # fmt: skip
-        said.append(f"{best} ends lowest, after {big(curve.x[-1])} tokens")
+        said.append(f"{called(best)} ends lowest, after {big(curve.x[-1])} tokens")
         if ahead:
             said[-1] += f"; half-way {some(ahead)} {'was' if len(ahead) == 1 else 'were'} below it"
     if max(len(view.complete) for view in shown) > 1:
@@ -89,7 +89,9 @@ def _curves_words(shown: list[ArmView], curves: dict[str, MeanCurve], cut: list[
     else:
         said.append("with one seed there are no bands, so lines that are close say nothing")
     if cut:
-        said.append(f"{some(cut)} start above the frame" if len(cut) > 1 else f"{cut[0]} starts above the frame")
+        said.append(
+            f"{some(cut)} start above the frame" if len(cut) > 1 else f"{called(cut[0])} starts above the frame"
+        )
     return "; ".join(said) + "."
 
 
@@ -167,7 +169,7 @@ def saving_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     never = [view.name for view in others if view.name not in tokens]
     return Figure(
         "cost-at-equal-loss",
-        f"Cost of reaching {reference.name}'s final loss",
+        f"Cost of reaching {reference.called}'s final loss",
         _saving_words(reference, level, tokens, never),
         how_compare(comparison),
         (_saving_panel(others, costs, shares, reference.name),),
@@ -205,14 +207,14 @@ def _shares(view: ArmView, reference: ArmView, cost: Cost, level: float) -> list
 
 
 def _saving_words(reference: ArmView, level: float, tokens: dict[str, float], never: list[str]) -> str:
-    start = f"{reference.name} ends at {level:.4f}"
+    start = f"{reference.called} ends at {level:.4f}"
     if not tokens:
         return f"{start}; no other arm reached that with every seed."
     name = min(tokens, key=lambda key: tokens[key])
     share = tokens[name]
-    first = f"{start}; {name} is there with {percent(share)} of its tokens"
+    first = f"{start}; {called(name)} is there with {percent(share)} of its tokens"
     if share > 1:
-        first = f"{start}; no other arm is there with fewer tokens, the nearest is {name} with {percent(share)}"
+        first = f"{start}; no other arm is there with fewer tokens, the nearest is {called(name)} with {percent(share)}"
     rest = f"; not reached by every seed of {some(never)}" if never else ""
     return f"{first} (LESA's paper: LESA is below LLaMA Pro's final perplexity with half of its steps){rest}."
 
@@ -277,7 +279,7 @@ def reached_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None
         if whole:
             name = min(whole, key=lambda key: whole[key])
             rest = len(found) - len(whole)
-            see = f"{loss:.4f} is reached first by {name}, after {big(whole[name])} tokens"
+            see = f"{loss:.4f} is reached first by {called(name)}, after {big(whole[name])} tokens"
             see += f"; {plural(rest, 'arm')} did not reach it with every seed." if rest else "."
             break
     if all_levels > len(levels):

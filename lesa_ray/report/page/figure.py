@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 3.6, 2.7
 _COLUMNS = 3
 _PNG_DPI = 160
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -121,7 +121,7 @@ def png(figure: Figure) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    columns = min(_COLUMNS, len(figure.panels))
+    columns = 2 if len(figure.panels) == 4 else min(_COLUMNS, len(figure.panels))
     rows = math.ceil(len(figure.panels) / columns)
     width = max(panel.width for panel in figure.panels) * columns
     keys = math.ceil(len(figure.legend) / _legend_columns(figure.legend, width)) if figure.legend else 0
@@ -239,9 +239,10 @@ def _draw(panel: Panel, axes: Axes) -> None:
 def _svg(panel: Panel) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import TightLayoutEngine  # measures text once, the constrained one twice
 
     with rc_context({**_STYLE, "svg.hashsalt": "lesa-ray"}):
-        canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
+        canvas = Canvas(figsize=(panel.width, panel.height), layout=TightLayoutEngine(pad=0.4))
         _draw(panel, canvas.add_subplot())
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -66,7 +66,7 @@ def _panel(name: str, points: Points, analysis: Analysis, order: float | None, k
             else:
                 plot_marks(axes, [px], [py], Stroke(depth_colour(at, len(points)), "o"), markersize=5)
         for at in sorted({0, len(points) - 1}):
-            outward = [7 if value >= fmean(values) else -7 for value, values in ((x[at], x), (y[at], y))]
+            outward = (7 if x[at] >= fmean(x) else -7, 7 if y[at] >= fmean(y) else -7)
             axes.annotate(
                 str(at), (x[at], y[at]), xytext=outward, textcoords="offset points", fontsize=8, color=INK,
                 ha="center", va="center",

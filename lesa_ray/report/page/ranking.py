@@ -32,7 +32,7 @@ def verdict(arms: list[ArmView]) -> list[str]:
         return ["No run is complete, so there is no ranking yet."]
     best, final = order[0]
     said = [
-        f"{best.name} has the lowest held-out loss at the end: {spread_words(final)} nats a token "
+        f"{best.called} has the lowest held-out loss at the end: {spread_words(final)} nats a token "
         f"({plural(final.n, 'seed')})."
     ]
     seeds = max(found.n for _, found in order)
@@ -69,7 +69,7 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     if not known:
         below = [view.name for view, difference in found if difference is not None and difference.mean < 0]
         return [
-            f"The best control is {best.name} ({spread_words(final)}); "
+            f"The best control is {best.called} ({spread_words(final)}); "
             f"{f'{some(below)} ended below it' if below else 'no method ended below it'} with this seed."
         ]
     better = [view.name for view, d in found if d is not None and d.clear and d.mean < 0]
@@ -80,7 +80,7 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     rest = len(found) - len(better) - len(worse)
     if rest:
         parts.append(f"not told apart: {rest} of {len(found)}")
-    return [f"The best control is {best.name} ({spread_words(final)}); {'; '.join(parts)}."]
+    return [f"The best control is {best.called} ({spread_words(final)}); {'; '.join(parts)}."]
 
 
 def ranking_table(arms: list[ArmView]) -> Table:
@@ -92,13 +92,13 @@ def ranking_table(arms: list[ArmView]) -> Table:
     rows += [_row(view, None, best) for view in arms if id(view) not in done]
     columns = (
         "arm",
+        "final loss",
+        "Δ to the best",
+        "seeds",
+        "right after expansion",
         "layers",
         "parameters",
         "trained",
-        "right after expansion",
-        "final loss",
-        "seeds",
-        "Δ to the best",
     )
     return Table(columns, tuple(rows))
 
@@ -109,13 +109,13 @@ def _row(view: ArmView, final: Spread | None, best: ArmView | None) -> tuple[str
     trained = arm.trained_parameters / arm.parameters if arm.trained_parameters and arm.parameters else None
     return (
         arm.name + (" (control)" if arm.control else ""),
+        "–" if final is None else spread_words(final),
+        _to_best(view, best) if final is not None else _why_none(view),
+        f"{len(view.finals)} of {len(arm.runs)}",
+        "–" if before is None else spread_words(before),
         "–" if arm.layers is None else str(arm.layers),
         "–" if arm.parameters is None else big(arm.parameters),
         "–" if trained is None else percent(trained),
-        "–" if before is None else spread_words(before),
-        "–" if final is None else spread_words(final),
-        f"{len(view.finals)} of {len(arm.runs)}",
-        _to_best(view, best) if final is not None else _why_none(view),
     )
 
 
@@ -144,7 +144,7 @@ def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     (best, first), gaps = order[0], order[-1][1].mean - order[0][1].mean
     widest = max((final.high - final.low for _, final in order if final.n > 1), default=None)
     if len(order) == 1:
-        see = f"Only {best.name} has a final loss, {first.mean:.4f}."
+        see = f"Only {best.called} has a final loss, {first.mean:.4f}."
     elif widest is None:
         see = (
             f"From the best arm to the worst it is {gaps:.4f}; with one seed each, how much of that is chance is open."
@@ -192,10 +192,10 @@ def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
                 axes.plot(ends, [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
             plot_marks(axes, [one.mean], [at], view.stroke, filled=one.clear, markersize=6)
         axes.set_xlim(-limit, limit)
-        axes.set_xlabel("difference of the final losses, 95 % interval (filled: leaves out 0)")
+        axes.set_xlabel("difference of final losses, 95 % interval\n(filled: leaves out 0)")
         axes.locator_params(axis="x", nbins=5)
 
-    return [Panel(f"difference to {to.name}", draw, width=4.6, height=rows_height(len(rows)))]
+    return [Panel(f"against {to.called}", draw, width=4.6, height=rows_height(len(rows)) + 0.15)]
 
 
 def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
@@ -208,7 +208,7 @@ def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     if base is None:
         high, low = rows[-1], rows[0]
         see = (
-            f"Training starts lowest with {low[0].name} ({_mean(low[1]):.4f}) and highest with {high[0].name} "
+            f"Training starts lowest with {low[0].called} ({_mean(low[1]):.4f}) and highest with {high[0].called} "
             f"({_mean(high[1]):.4f}); the base's own loss was not measured."
         )
     else:
@@ -217,7 +217,7 @@ def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         keeps = f"No arm starts exactly at the base's {base:.4f}"
         if kept:
             keeps = f"{some(kept)} {'start' if len(kept) > 1 else 'starts'} where the base is ({base:.4f})"
-        see = f"{keeps}; the furthest from it is {worst.name}, {signed(_mean(losses) - base)}."
+        see = f"{keeps}; the furthest from it is {worst.called}, {signed(_mean(losses) - base)}."
     return Figure(
         "loss-after-expansion",
         "Held-out loss right after expansion, before any training",

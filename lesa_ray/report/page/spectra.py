@@ -150,7 +150,7 @@ def _ranks_panel(
 
 def captured_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
     """The spectrum of all layers side by side, and how much of it a smaller rank keeps."""
-    types = {t: f for t, f in shown_types(analysis).items() if known(f.captured)}
+    types = {t: f for t, f in shown_types(analysis).items() if known(list(f.captured.values()))}
     if not types:
         return None
     ranks = sorted({int(rank) for f in types.values() for rank in f.captured})

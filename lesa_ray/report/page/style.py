@@ -54,14 +54,14 @@ figcaption details {{ flex-basis: 100%; }}
 summary {{ cursor: pointer; }}
 .scroll {{ overflow-x: auto; max-width: 100%; margin: .5rem 0 1.2rem; }}
 table {{ border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; font-weight: 600; padding: .3rem 0; color: var(--ink); }}
+.caption {{ font-size: .88rem; font-weight: 600; margin: .8rem 0 .2rem; break-after: avoid; }}
 th, td {{ padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: top; }}
 td {{ white-space: nowrap; }}
 .long td {{ white-space: normal; min-width: 9rem; text-align: left; }}
 .long thead th {{ text-align: left; }}
 th:first-child {{ text-align: left; }}
 thead th {{ color: var(--muted); font-weight: 600; vertical-align: bottom; }}
-tbody th {{ font-weight: 500; }}
+tbody th {{ font-weight: 500; min-width: 7.5rem; }}
 footer {{ border-top: 1px solid var(--grid); margin-top: 3rem; padding-top: 1rem; font-size: .85rem; }}
 @media print {{
   :root {{ color-scheme: light; --page: #ffffff; --soft: #f4f6f8; --link: {LIGHT["ink"]}; {variables(LIGHT)} }}

@@ -9,7 +9,7 @@ from lesa_ray.report.page.compared import ArmView, how_compare
 from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, plot_marks, rows_axis, rows_height
 from lesa_ray.report.page.palette import INK, MUTED, Stroke
 from lesa_ray.report.page.schema import Comparison
-from lesa_ray.report.page.words import listed, plural, some
+from lesa_ray.report.page.words import called, listed, plural, some
 from lesa_ray.report.published import TASKS, Published, matching
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         wins[arm] = wins.get(arm, 0) + 1
     first = max(wins, key=lambda key: wins[key])
     seeds = max(len(v) for found in values.values() for v in found.values())
-    see = f"{first} has the best mean in {wins[first]} of {plural(len(names), 'task')}"
+    see = f"{called(first)} has the best mean in {wins[first]} of {plural(len(names), 'task')}"
     see += "; with one seed that is no finding" if seeds == 1 else f" ({plural(seeds, 'seed')})"
     more = f"; {len(names) - _MOST} more tasks are in the table only" if len(names) > _MOST else ""
     lines = {name: _lines(comparison, arms, name) for name in names}
@@ -175,7 +175,8 @@ def _ours(table: Published, column: str, arms: list[ArmView]) -> dict[str, float
     """This study's figure for a column, by method; empty where it did not measure all that the column is made of."""
     found: dict[str, float] = {}
     for view in arms:
-        if view.arm.method not in table.rows or view.arm.layers != table.layers or view.arm.control:
+        method = view.arm.method
+        if method is None or method not in table.rows or view.arm.layers != table.layers or view.arm.control:
             continue
         means = {name: fmean(values) for name, values in task_values(view).items()}
         if column.startswith("wikitext"):
@@ -185,7 +186,7 @@ def _ours(table: Published, column: str, arms: list[ArmView]) -> dict[str, float
             scale = 100 if all(0 <= value <= 1 for value in values) else 1
             values = [fmean(values) * scale] if column.startswith("mean of 7") and min(values) >= 0 else []
         if values:
-            found.setdefault(view.arm.method, values[0])
+            found.setdefault(method, values[0])
     return found
 
 

@@ -79,8 +79,8 @@ PAGE = """<!doctype html>
 """
 
 MACROS = """{% macro data_table(name, table) -%}
+{%- if name %}<p class="caption">{{ name }}</p>{% endif %}
 <div class="scroll"><table{% if table.long %} class="long"{% endif %}>
-{%- if name %}<caption>{{ name }}</caption>{% endif %}
 {%- if table.columns %}
 <thead><tr>{% for cell in table.columns %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead>
 {%- endif %}

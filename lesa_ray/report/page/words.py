@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from lesa_ray.report.page.measures import Difference, Spread
 
 
+def called(name: str) -> str:
+    """A name as it stands in a sentence: in quotation marks if it has a comma of its own."""
+    return f"“{name}”" if "," in name else name
+
+
 def listed(names: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
+    names = [called(name) for name in names]
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
