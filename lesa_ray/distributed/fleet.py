@@ -27,9 +27,9 @@ from lesa_ray.checkpoint.storage import explain
 from lesa_ray.distributed.ray_runner import new_board, result_of, start_ray
 from lesa_ray.distributed.stage_task import Done, run_stage
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.fleet.graph import Stage
 from lesa_ray.fleet.schedule import choose, demand, total_of
-from lesa_ray.fleet.settings import Amount, FleetConfig
+from lesa_ray.fleet.settings import Amount, GraphConfig
+from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import Outcome, leave_plan, look
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.lease import Lease
@@ -43,6 +43,10 @@ _LOST_RETRIES = 3
 _STORE_FAULTS = 100  # in a row, of one stage: five minutes of a store that does not answer
 
 Say = Callable[[str, str], None]
+Settled = Callable[[Outcome], None]
+
+
+def _unheard(_: Outcome) -> None: ...
 
 
 @dataclass
@@ -62,11 +66,12 @@ class _Running:
     cancelled: bool = False
 
 
-def run_fleet(config: FleetConfig, stages: Sequence[Stage], say: Say) -> list[Outcome]:
+def run_fleet(config: GraphConfig, stages: Sequence[Stage], say: Say, settled: Settled = _unheard) -> list[Outcome]:
     """Make every stage that is not finished; what became of each, in their order.
 
-    say: is told of a stage's progress, by its id ("" for the fleet). Raises: MachineError if there is no Ray, or the
-    store does not answer at the beginning, or the cluster is lost; UserError if the store cannot be written."""
+    say: is told of a stage's progress, by its id ("" for the fleet). settled: is told what became of a stage as soon as
+    that is known. Raises: MachineError if there is no Ray, or the store does not answer at the beginning, or the
+    cluster is lost; UserError if the store cannot be written."""
     store = Store(config.store, config.lease)
     try:
         leave_plan(store, config, stages)
@@ -74,7 +79,7 @@ def run_fleet(config: FleetConfig, stages: Sequence[Stage], say: Say) -> list[Ou
         raise
     except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
         raise UserError(f"store {config.store}: cannot be written ({explain(error)[:200]})") from error
-    fleet = _Fleet(config, store, stages, say)
+    fleet = _Fleet(config, store, stages, say, settled)
     try:
         with _sigterm_kept():
             fleet.run()
@@ -88,8 +93,8 @@ def run_fleet(config: FleetConfig, stages: Sequence[Stage], say: Say) -> list[Ou
 class _Fleet:
     """The stages that wait, those under way, and what became of the others."""
 
-    def __init__(self, config: FleetConfig, store: Store, stages: Sequence[Stage], say: Say) -> None:
-        self._config, self._store, self._say = config, store, say
+    def __init__(self, config: GraphConfig, store: Store, stages: Sequence[Stage], say: Say, settled: Settled) -> None:
+        self._config, self._store, self._say, self._settled = config, store, say, settled
         self._waiting = {stage.id: stage for stage in stages}
         self._running: dict[Any, _Running] = {}
         self.outcomes: dict[str, Outcome] = {}
@@ -99,7 +104,7 @@ class _Fleet:
         self._tries: dict[str, int] = {}
         self._faults: dict[str, int] = {}
         self._told: dict[str, str] = {}
-        self._holder = f"fleet {config.name} on {socket.gethostname()}, process {os.getpid()}"
+        self._holder = f"{config.what} {config.name} on {socket.gethostname()}, process {os.getpid()}"
         self._board: Any = None
         self._task: Any = None
 
@@ -241,7 +246,7 @@ class _Fleet:
                 running.lease.release()
         for reference, running in self._running.items():
             if not running.lease.held and not running.cancelled:
-                self._say(running.stage.id, "is no longer this fleet's: its lease ran out; stopped")
+                self._say(running.stage.id, f"is no longer this {self._config.what}'s: its lease ran out; stopped")
                 self._cancel(reference, running)
 
     def _end(self, running: _Running, done: Done) -> None:
@@ -257,8 +262,8 @@ class _Fleet:
         self._store.finish(running.place, record)
         self._places[stage.id] = self._store.folder(running.place).url
         outcome = Outcome(stage.id, "made", running.why, running.place, record["seconds"], record["bytes"])
-        self.outcomes[stage.id] = outcome
         self._say(stage.id, f"made in {record['seconds']:.1f} s, {record['bytes'] / 1e6:.2f} MB: {running.place}")
+        self._note(outcome)
 
     def _fail(self, running: _Running, message: str, *, again: bool) -> None:
         """Note what stopped a stage; try again what may be better next time."""
@@ -277,13 +282,17 @@ class _Fleet:
             self._waiting[stage.id] = stage
             self._later[stage.id] = time.monotonic() + _PAUSE_SECONDS
             return
-        self.outcomes[stage.id] = Outcome(stage.id, "failed", message, running.place)
         self._say(stage.id, f"failed: {message}")
+        self._note(Outcome(stage.id, "failed", message, running.place))
 
     def _settle(self, stage: Stage, outcome: Outcome) -> None:
-        self.outcomes[stage.id] = outcome
         self._waiting.pop(stage.id, None)
         self._say(stage.id, outcome.why if outcome.how == "complete" else f"{outcome.how}: {outcome.why}")
+        self._note(outcome)
+
+    def _note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.id] = outcome
+        self._settled(outcome)
 
     def _wait(self, stage: Stage, why: str) -> None:
         self._looked.pop(stage.id, None)

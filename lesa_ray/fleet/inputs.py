@@ -52,6 +52,17 @@ def _tokenizer_digest(storage: Storage) -> str | None:
     return digest.hexdigest() if names else None
 
 
+def file_identity(name: str) -> str:
+    """SHA-256 of a small file. Raises: UserError if it cannot be read; MachineError."""
+    folder, _, file = name.rpartition("/")
+    try:
+        return hashlib.sha256(Storage(folder).read(file)).hexdigest()
+    except (UserError, MachineError):
+        raise
+    except Exception as error:  # each backend has its own classes for what is not there
+        raise UserError(f"{name}: cannot be read ({explain(error)[:200]})") from error
+
+
 def data_identity(names: Sequence[str], dataset_config: str | None = None, dataset_split: str = "train") -> Any:
     """Token blocks by their digest; else each file, or data set of the hub, in its order.
 

@@ -1,4 +1,5 @@
-"""What a fleet is: families of checkpoints, the methods and factors to grow them by, and what is done with each.
+"""What a fleet is: families of checkpoints, the methods and factors to grow them by, and what is done with each; and
+what it has in common with whatever else is made of stages on one cluster (`GraphConfig`).
 
 Settings of a stage are those of its command, less what the graph itself knows (where inputs lie and outputs go). A
 family may have its own on top: 70 billion parameters want more workers than one and a half.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -52,20 +53,16 @@ class Family(Settings):
     """The same of `resources`."""
 
 
-class FleetConfig(Settings):
-    """A fleet: every family grown by every method and factor, trained, tuned and measured."""
+class GraphConfig(Settings):
+    """Stages that are made on one cluster: where they lie, and how they share it."""
+
+    what: ClassVar[str]
+    """What messages call it."""
 
     name: Label
-    """A label; `fleet status` finds the fleet by it."""
+    """A label; its standing is found by it."""
     store: str
     """The artifact store: a folder or an fsspec URL."""
-    families: tuple[Family, ...] = Field(min_length=1)
-    methods: Several = Field(default=("lesa",), min_length=1)
-    factors: tuple[float, ...] = Field(default=(1.5,), min_length=1)
-    """Layers afterwards over layers before; `factor` names a single one."""
-    stages: StageSettings = Field(min_length=1)
-    """Which stages there are, and their settings. tokenize(family) and expand(family, method, factor) come first, then
-    pretrain, finetune and evaluate, each on what the last made."""
     resources: dict[StageName, Amount] = Field(default_factory=dict)
     """What a stage of a kind is reckoned to take. By default what its settings ask Ray for."""
     budget: Amount | None = None
@@ -76,7 +73,21 @@ class FleetConfig(Settings):
     retries: int = Field(default=2, ge=0)
     """How often a stage is started again after a fault of the machine."""
     lease: float = Field(default=TERM_SECONDS, ge=1)
-    """Seconds after which another fleet may take up what this one was working on when it died."""
+    """Seconds after which another process may take up what this one was working on when it died."""
+
+
+class FleetConfig(GraphConfig):
+    """A fleet: every family grown by every method and factor, trained, tuned and measured."""
+
+    what: ClassVar[str] = "fleet"
+
+    families: tuple[Family, ...] = Field(min_length=1)
+    methods: Several = Field(default=("lesa",), min_length=1)
+    factors: tuple[float, ...] = Field(default=(1.5,), min_length=1)
+    """Layers afterwards over layers before; `factor` names a single one."""
+    stages: StageSettings = Field(min_length=1)
+    """Which stages there are, and their settings. tokenize(family) and expand(family, method, factor) come first, then
+    pretrain, finetune and evaluate, each on what the last made."""
 
     @model_validator(mode="before")
     @classmethod

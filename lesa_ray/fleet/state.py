@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lesa_ray.errors import UserError
-from lesa_ray.fleet.graph import Stage
-from lesa_ray.fleet.settings import FleetConfig
+from lesa_ray.fleet.settings import GraphConfig
+from lesa_ray.fleet.stages import Stage
 from lesa_ray.store.catalog import Store, utc_now
 from lesa_ray.store.identity import Identity, canonical
 from lesa_ray.store.record import Record
@@ -65,10 +65,10 @@ def look_at_all(store: Store, stages: Iterable[Stage]) -> list[Standing]:
     return [_standing(store, stage.kind, stage.label, stage.identity, stage.problem) for stage in stages]
 
 
-def leave_plan(store: Store, config: FleetConfig, stages: Iterable[Stage]) -> None:
-    """Leave the fleet's stages in the store, for `status`. Raises: MachineError."""
+def leave_plan(store: Store, config: GraphConfig, stages: Iterable[Stage]) -> None:
+    """Leave the stages in the store, for `status`. Raises: MachineError."""
     content = {
-        "fleet": config.name,
+        config.what: config.name,
         "started": utc_now(),
         "file": file_digest(config),
         "stages": [
@@ -76,16 +76,16 @@ def leave_plan(store: Store, config: FleetConfig, stages: Iterable[Stage]) -> No
             for s in stages
         ],
     }
-    store.write_fleet(config.name, content)
+    store.write_plan(config.what, config.name, content)
 
 
-def status(store: Store, config: FleetConfig) -> tuple[list[Standing], dict[str, Any]]:
+def status(store: Store, config: GraphConfig) -> tuple[list[Standing], dict[str, Any]]:
     """Where the stages of a fleet stand as it was last started; and when that was, and whether the file has changed.
 
     Raises: UserError if it never was; MachineError."""
-    content = store.read_fleet(config.name)
+    content = store.read_plan(config.what, config.name)
     if content is None:
-        raise UserError(f"fleet {config.name}: was never started on {store.url}; `lesa-ray fleet FILE` does")
+        raise UserError(f"{config.what} {config.name}: was never started on {store.url}; give the command FILE alone")
     standings = []
     for stage in content["stages"]:
         identity = stage["identity"] and Identity.from_content(stage["identity"])
@@ -100,6 +100,6 @@ def _standing(store: Store, kind: str, label: str, identity: Identity | None, pr
     return look(store, identity, label)
 
 
-def file_digest(config: FleetConfig) -> str:
-    """SHA-256 of a fleet's settings."""
+def file_digest(config: GraphConfig) -> str:
+    """SHA-256 of a graph's settings."""
     return hashlib.sha256(canonical(config.model_dump(mode="json"))).hexdigest()

@@ -4,7 +4,7 @@
     STORE/KIND/LABEL-HASH12/stage.json  its record, written last: from then on the folder is not written again
     STORE/.lesa-ray/leases/             who is working on what
     STORE/.lesa-ray/begun/KIND/…json    stages that were begun and are not finished, and what stopped them last
-    STORE/.lesa-ray/fleets/NAME.json    the stages of each fleet as it was last started
+    STORE/.lesa-ray/fleets/NAME.json    the stages of each fleet (comparison, …) as it was last started
 
 Two stages that are the same but for their labels are one: the leases know hashes only, and `locate` finds the other's
 result. Whether a stage is finished is asked of its record, never of a listing, which some stores serve late.
@@ -153,14 +153,14 @@ class Store:
             if parsed is not None:
                 yield f"{kind}/{name}", parsed[1], parsed[2]
 
-    def write_fleet(self, name: str, content: dict[str, Any]) -> None:
-        """Leave a fleet's stages where `fleet status` finds them."""
-        self.control.write(f"fleets/{name}.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    def write_plan(self, what: str, name: str, content: dict[str, Any]) -> None:
+        """Leave the stages of a fleet or the like (`what`) where its status is looked for."""
+        self.control.write(f"{what}s/{name}.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
-    def read_fleet(self, name: str) -> dict[str, Any] | None:
-        """What `write_fleet` left; None if no such fleet was started on this store."""
+    def read_plan(self, what: str, name: str) -> dict[str, Any] | None:
+        """What `write_plan` left; None if no such thing was started on this store."""
         try:
-            content = json.loads(self.control.read(f"fleets/{name}.json"))
+            content = json.loads(self.control.read(f"{what}s/{name}.json"))
         except (FileNotFoundError, ValueError):
             return None
         return content if isinstance(content, dict) else None

@@ -11,9 +11,10 @@ import pytest
 
 from lesa_ray import ExpandConfig, UserError
 from lesa_ray.config import validated
-from lesa_ray.fleet import graph, inputs
-from lesa_ray.fleet.graph import Stage, build
+from lesa_ray.fleet import inputs
+from lesa_ray.fleet.graph import build
 from lesa_ray.fleet.settings import FleetConfig
+from lesa_ray.fleet.stages import CONFIGS, Stage
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 from tests import families
 from tests.training import styles
@@ -66,7 +67,7 @@ def others(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in before if before[name] != after[name]}
 
 
-def chain(label: str, first: str, kinds: Sequence[str] = graph.CONFIGS) -> set[str]:  # type: ignore[assignment]
+def chain(label: str, first: str, kinds: Sequence[str] = tuple(CONFIGS)) -> set[str]:
     """The stages of a chain from one on."""
     names = list(kinds)
     return {f"{kind}/{label}" for kind in names[names.index(first) :]}

@@ -1,0 +1,298 @@
+"""Stages of a graph, and how one is put together: each has its place in the store before anything runs.
+
+What is wrong with a stage's settings is found when it is added, before anything runs. What is wrong with an input (a
+checkpoint that is not there) is noted with the stages that need it: the others do not wait for it. Inputs are looked at
+side by side, each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from lesa_ray.checkpoint.storage import explain
+from lesa_ray.config import ExpandConfig, Settings, validated
+from lesa_ray.errors import UserError
+from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.expansion.registry import METHODS
+from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_identity, tokenizer_identity
+from lesa_ray.fleet.settings import Amount, absolute
+from lesa_ray.store.identity import Identity, code_version
+from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.train_settings import OPERATIONAL, FinetuneConfig, TrainConfig
+
+CONFIGS: dict[str, type[Settings]] = {
+    "tokenize": TokenizeConfig,
+    "expand": ExpandConfig,
+    "pretrain": TrainConfig,
+    "finetune": FinetuneConfig,
+    "evaluate": EvaluateConfig,
+}
+_KNOWN: dict[str, frozenset[str]] = {
+    "tokenize": frozenset({"data", "tokenizer", "out"}),
+    "expand": frozenset({"base", "out", "method", "factor", "layers"}),
+    "pretrain": frozenset({"checkpoint", "architecture", "data", "out", "dtype"}),
+    "finetune": frozenset({"checkpoint", "architecture", "out", "dtype"}),
+    "evaluate": frozenset({"checkpoints", "out"}),
+}
+"""What the graph itself gives a stage."""
+_COUNT: dict[str, frozenset[str]] = {"expand": frozenset({"method", "factor", "layers"})}
+"""Those of them that are no places."""
+_PLACES: dict[str, frozenset[str]] = {
+    "expand": frozenset({"variants", "importance"}),
+    "finetune": frozenset({"data", "tokenizer"}),
+    "evaluate": frozenset({"data"}),
+}
+"""Settings that say where inputs of the stage's own lie; what lies there counts, not where."""
+_DO_NOT_COUNT: dict[str, frozenset[str]] = {
+    "tokenize": frozenset(),
+    "expand": frozenset({"gpus_per_task", "memory_budget"}),
+    "pretrain": frozenset(OPERATIONAL),
+    "finetune": frozenset(OPERATIONAL),
+    "evaluate": frozenset({"gpus_per_task", "cpus_per_task", "batch_size"}),
+}
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The output of another stage, by its id."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a graph. `id` is KIND/LABEL."""
+
+    kind: str
+    label: str
+    given: Mapping[str, Any]
+    """Settings as the command takes them but `out`; a `Ref` (also in a tuple) where an input is another's output."""
+    needs: tuple[str, ...]
+    identity: Identity | None
+    """None if the identity of an input could not be found out."""
+    problem: str | None
+    """What is wrong with an input."""
+    wrong: bool
+    """Whether the problem is the user's to mend, not the machine's."""
+    resources: Amount | None
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}/{self.label}"
+
+    def settings(self, out: str, places: Mapping[str, str]) -> Settings:
+        """The command's settings. places: URLs of the outputs of `needs`, by id."""
+
+        def resolved(value: Any) -> Any:
+            if isinstance(value, Ref):
+                return places[value.stage]
+            return tuple(map(resolved, value)) if isinstance(value, tuple) else value
+
+        given = {name: resolved(value) for name, value in self.given.items()}
+        return CONFIGS[self.kind].model_validate({**given, "out": out})
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input of a stage: as its command is given it, and what identifies it. Both are a `Ref` to a stage's output."""
+
+    given: Any
+    found: Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a stage that come from a file. where: what messages call them."""
+
+    settings: Mapping[str, Any]
+    where: str
+    resources: Amount | None = None
+
+
+class _Problem(Exception):
+    """An input without an identity."""
+
+    def __init__(self, message: str, wrong: bool) -> None:
+        super().__init__(message)
+        self.wrong = wrong
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A stage whose inputs' identities are not known yet: stages by `Ref`, others as they are found out."""
+
+    kind: str
+    label: str
+    given: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    resources: Amount | None
+
+
+class StageBuilder:
+    """Gathers stages, each after those it needs, while the identities of their inputs are found out.
+
+    Every method that adds a stage raises UserError naming a setting that is wrong or not the file's to give."""
+
+    def __init__(self, by: str, pool: ThreadPoolExecutor) -> None:
+        """by: what messages call the graph (a fleet, a comparison). pool: looks at inputs."""
+        self._by, self._pool = by, pool
+        self._drafts: list[_Draft] = []
+        self._external: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def checkpoint(self, name: str) -> Source:
+        """A checkpoint that is there already."""
+        place = absolute(name)
+        return Source(place, self._found(checkpoint_identity, place))
+
+    def blocks(self, name: str) -> Source:
+        """Token blocks that are there already."""
+        place = absolute(name)
+        return Source(place, self._found(data_identity, (place,)))
+
+    def tokenize(self, label: str, options: Options, data: Sequence[str], tokenizer: str) -> Source:
+        """Text → token blocks."""
+        given = {"data": tuple(map(absolute, data)), "tokenizer": absolute(tokenizer)}
+        found = {
+            "data": self._found(data_identity, given["data"], *_dataset(options.settings)),
+            "tokenizer": self._found(tokenizer_identity, given["tokenizer"]),
+        }
+        return self._add("tokenize", label, options, given, found)
+
+    def expand(self, label: str, options: Options, base: Source, **given: Any) -> Source:
+        """A base → a deeper checkpoint. given: method, factor, layers, seed."""
+        inputs = {"base": base.found}
+        variants = options.settings.get("variants")
+        if variants and isinstance(variants, list | tuple):
+            given["variants"] = tuple(map(absolute, variants))
+            inputs["variants"] = [self._found(checkpoint_identity, variant) for variant in given["variants"]]
+        if options.settings.get("importance"):
+            given["importance"] = absolute(str(options.settings["importance"]))
+            inputs["importance"] = self._found(file_identity, given["importance"])
+        return self._add("expand", label, options, {"base": base.given, **given}, inputs)
+
+    def pretrain(self, label: str, options: Options, checkpoint: Source, blocks: Source, **given: Any) -> Source:
+        """A checkpoint → the same, trained on."""
+        inputs = {"checkpoint": checkpoint.found, "data": blocks.found}
+        places = {"checkpoint": checkpoint.given, "data": blocks.given}
+        return self._add("pretrain", label, options, {**places, **given}, inputs)
+
+    def finetune(self, label: str, options: Options, checkpoint: Source, **given: Any) -> Source:
+        """A checkpoint → the same, fine-tuned on conversations, which the options name."""
+        more, inputs = options.settings, {"checkpoint": checkpoint.found}
+        if "data" not in more:
+            raise UserError(f"{options.where}.data: missing; give conversations")
+        given |= {"checkpoint": checkpoint.given, "data": absolute(str(more["data"]))}
+        inputs["data"] = self._found(data_identity, (given["data"],), *_dataset(more))
+        if more.get("tokenizer"):
+            given["tokenizer"] = absolute(str(more["tokenizer"]))
+            inputs["tokenizer"] = self._found(tokenizer_identity, given["tokenizer"])
+        return self._add("finetune", label, options, given, inputs)
+
+    def evaluate(self, label: str, options: Options, checkpoints: Sequence[Source], blocks: Source | None) -> Source:
+        """Measure checkpoints, on the options' own data if they name some, else on the blocks."""
+        given: dict[str, Any] = {"checkpoints": tuple(one.given for one in checkpoints)}
+        inputs: dict[str, Any] = {"checkpoints": [one.found for one in checkpoints]}
+        named = options.settings.get("data")
+        if named:
+            given["data"] = tuple(map(absolute, (named,) if isinstance(named, str) else named))
+            inputs["data"] = self._found(data_identity, given["data"])
+        elif blocks is not None:
+            given["data"] = (blocks.given,)
+            inputs["data"] = blocks.found
+        return self._add("evaluate", label, options, given, inputs)
+
+    def _add(
+        self, kind: str, label: str, options: Options, given: Mapping[str, Any], inputs: Mapping[str, Any]
+    ) -> Source:
+        if taken := sorted(_KNOWN[kind] & options.settings.keys()):
+            raise UserError(f"{options.where}.{taken[0]}: is given by the {self._by} itself; leave it out")
+        all_given = {**options.settings, **given}
+        shown = {name: _placeholder(value) for name, value in all_given.items()}
+        checked = validated(CONFIGS[kind], {**shown, "out": "out"}, options.where)
+        left_out = (_KNOWN[kind] - _COUNT.get(kind, frozenset())) | _DO_NOT_COUNT[kind] | _PLACES.get(kind, frozenset())
+        settings = checked.model_dump(mode="json", exclude=set(left_out))
+        if isinstance(checked, ExpandConfig) and not uses_lesa(checked.method):
+            del settings["lesa"]
+        self._drafts.append(_Draft(kind, label, all_given, inputs, settings, options.resources))
+        ref = Ref(f"{kind}/{label}")
+        return Source(ref, ref)
+
+    def _found(self, identify: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """What `identify(*arguments)` gives, asked once."""
+        key = (identify.__name__, *arguments)
+        if key not in self._external:
+            self._external[key] = self._pool.submit(identify, *arguments)
+        return self._external[key]
+
+    def finished(self) -> list[Stage]:
+        """The stages with their identities."""
+        stages: dict[str, Stage] = {}
+        for draft in self._drafts:
+            identity, problem, wrong = None, None, False
+            try:
+                inputs = {name: _identified(value, stages) for name, value in draft.inputs.items()}
+                identity = Identity(draft.kind, inputs, draft.settings, code_version())
+            except _Problem as error:
+                problem, wrong = str(error), error.wrong
+            needs = tuple(dict.fromkeys(ref.stage for value in draft.given.values() for ref in _refs(value)))
+            stage = Stage(draft.kind, draft.label, draft.given, needs, identity, problem, wrong, draft.resources)
+            stages[stage.id] = stage
+        return list(stages.values())
+
+
+def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings on top of one another, the last on top; mappings key by key."""
+    more: dict[str, Any] = {}
+    for one in settings:
+        for name, value in one.items():
+            before = more.get(name)
+            more[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    return more
+
+
+def for_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Settings of `expand` that are meant for several methods, as one of them takes them."""
+    kept = uses_lesa(method)
+    return {name: value for name, value in settings.items() if kept or name not in ("lesa", "variants")}
+
+
+def uses_lesa(method: str) -> bool:
+    """Whether the settings of LESA count for a method."""
+    return method in METHODS and METHODS[method].predicts
+
+
+def _dataset(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Which part of a Hugging Face dataset."""
+    return settings.get("dataset_config"), settings.get("dataset_split", "train")
+
+
+def _identified(value: Any, stages: Mapping[str, Stage]) -> Any:
+    """What identifies an input. Raises: _Problem."""
+    if isinstance(value, list):
+        return [_identified(one, stages) for one in value]
+    if isinstance(value, Ref):
+        stage = stages[value.stage]
+        if stage.identity is None:
+            raise _Problem(stage.problem or "", stage.wrong)
+        return {"stage": stage.identity.digest}
+    try:
+        return value.result()
+    except Exception as error:  # each backend has its own classes for what it refuses
+        raise _Problem(explain(error), isinstance(error, UserError)) from error
+
+
+def _refs(value: Any) -> Iterator[Ref]:
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, Ref):
+            yield one
+
+
+def _placeholder(value: Any) -> Any:
+    """A setting as it can be checked before it is known where inputs will lie."""
+    if isinstance(value, tuple):
+        return tuple(map(_placeholder, value))
+    return value.stage if isinstance(value, Ref) else value
