@@ -87,9 +87,10 @@ def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:
     return None
 
 
-def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
+def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True) -> Anatomy:
     """Find the stack of layers of a checkpoint.
 
+    alike: whether all layers must have tensors of the same shapes. If not, `types` has the shapes of layer 0.
     Raises: UserError, one line, if there is none, more than one, or its layers are not alike.
     """
     base = checkpoint.base
@@ -110,7 +111,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
             f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported"
         )
     stack, layers = next(iter(stacks.items()))
-    _check_alike(base, stack, layers)
+    _check_alike(base, stack, layers, shapes=alike)
     depth = config_depth(checkpoint.config)
     if depth is None:
         raise UserError(f"BASE {base}: config.json has none of {', '.join(DEPTH_KEYS)}")
@@ -122,7 +123,7 @@ def read_anatomy(checkpoint: Checkpoint) -> Anatomy:
     return Anatomy(family, stack, len(layers), types, tuple(outside), checkpoint.config)
 
 
-def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]]) -> None:
+def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]], *, shapes: bool) -> None:
     missing = sorted(set(range(max(layers) + 1)) - set(layers))
     if missing:
         raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(layers)}")
@@ -136,10 +137,11 @@ def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]
                 "models whose layers differ are not supported"
             )
         for name, entry in layer.items():
-            if (entry.shape, entry.dtype) != (first[name].shape, first[name].dtype):
+            if entry.dtype != first[name].dtype or (shapes and entry.shape != first[name].shape):
+                hint = "; whole layers can be copied by llama-pro and solar" if entry.shape != first[name].shape else ""
                 raise UserError(
                     f"BASE {base}: layers are not alike: {entry.name} is {entry.dtype} {list(entry.shape)}, "
-                    f"in layer 0 it is {first[name].dtype} {list(first[name].shape)}"
+                    f"in layer 0 it is {first[name].dtype} {list(first[name].shape)}{hint}"
                 )
 
 

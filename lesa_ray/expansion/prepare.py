@@ -92,11 +92,12 @@ def prepare(config: ExpandConfig) -> Expansion:
     method = get_method(config.method)
     check_settings(config, method)
     checkpoint = open_checkpoint(config.base)
-    anatomy = read_anatomy(checkpoint)
+    anatomy = read_anatomy(checkpoint, alike=not method.copies)
     for variant in config.variants:
         _check_variant(config.base, anatomy, variant)
     job = make_job(config, anatomy, method)
     _check_supported(job)
+    _check_vectors(job, checkpoint)
     units = list(method.units(job))
     if (vectors := vectors_unit(job)) is not None:
         units.append(vectors)
@@ -164,6 +165,20 @@ def _check_supported(job: Job) -> None:
             )
 
 
+def _check_vectors(job: Job, checkpoint: Checkpoint) -> None:
+    """Raises: UserError if vectors are to come from layers in which they have another length."""
+    if job.vectors == "lower":
+        return
+    for weight_type in job.anatomy.vectors:
+        for layer in range(job.anatomy.layers):
+            name = job.anatomy.name(layer, weight_type.name)
+            if checkpoint.tensors[name].shape != weight_type.shape:
+                raise UserError(
+                    f"--vectors {job.vectors}: {name} has {checkpoint.tensors[name].shape[0]} entries, in layer 0 it "
+                    f"has {weight_type.shape[0]}; use --vectors lower"
+                )
+
+
 def _old_tensors(job: Job, checkpoint: Checkpoint) -> list[OutTensor]:
     """The base's tensors under their names in the result, in the order of their bytes in the base."""
     renamed = {
@@ -200,7 +215,9 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
                 continue
             source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name)]
             source = source and replace(source, scale=scale)
-            tensors.append(OutTensor(name, result_dtype(job, weight_type.dtype), weight_type.shape, source))
+            # where layers differ (copies alone then) a new one has the shapes of the layer it comes from
+            shape = checkpoint.tensors[job.anatomy.name(job.plan.origin(output.lower), weight_type.name)].shape
+            tensors.append(OutTensor(name, result_dtype(job, weight_type.dtype), shape, source))
     return tensors
 
 
