@@ -115,7 +115,11 @@ class ExpandConfig(Settings):
     layers: int | None = None
     """Layers afterwards; instead of `factor`."""
     position: str | None = None
-    """top | middle | bottom | ends | uniform, or gaps as in `15-30` or `1,5,9`; None: the method's published one."""
+    """top | middle | bottom | ends | uniform | most-important | least-important, or gaps as in `15-30` or `1,5,9`;
+    None: the method's published one."""
+    importance: str | None = None
+    """The analysis.json (a file or URL) of `lesa-ray analyze BASE --data …` from which the positions most-important and
+    least-important follow: new layers go above those whose block influence is largest or smallest."""
     zero_init: bool | None = None
     """Zero every projection through which a new layer writes into the residual stream; None: as published."""
     output_scale: float | None = Field(default=None, ge=0)

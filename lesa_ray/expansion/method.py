@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -19,7 +19,7 @@ from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.config import ExpandConfig, LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.plan import New, Plan, between, target_layers
+from lesa_ray.expansion.plan import New, Plan, between, gaps_by_importance, target_layers
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +192,9 @@ class Method(ABC):
         return ()
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
-        """Do one unit's work and return what is worth reporting: plain JSON, the same for the same inputs and seed."""
+        """Do one unit's work and return what is worth reporting: plain JSON, the same for the same inputs and seed.
+
+        A unit of several fits reports each by its name, under `fits`."""
         raise NotImplementedError(f"{self.name} has no units")
 
 
@@ -218,15 +220,20 @@ def check_settings(config: ExpandConfig, method: Method) -> None:
         raise UserError(f"{names}: a setting of lesa, {method.name} has no use for it")
 
 
-def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method) -> Job:
-    """Decide everything about an expansion. Raises: UserError for settings that do not fit the base or the method."""
+def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method, influence: Sequence[float] | None = None) -> Job:
+    """Decide everything about an expansion. influence: of each layer, for a position by importance.
+
+    Raises: UserError for settings that do not fit the base or the method."""
     if anatomy.layers < method.minimum_layers:
         raise UserError(f"{method.name}: needs at least {method.minimum_layers} layers, the base has {anatomy.layers}")
     layers = target_layers(anatomy.layers, config.factor, config.layers, config.position)
+    position = config.position
+    if influence is not None and position is not None:
+        position = gaps_by_importance(position, influence, layers - anatomy.layers)
     return Job(
         config=config,
         anatomy=anatomy,
-        plan=method.plan(anatomy.layers, layers, config.position),
+        plan=method.plan(anatomy.layers, layers, position),
         method=method,
         zero_init=_zero_init(config, method),
         vectors=config.vectors or ("first" if _first_vectors(config) else method.vectors),

@@ -11,11 +11,14 @@ LLaMA Pro copies the last layer of each of T-L groups; SOLAR stacks [0, L-m) and
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lesa_ray.errors import UserError
 
 POSITIONS = ("top", "middle", "bottom", "ends", "uniform")
+BY_IMPORTANCE = ("most-important", "least-important")
+"""Positions that follow from figures of the base's layers (`expansion.importance`)."""
 _GAPS = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
 
 
@@ -66,7 +69,7 @@ class Plan:
 
 def target_layers(base_layers: int, factor: float | None, layers: int | None, position: str | None) -> int:
     """How many layers the result has. Raises: UserError if that is no growth."""
-    if layers is None and factor is None and position is not None and position not in POSITIONS:
+    if layers is None and factor is None and position is not None and position not in (*POSITIONS, *BY_IMPORTANCE):
         return base_layers + len(parse_gaps(position, base_layers))
     if layers is None:
         factor = 1.5 if factor is None else factor
@@ -87,7 +90,8 @@ def target_layers(base_layers: int, factor: float | None, layers: int | None, po
 def parse_gaps(position: str, base_layers: int) -> list[int]:
     """Gaps named by the layer below each: `15-30` or `1,5,9`. Raises: UserError."""
     if not _GAPS.match(position):
-        raise UserError(f"--position {position}: unknown; use {', '.join(POSITIONS)}, or gaps such as 15-30 or 1,5,9")
+        words = ", ".join((*POSITIONS, *BY_IMPORTANCE))
+        raise UserError(f"--position {position}: unknown; use {words}, or gaps such as 15-30 or 1,5,9")
     gaps: list[int] = []
     for part in position.split(","):
         first, _, last = part.partition("-")
@@ -120,6 +124,23 @@ def choose_gaps(position: str, count: int, gaps: int) -> list[int]:
         return [*range(count // 2), *range(gaps - (count - count // 2), gaps)]
     assert position == "uniform", position
     return [(2 * index + 1) * gaps // (2 * count) for index in range(count)]
+
+
+def gaps_by_importance(position: str, influence: Sequence[float], count: int) -> str:
+    """The gaps above the `count` layers of largest (`most-important`) or smallest influence, as `parse_gaps` reads
+    them; of equal ones the lower. The last layer has no gap above it.
+
+    influence: one value for each layer of the base. Raises: UserError if there are not so many gaps.
+    """
+    gaps = len(influence) - 1
+    if count > gaps:
+        raise UserError(
+            f"--position {position}: chooses among the {gaps} gaps of the base, {count} layers are to be added; "
+            "give fewer, or another position"
+        )
+    sign = -1 if position == "most-important" else 1
+    chosen = sorted(range(gaps), key=lambda gap: (sign * influence[gap], gap))[:count]
+    return ",".join(map(str, sorted(chosen)))
 
 
 def between(base_layers: int, layers: int, position: str) -> Plan:

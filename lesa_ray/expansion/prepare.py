@@ -19,6 +19,7 @@ from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, TensorEntry, ope
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, header_bytes, plan_shards
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.importance import read_importance
 from lesa_ray.expansion.method import Copy, Job, Unit, Zero, check_settings, make_job
 from lesa_ray.expansion.methods.slots import vectors_unit
 from lesa_ray.expansion.plan import New, Old
@@ -26,8 +27,8 @@ from lesa_ray.expansion.registry import get_method
 from lesa_ray.expansion.workbench import made_name, result_dtype, unit_tensors, units_storage
 from lesa_ray.sizes import parse_size
 
-_PLACEMENT_SETTINGS = {"base", "out", "gpus_per_task", "memory_budget"}
-"""Settings that do not count for what the result is."""
+_PLACEMENT_SETTINGS = {"base", "out", "gpus_per_task", "memory_budget", "importance"}
+"""Settings that do not count for what the result is; where a file lies does not, its content does."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Expansion:
     shards: tuple[Shard, ...]
     config: dict[str, Any]
     """config.json of the result."""
+    importance: str | None = None
+    """SHA-256 of the analysis.json from which the position follows."""
 
     @property
     def parameters(self) -> int:
@@ -78,6 +81,7 @@ class Expansion:
             "base": self.checkpoint.digests(),
             "base_config": hashlib.sha256(raw_config).hexdigest(),
             "variants": variants,
+            **({"importance": self.importance} if self.importance is not None else {}),
         }
 
     @cached_property
@@ -95,7 +99,8 @@ def prepare(config: ExpandConfig) -> Expansion:
     anatomy = read_anatomy(checkpoint, alike=not method.copies)
     for variant in config.variants:
         _check_variant(config.base, anatomy, variant)
-    job = make_job(config, anatomy, method)
+    importance = read_importance(config, checkpoint, anatomy)
+    job = make_job(config, anatomy, method, importance.influence if importance is not None else None)
     _check_supported(job)
     _check_vectors(job, checkpoint)
     units = list(method.units(job))
@@ -108,6 +113,7 @@ def prepare(config: ExpandConfig) -> Expansion:
         units=tuple(units),
         shards=tuple(plan_shards(groups, limit)),
         config=deeper_config(checkpoint.config, job.plan.origins, anatomy.layers, config.base, config.dtype),
+        importance=importance.digest if importance is not None else None,
     )
 
 
