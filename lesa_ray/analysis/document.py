@@ -1,0 +1,73 @@
+"""analysis.json: the figures of all pieces put together, and what they are of."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lesa_ray.analysis.subject import Subject
+from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
+
+VERSION = 1
+"""Of analysis.json."""
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+_PACKAGES = ("lesa-ray", "torch", "numpy", "scikit-learn")
+_DIGITS = 6
+
+
+def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, Any] | None) -> dict[str, Any]:
+    """analysis.json. results: of `work_on_type` and `work_on_block` by type and block.
+
+    Numbers are rounded to six digits, beyond which they depend on threads and libraries."""
+    checkpoint, anatomy = subject.checkpoint, subject.anatomy
+    manifest = read_manifest(checkpoint.storage) if MANIFEST_FILE in checkpoint.files else None
+    types: dict[str, dict[str, Any]] = {}
+    fit: dict[str, dict[str, Any]] = {}
+    for name in subject.types:
+        figures, scores = results[name]
+        found = [results[piece] for piece, block in subject.blocks.items() if name in block.matrices]
+        types[name] = {
+            **figures,
+            "neighbour_cosine_matched": found[0]["neighbours"][name] if found else None,
+            "neighbour_cosine_chance": found[0]["chance"][name] if found else None,
+        }
+        matched = {"matched": found[0]["candidates"][name]} if found and found[0]["candidates"][name] else {}
+        fit[name] = {**(scores or {}), **matched}
+    measured = {"types": types, "fit": fit if all(fit.values()) else None, "residual": residual}
+    return {
+        "kind": "analysis",
+        "version": VERSION,
+        "checkpoint": subject.config.base,
+        "identity": {
+            "weights": checkpoint.digests(),
+            "config": hashlib.sha256(checkpoint.storage.read("config.json")).hexdigest(),
+        },
+        "family": anatomy.family,
+        "layers": anatomy.layers,
+        "hidden_size": next((checkpoint.config[key] for key in _WIDTHS if key in checkpoint.config), None),
+        "new_layers": manifest["new_layers"] if manifest is not None else [],
+        "created_with": _versions(),
+        "settings": subject.config.model_dump(mode="json", exclude={"out"}),
+        "matched_missing": subject.why_not_matched,
+        **_rounded(measured),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,57 @@
+"""What is to be looked at: the settings of `lesa-ray analyze`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from lesa_ray.config import DtypeName, LesaSettings, Settings, Several
+from lesa_ray.evaluation.settings import DeviceName, SplitName
+from lesa_ray.sizes import Bytes
+
+
+class AnalyzeConfig(Settings):
+    """One analysis of one checkpoint."""
+
+    base: str
+    """Checkpoint to look at: a folder, a Hugging Face repo id, or an fsspec URL."""
+    out: str | None = None
+    """Folder (or fsspec URL) that gets analysis.json and analysis.html. By default nothing is written."""
+    page: bool = True
+    """Write analysis.html too, where matplotlib is installed (`pip install 'lesa-ray[report]'`)."""
+    data: Several = ()
+    """Text (files, folders, globs, URLs of .txt, .md, .py, .jsonl, .parquet) or one folder of token blocks, for what
+    each layer adds to the residual stream. Without it the weights alone are looked at."""
+    tokens: int = Field(default=8192, ge=1)
+    """How many tokens of the data the model reads."""
+    split: SplitName = "heldout"
+    """Which split of token blocks; text has none."""
+    text_column: str = "text"
+    """The column of .jsonl and .parquet files that holds the text."""
+    window: int | None = Field(default=None, ge=1)
+    """Tokens that the model sees at once. By default what the checkpoint allows, for text at most 2,048, for token
+    blocks the length of their rows."""
+    dtype: DtypeName | None = None
+    """Element type to compute the forward pass in. By default as stored."""
+    device: DeviceName | None = None
+    """By default a GPU where there is one."""
+    fit: bool | None = None
+    """Fit LESA's predictor to each weight type and score it on held-out layers. By default where the layers have at
+    most 200 million weights: minutes on two cores; an 8B model takes as long as `expand` does."""
+    match: bool | None = None
+    """Match neurons and heads of neighbouring layers, and say how like they are then, beside chance. By default as for
+    fit; of an 8B model it takes a GPU."""
+    lesa: LesaSettings = LesaSettings()
+    """Settings of that fit."""
+    seed: int = 0
+    memory_budget: Bytes | None = None
+    """Host memory of one weight type's work, in bytes or with a unit. By default four fifths of what is free."""
+    gpus_per_task: float | None = Field(default=None, ge=0)
+    """On a cluster, GPUs that one weight type asks Ray for. By default one where there are some, else none."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """On a cluster, CPU cores for one weight type. By default the cluster's, divided among the types."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AnalyzeConfig:
+        if self.fit and self.lesa.holdout == 0:
+            raise ValueError("fit with lesa.holdout 0: nothing would be held out to score it on")
+        return self

@@ -1,0 +1,210 @@
+"""What is analysed: a checkpoint by its headers, its weight types, and how one of them is worked on.
+
+Types are independent of one another, so each may be a task of its own. A type's layers are read several times (singular
+values, the passes of the common basis, the fit); where all of them take at most a quarter of the memory budget they are
+read once and kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa_ray.analysis.heldout import held_out_fit
+from lesa_ray.analysis.likeness import match_block
+from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.analysis.weight_type import DIRECTIONS, analyse_type
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
+from lesa_ray.checkpoint.blocks import Block, read_blocks
+from lesa_ray.checkpoint.finite import assert_finite
+from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, open_checkpoint
+from lesa_ray.config import LesaSettings
+from lesa_ray.errors import UserError
+from lesa_ray.expansion.memory import default_budget
+from lesa_ray.lesa.cost import Task, unit_cost
+from lesa_ray.lesa.streams import Load
+
+SMALL = 200_000_000
+"""Weights in all layers up to which predictors are fitted and layers matched unless told otherwise."""
+KEPT_SHARE = 0.25
+"""Of the memory budget, for layers that are read once and kept."""
+_EXPERT = re.compile(r"experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint to analyse. Picklable, holds no weights."""
+
+    config: AnalyzeConfig
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+
+    @cached_property
+    def types(self) -> dict[str, tuple[WeightType, ...]]:
+        """The matrices by name; experts of a kind are one type, `experts.*`."""
+        kinds: dict[str, tuple[WeightType, ...]] = {}
+        for weight_type in self.anatomy.matrices:
+            kind = _EXPERT.sub("experts.*.", weight_type.name) if weight_type.is_expert else weight_type.name
+            kinds[kind] = (*kinds.get(kind, ()), weight_type)
+        return kinds
+
+    @property
+    def is_small(self) -> bool:
+        """Whether what takes long is done without being asked for."""
+        return sum(t.d1 * t.d2 for t in self.anatomy.matrices) * self.anatomy.layers <= SMALL
+
+    @property
+    def fits(self) -> bool:
+        """Whether predictors are fitted. They learn from three layers in a row."""
+        wanted = self.is_small if self.config.fit is None else self.config.fit
+        return wanted and self.anatomy.layers >= 3
+
+    @property
+    def why_not_matched(self) -> str | None:
+        """Why layers are not matched, or None."""
+        if not (self.is_small if self.config.match is None else self.config.match):
+            return "not asked for" if self.config.match is None else "not wanted"
+        try:
+            read_blocks(self.anatomy, "analyze")
+        except UserError as error:
+            return str(error).removeprefix("analyze: ").removesuffix("; use another method")
+        return None
+
+    @cached_property
+    def blocks(self) -> dict[str, Block]:
+        """What is matched, each a piece of work; empty where layers are not matched."""
+        if self.why_not_matched is not None:
+            return {}
+        attention, mlp = read_blocks(self.anatomy, "analyze")
+        return {"attention, matched": attention, "mlp, matched": mlp}
+
+    def nbytes(self, name: str) -> int:
+        """Of a type's matrices in all layers, as they are stored."""
+        return self.anatomy.layers * sum(t.d1 * t.d2 * FLOAT_BYTES[t.dtype] for t in self.types[name])
+
+    def memory(self, name: str) -> int:
+        """Rough peak in bytes of host memory that a piece of work takes beside the interpreter.
+
+        A type: the kept layers, and the larger of the common basis and the fit, by LESA's cost model. A block: some
+        layers in float32, and the similarities of its neurons or head rows.
+        """
+        if name in self.blocks:
+            block = self.blocks[name]
+            elements = [self.anatomy.types[matrix].d1 * self.anatomy.types[matrix].d2 for matrix in block.matrices]
+            private = max(self.anatomy.types[m].d1 for m in block.named("q", "gate", "up"))
+            return 48 * sum(elements) + 24 * private * private
+        members = self.types[name]
+        task = Task(
+            d1=members[0].d1,
+            d2=len(members) * members[0].d2,
+            layers=self.anatomy.layers,
+            slots=0,
+            settings=LesaSettings(rank=min(DIRECTIONS, members[0].d1), ridge_yardstick=False),
+            element_bytes=FLOAT_BYTES[members[0].dtype],
+        )
+        needed = unit_cost(task).host_memory
+        if self.fits:
+            fit = replace(
+                task, d2=members[0].d2, settings=self.config.lesa, checkpoints=len(members), basis=len(members)
+            )
+            needed = max(needed, unit_cost(fit).host_memory)
+        return self.nbytes(name) + needed
+
+    def read(self, layer: int, weight_type: WeightType) -> Tensor:
+        """(d1, d2). Raises: UserError if it is not finite."""
+        name = self.anatomy.name(layer, weight_type.name)
+        tensor = self.checkpoint.read(name)
+        assert_finite(tensor, name)
+        return tensor.T.contiguous() if weight_type.transposed else tensor
+
+    def loads(self, name: str, kept: dict[tuple[str, int], Tensor] | None) -> list[Load]:
+        """How the matrices of a type's members are read: layer → (d1, d2). `kept`: where they stay, if they do."""
+
+        def reader(weight_type: WeightType) -> Load:
+            def load(layer: int) -> Tensor:
+                if kept is None:
+                    return self.read(layer, weight_type)
+                if (weight_type.name, layer) not in kept:
+                    kept[weight_type.name, layer] = self.read(layer, weight_type)
+                return kept[weight_type.name, layer]
+
+            return load
+
+        return [reader(weight_type) for weight_type in self.types[name]]
+
+
+def open_subject(config: AnalyzeConfig) -> Subject:
+    """Open the checkpoint by its headers. Raises: UserError."""
+    checkpoint = open_checkpoint(config.base)
+    anatomy = read_anatomy(checkpoint)
+    subject = Subject(config, checkpoint, anatomy)
+    if not subject.types:
+        raise UserError(f"BASE {config.base}: its layers have no matrix to look at")
+    if config.fit and anatomy.layers < 3:
+        raise UserError(
+            f"--fit: a predictor learns from three layers in a row, BASE {config.base} has {anatomy.layers}"
+        )
+    if config.match:
+        read_blocks(anatomy, "--match")
+    return subject
+
+
+def work_on_type(
+    subject: Subject, name: str, device: str, progress: Callable[[str, float], None] = lambda phase, share: None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The schema's `types[name]` and `fit[name]` (None without a fit). Raises: UserError, MachineError."""
+    config, layers = subject.config, subject.anatomy.layers
+    budget = config.memory_budget or default_budget()
+    keeps = budget is None or subject.nbytes(name) <= KEPT_SHARE * budget
+    loads = subject.loads(name, {} if keeps else None)
+
+    def side_by_side(layer: int) -> Tensor:
+        return loads[0](layer) if len(loads) == 1 else torch.cat([load(layer) for load in loads], dim=1)
+
+    share = 0.5 if subject.fits else 1.0
+    scratch = os.environ.get("LESA_RAY_SCRATCH", tempfile.gettempdir())
+    left = budget - subject.nbytes(name) if budget is not None and keeps else budget
+    figures = analyse_type(
+        side_by_side,
+        layers,
+        members=len(loads),
+        seed=config.seed,
+        device=device,
+        scratch_dir=scratch,
+        memory_budget=left,
+        progress=lambda phase, done: progress(phase, share * done),
+    )
+    fit = None
+    if subject.fits:
+        fit = held_out_fit(
+            loads,
+            layers,
+            config.lesa,
+            config.seed,
+            device=device,
+            scratch_dir=scratch,
+            memory_budget=left,
+            progress=lambda phase, done: progress(phase, 0.5 + 0.5 * done),
+        )
+    return asdict(figures), fit
+
+
+def work_on_block(
+    subject: Subject, piece: str, device: str, progress: Callable[[str, float], None] = lambda phase, share: None
+) -> dict[str, Any]:
+    """`likeness.BlockFigures` of one of the subject's blocks. Raises: UserError, MachineError."""
+    block = subject.blocks[piece]
+
+    def load(layer: int) -> dict[str, Tensor]:
+        return {name: subject.read(layer, subject.anatomy.types[name]) for name in block.matrices}
+
+    layers, seed = subject.anatomy.layers, subject.config.seed
+    return asdict(match_block(load, layers, block, seed, device=device, progress=progress))

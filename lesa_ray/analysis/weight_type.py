@@ -1,0 +1,139 @@
+"""One weight type, from its layers to its figures.
+
+    each layer: its norm, its singular values, its cosine with the layer below   one pass
+    all layers: Σ and the leading coefficients in their common basis (`lesa.spectral`), the layers as points
+
+The common basis takes at most `DIRECTIONS` directions, so that large types go through the streamed randomised route:
+4 passes of products with a matrix of that width, in place of a Gram matrix of d1² and its eigenvectors (d1 = 14,336:
+2·10¹³ operations that no GPU makes less of). For d1 up to 2,048 the Gram route is taken, which is exact.
+
+Experts of a kind count as one type: side by side they are one matrix (d1, experts·d2) of each layer. Their order within
+a layer is free, so the likeness of neighbouring layers says little of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa_ray.analysis import pictures
+from lesa_ray.analysis.spectra import effective_rank, singular_values, spread, stable_rank
+from lesa_ray.lesa.clock import Clock
+from lesa_ray.lesa.spectral import Decomposition, decompose
+from lesa_ray.lesa.streams import Layers, Load, square_norm, working_dtype
+
+DIRECTIONS = 256
+"""Of the common basis that are looked at."""
+SPECTRUM = 64
+"""Singular values that are kept of each layer, at fixed quantiles of their index."""
+CAPTURED = (1, 4, 16, 64, 256)
+"""Numbers of directions for which the captured share of the energy is told."""
+
+
+@dataclass(frozen=True)
+class TypeFigures:
+    """Lists go over the layers (L), from the bottom, or over pairs of neighbours (L−1). A zero matrix has ranks 0, and
+    no direction: its cosines are None."""
+
+    shape: list[int]
+    """(d1, d2) of the matrix of a layer; of experts, side by side."""
+    members: int
+    """1, or the experts that lie side by side."""
+    norms: list[float]
+    """‖W_i‖_F."""
+    effective_rank: list[float]
+    stable_rank: list[float]
+    spectrum_index: list[int]
+    """Which singular values `spectra` holds, 0 the largest."""
+    spectra: list[list[float]]
+    """Of each layer, descending."""
+    common_spectrum: list[float]
+    """The leading Σ of all layers side by side, descending."""
+    common_directions: int
+    """How many there are in all: min(d1, L·d2)."""
+    route: str
+    """The spectral route of the common basis; `randomized` is approximate towards the end of `common_spectrum`."""
+    captured: dict[str, float]
+    """Share of ‖W‖²_F of all layers that lies in so many leading directions."""
+    neighbour_cosine: list[float | None]
+    """⟨W_i, W_{i+1}⟩ / (‖W_i‖·‖W_{i+1}‖), in the coordinates of the files."""
+    pictures: dict[str, Any]
+    """The layers as points; `directions`: leading rows of V_i that make one."""
+
+
+def analyse_type(
+    load: Load,
+    layers: int,
+    *,
+    members: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    scratch_dir: str | None = None,
+    memory_budget: int | None = None,
+    progress: Callable[[str, float], None] = lambda phase, share: None,
+) -> TypeFigures:
+    """load: layer → its matrix (d1, d2), called several times for each.
+
+    Raises: UserError for matrices that are not finite, or not of one shape.
+    """
+    source = Layers([load], layers, device)
+    d1, d2 = source.shape
+    spectra: list[Tensor] = []
+    cosines: list[float | None] = []
+    below: Tensor | None = None
+    for _, i, weight in source.stream():
+        progress("singular values", 0.7 * i / layers)
+        spectra.append(singular_values(weight))
+        if below is not None:
+            cosines.append(cosine(below, weight))
+        below = weight
+    del below, weight
+    progress("common basis", 0.7)
+    parts = decompose(
+        [load],
+        layers,
+        rank=min(DIRECTIONS, d1, layers * d2),
+        seed=seed,
+        device=device,
+        scratch_dir=scratch_dir,
+        memory_budget=memory_budget,
+        clock=Clock(),
+    )
+    progress("pictures", 0.95)
+    rows = parts.coefficients[0, :, : pictures.DIRECTIONS]  # (L, directions, d2)
+    index = spread(min(d1, d2), SPECTRUM)
+    return TypeFigures(
+        shape=[d1, d2],
+        members=members,
+        norms=source.squares[0].sqrt().tolist(),
+        effective_rank=[effective_rank(values) for values in spectra],
+        stable_rank=[stable_rank(values) for values in spectra],
+        spectrum_index=index,
+        spectra=[values[index].tolist() for values in spectra],
+        common_spectrum=parts.sigma.tolist(),
+        common_directions=min(d1, layers * d2),
+        route=parts.route,
+        captured=captured(parts),
+        neighbour_cosine=cosines,
+        pictures={**asdict(pictures.draw(rows.flatten(1))), "directions": rows.shape[1]},
+    )
+
+
+def captured(parts: Decomposition, counts: Sequence[int] = CAPTURED) -> dict[str, float]:
+    """Shares of the energy of all layers in the leading directions; 1 for layers that are all zero."""
+    total, directions = float(parts.squares.sum()), len(parts.sigma)
+    shares = parts.sigma.square().cumsum(0) / total if total > 0 else torch.ones(directions, dtype=torch.float64)
+    kept = [count for count in counts if count <= directions] or [directions]
+    return {str(count): min(float(shares[count - 1]), 1.0) for count in kept}
+
+
+def cosine(one: Tensor, other: Tensor) -> float | None:
+    """Of two matrices (d1, d2) as long vectors; None if one is zero."""
+    norms = math.sqrt(square_norm(one) * square_norm(other))
+    rows = torch.linalg.vecdot(one.to(working_dtype(one.dtype)), other.to(working_dtype(other.dtype)))
+    return float(rows.double().sum()) / norms if norms > 0 else None

@@ -1,0 +1,267 @@
+"""`lesa_ray.distributed.analyze.analyze`: one checkpoint's weights and, with data, what its layers add to the stream.
+
+    headers, data ▸ a piece of work for each weight type, each block, the forward pass ▸ analysis.json
+
+In this process, one piece after another with all its cores and its GPU, where no RAY_ADDRESS names a cluster: starting
+Ray takes longer than small models do. Else each piece is a Ray task with a GPU of its own, where there are some, the
+largest first. With `out` each finished piece is kept there until all are, so the same command goes on after a
+fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lesa_ray.analysis.document import make_report
+from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work_on_type
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.prepare import check_out
+from lesa_ray.expansion.runner import Listener, Silent
+
+if TYPE_CHECKING:
+    from lesa_ray.evaluation.checkpoints import Bounds
+    from lesa_ray.evaluation.measure import Job as Forward
+
+FILE, PAGE_FILE = "analysis.json", "analysis.html"
+_RESIDUAL = "residual stream"
+_POLL_SECONDS = 0.5
+_RETRIES = 3
+_INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers
+_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx")
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All pieces: weight types and blocks by name, and the forward pass where there are data for it."""
+
+    subject: Subject
+    residual: tuple[Forward, Bounds] | None
+
+    @property
+    def pieces(self) -> list[str]:
+        """The largest first."""
+        types = sorted(self.subject.types, key=self.subject.nbytes, reverse=True)
+        return [*([_RESIDUAL] if self.residual is not None else []), *self.subject.blocks, *types]
+
+    def do(self, piece: str, device: str, progress: Progress = lambda phase, share: None) -> Any:
+        if piece in self.subject.types:
+            return work_on_type(self.subject, piece, device, progress)
+        if piece in self.subject.blocks:
+            return work_on_block(self.subject, piece, device, progress)
+        from lesa_ray.analysis.residual import measure_residual
+
+        assert self.residual is not None
+        job, bounds = self.residual
+        job = replace(job, config=job.config.model_copy(update={"device": device}))
+        return measure_residual(job, bounds, self.subject.config.tokens, progress)
+
+
+class _Shelf:
+    """Where finished types wait for the others: a folder below OUT, or nowhere. The forward pass is quick, and what it
+    read may have changed."""
+
+    def __init__(self, storage: Storage | None, subject: Subject) -> None:
+        self._storage, self._folder = storage, ""
+        if storage is not None:
+            identity = [subject.config.model_dump(mode="json", exclude={"out"}), subject.checkpoint.digests()]
+            digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            self._folder = f"{WORK_DIR}/analysis-{digest[:16]}"
+
+    def get(self, piece: str) -> Any:
+        """What was kept, or None."""
+        if self._storage is None or piece == _RESIDUAL or not self._storage.exists(self._name(piece)):
+            return None
+        return json.loads(self._storage.read(self._name(piece)))
+
+    def put(self, piece: str, result: Any) -> None:
+        if self._storage is not None and piece != _RESIDUAL:
+            self._storage.write(self._name(piece), json.dumps(result, allow_nan=False).encode())
+
+    def clear(self) -> None:
+        """Remove it, and what is empty then."""
+        if self._storage is None:
+            return
+        self._storage.remove_tree(self._folder)
+        for folder in (self._storage.within(WORK_DIR), self._storage):
+            if folder.is_local and folder.exists() and folder.is_empty():
+                folder.remove_tree()
+
+    def _name(self, piece: str) -> str:
+        plain = re.sub(r"[^\w.-]", "_", piece)
+        return f"{self._folder}/{plain}.json"
+
+
+def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray: bool | None = None) -> dict[str, Any]:
+    """Look at a checkpoint; the content of analysis.json, which `config.out` gets too.
+
+    use_ray: None decides by RAY_ADDRESS. Raises: UserError for wrong input, with nothing left behind; MachineError for
+    a fault, after which the same call goes on (with `out`)."""
+    listener = listener or Silent()
+    listener.phase("reading the headers", 0)
+    subject = open_subject(config)
+    storage = None if config.out is None else _reach(config.base, config.out)
+    residual = None
+    if config.data:
+        from lesa_ray.analysis.residual import prepare_residual
+
+        residual = prepare_residual(config)
+    work, shelf = _Work(subject, residual), _Shelf(storage, subject)
+    done = {piece: result for piece in work.pieces if (result := shelf.get(piece)) is not None}
+    missing = [piece for piece in work.pieces if piece not in done]
+    if use_ray is None:
+        use_ray = bool(os.environ.get("RAY_ADDRESS"))
+
+    def finished(piece: str, result: Any) -> None:
+        done[piece] = result
+        shelf.put(piece, result)
+
+    try:
+        if missing:
+            (_side_by_side if use_ray else _in_turn)(work, missing, finished, listener)
+        report = make_report(subject, done, done.get(_RESIDUAL))
+        if storage is not None:
+            storage.write(FILE, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+            if config.page and find_spec("matplotlib") is not None:
+                from lesa_ray.report.page.build import analysis_page
+
+                listener.phase("drawing the page", 0)
+                storage.write(PAGE_FILE, analysis_page(report, _command(config)).encode())
+        shelf.clear()
+    except UserError:
+        shelf.clear()
+        raise
+    except MachineError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+            raise MachineError(f"BASE {config.base}: {explain(error)[:300]}") from error
+        raise
+    return report
+
+
+def _command(config: AnalyzeConfig) -> str:
+    """What makes the same again."""
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"base", "lesa"})
+    words = ["lesa-ray", "analyze", config.base]
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [word for one in (value if isinstance(value, list) else [value]) for word in (flag, str(one))]
+    return shlex.join(words)
+
+
+def _reach(base: str, out: str) -> Storage:
+    """The folder `out`. Raises: UserError if it lies inside the base, is a file or cannot be reached; found before the
+    work, not after."""
+    check_out(base, out)
+    try:
+        storage = Storage(out)
+        storage.list()
+    except (UserError, MachineError) as error:
+        raise type(error)(f"--out {out}: {error}") from None
+    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        raise UserError(f"--out {out}: cannot be reached ({explain(error)[:200]})") from error
+    return storage
+
+
+def _in_turn(work: _Work, pieces: list[str], finished: Callable[[str, Any], None], listener: Listener) -> None:
+    """One piece after another in this process."""
+    import torch
+
+    wanted = work.subject.config.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    listener.phase(_title(work), len(pieces))
+    for place, piece in enumerate(pieces):
+
+        def progress(phase: str, share: float, piece: str = piece, place: int = place) -> None:
+            listener.progress(place + share, f"{piece}: {phase}")
+
+        finished(piece, work.do(piece, device, progress))
+
+
+def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any], None], listener: Listener) -> None:
+    """A Ray task for each piece; the first to fail stops the others."""
+    import ray
+
+    from lesa_ray.distributed.ray_runner import result_of, start_ray
+
+    listener.phase("starting Ray", 0)
+    start_ray()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = _share(work.subject.config, len(pieces), nodes)
+    most_memory = max(node.get("memory", 0) for node in nodes)
+    listener.phase(_title(work), len(pieces))
+    shared = ray.put(work)
+    running: dict[Any, str] = {}
+    try:
+        for piece in pieces:
+            task = ray.remote(_task).options(
+                name=f"analyze {piece}",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                memory=int(min(_memory(work, piece), most_memory * 0.9)),
+                max_retries=_RETRIES,
+                retry_exceptions=[MachineError],
+            )
+            running[task.remote(shared, piece, cpus)] = piece
+        while running:
+            ended, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            for reference in ended:
+                piece = running.pop(reference)
+                finished(piece, result_of(reference, piece))
+            listener.progress(len(pieces) - len(running), ", ".join(list(running.values())[:2]))
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _task(work: _Work, piece: str, threads: int) -> Any:
+    import ray
+    import torch
+
+    torch.set_num_threads(threads)
+    return work.do(piece, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+
+
+def _share(config: AnalyzeConfig, pieces: int, nodes: list[dict[str, float]]) -> tuple[float, int]:
+    """GPUs and CPU cores of one task. Raises: UserError if a GPU is asked for and there is none; MachineError if no
+    node has so many."""
+    most_gpus, most_cpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU"))
+    gpus = config.gpus_per_task
+    if gpus is None:
+        gpus = 1 if most_gpus and config.device != "cpu" else 0
+    if config.device == "cuda" and not gpus:
+        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
+    cpus = config.cpus_per_task or max(1, int(min(most_cpus, sum(node.get("CPU", 0) for node in nodes) // pieces)))
+    if gpus > most_gpus or cpus > most_cpus:
+        raise MachineError(
+            f"a piece asks for {gpus:g} GPUs and {cpus} CPUs; the largest node has {most_gpus:g} and {most_cpus:g}"
+        )
+    return gpus, cpus
+
+
+def _memory(work: _Work, piece: str) -> int:
+    """Rough bytes of host memory of a task."""
+    if piece == _RESIDUAL:
+        return work.subject.checkpoint.nbytes + _INTERPRETER_BYTES
+    return work.subject.memory(piece) + _INTERPRETER_BYTES
+
+
+def _title(work: _Work) -> str:
+    return f"looking at {work.subject.config.base}"
