@@ -27,6 +27,7 @@ from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.layerwise.register import register
 
 _COPIED_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """What a tokenizer and the settings are made of; weights are copied by the checkpoint's own list."""
@@ -65,6 +66,7 @@ def read_bounds(name: str) -> Bounds:
 
 
 def _text_config(name: str, raw: dict[str, Any]) -> Any:
+    register()
     family = raw.get("model_type")
     if family not in CONFIG_MAPPING:
         raise UserError(f"checkpoint {name}: transformers does not know the family {family!r} of its config.json")
@@ -191,6 +193,7 @@ def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = N
 
     Raises: UserError also where weights are missing, which would be random, and where it sees what it predicts."""
     name = name or checkpoint
+    register()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -14,10 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from lesa_ray import cli
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.evaluate import evaluate
+from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.layerwise.names import CODE_FILES
 from lesa_ray.training.finish import finish_run, is_trained, trained_result
+from lesa_ray.training.packing_check import check_packing
 from lesa_ray.training.run import claim, out_state, prepare
+from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.worker import train
 from tests.layerwise.models import SMALL
@@ -120,3 +124,15 @@ def test_wrong_input_leaves_nothing(
     assert says in err
     assert err.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_it_is_measured_and_keeps_packed_conversations_apart(layerwise_folder: str, tmp_path: Path) -> None:
+    data = make_blocks(str(tmp_path / "blocks"), rows=8, heldout=4, seq_len=32)
+    config = EvaluateConfig(checkpoints=(layerwise_folder,), data=(data,))
+    (record,) = evaluate(config, use_ray=False)["checkpoints"]
+    model = AutoModelForCausalLM.from_pretrained(layerwise_folder)
+    ids = torch.from_numpy(open_blocks(data).heldout.read(range(4))["input_ids"]).long()
+    with torch.no_grad():
+        assert record["loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-4)
+    assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    check_packing(json.loads(Path(layerwise_folder, "config.json").read_text()), "here", 32)
