@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lesa_ray.layerwise.configuration_layerwise_llama import LayerwiseLlamaConfig
 from lesa_ray.layerwise.modeling_layerwise_llama import LayerwiseLlamaForCausalLM
 from lesa_ray.training.flops import step_flops
-from lesa_ray.training.model import build
+from lesa_ray.training.model import _allow_graphs, build
 from tests.families import tokens
 from tests.layerwise.models import random_model, small_architecture
 
@@ -156,3 +157,19 @@ def test_flops_follow_each_layers_heads() -> None:
     attention = sum(2 * length * heads * 2 * 8 for heads in raw["num_attention_heads_per_layer"])
     expected = tokens_of_a_step * (6 * matrices + 3 * attention)
     assert step_flops(model, tokens=tokens_of_a_step, seq_len=length, lowest_layer=None) == expected
+
+
+def test_layers_of_any_shape_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share their code, of which torch compiles eight shapes by default and runs further ones as they are."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    model = random_model(small_architecture(profile="vanilla", layers=10, beta="0.5,4", alpha="0.25,1"))
+    assert len(set(model.config.intermediate_sizes)) == 10
+    _allow_graphs(10)
+    counter = CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(backend=counter)
+    with torch.no_grad():
+        model(input_ids=tokens(), use_cache=False)
+    torch._dynamo.reset()
+    assert counter.frame_count == 10
