@@ -1,0 +1,235 @@
+"""`comparison.json`: what a comparison found, put together from the stages that the store holds.
+
+    STORE/comparison/NAME-HASH12/comparison.json
+
+Decides
+- It is not a stage but a view of stages: written anew whenever a run ends, so it is there from the first one on, and an
+  arm that is added later joins those that are there. HASH is that of what all arms have in common (base, data, tokens,
+  common settings): another budget is another comparison.
+- A run counts when all its stages are finished. What stopped one is told with it; a curve is shown as far as it came.
+- Losses to reach, unless the file names them: the final loss of the best control and of each arm (means over seeds).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.comparison.curves import AXES, curve, reached
+from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
+from lesa_ray.fleet.stages import Stage
+from lesa_ray.fleet.state import Outcome, Standing, look
+from lesa_ray.store.catalog import Store
+from lesa_ray.store.identity import canonical, code_version
+from lesa_ray.training.metrics import read_metrics
+
+FILE = "comparison.json"
+VERSION = 1
+_FOLDER = "comparison"
+_NO_OUTCOMES: Mapping[str, Outcome] = {}
+
+
+class Collector:
+    """Reads what the store holds of a comparison; finished runs once."""
+
+    def __init__(self, comparison: Comparison, store: Store) -> None:
+        self._comparison, self._store = comparison, store
+        self._stages = {stage.id: stage for stage in comparison.stages}
+        self._complete: dict[str, Standing] = {}
+        self._done: dict[tuple[str, int], dict[str, Any]] = {}
+
+    @property
+    def storage(self) -> Storage:
+        """Where `comparison.json` lies."""
+        return self._store.storage.within(f"{_FOLDER}/{self._comparison.config.name}-{self._digest[:12]}")
+
+    def collect(
+        self, machine: Mapping[str, Any] | None = None, outcomes: Mapping[str, Outcome] = _NO_OUTCOMES
+    ) -> dict[str, Any]:
+        """The content of `comparison.json` as things stand.
+
+        machine: what the runs were made on; by default as the file that is there says. outcomes: what became of stages
+        in this process. Raises: MachineError if the store does not answer."""
+        comparison, config = self._comparison, self._comparison.config
+        standings = {stage.id: self._look(stage, outcomes) for stage in comparison.stages}
+        arms = [self._arm(arm, standings) for arm in comparison.arms]
+        before = [run["loss_before"] for arm in arms if arm["method"] is None for run in arm["runs"]]
+        base_tasks = standings.get(comparison.base_evaluate or "")
+        return {
+            "kind": "comparison",
+            "version": VERSION,
+            "name": config.name,
+            "file": comparison.file,
+            "base": {
+                "checkpoint": config.base,
+                "family": comparison.base.family,
+                "parameters": comparison.base.parameters,
+                "layers": comparison.base.layers,
+                "loss": next((loss for loss in before if loss is not None), None),
+                "tasks": None if base_tasks is None else _tasks(base_tasks),
+            },
+            "data": self._data(standings),
+            "tokens": config.tokens,
+            "seeds": list(config.seeds),
+            "reference": comparison.reference,
+            "settings": {"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune},
+            "machine": dict(machine) if machine is not None else self._earlier().get("machine") or {},
+            "lesa_ray": code_version(),
+            "notes": list(comparison.notes),
+            "arms": arms,
+            "reached": _all_reached(arms, config.losses),
+        }
+
+    def write(self, content: Mapping[str, Any]) -> str:
+        """Leave it in the store; where. Raises: MachineError."""
+        data = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        self.storage.write(FILE, data.encode())
+        return f"{self.storage.url}/{FILE}"
+
+    @property
+    def _digest(self) -> str:
+        """Of what all arms have in common."""
+        config = self._comparison.config
+        run = self._comparison.arms[0].runs[0]
+        expand, pretrain = (self._stages[stage].identity for stage in (run.expand or "", run.pretrain))
+        assert expand is not None
+        assert pretrain is not None
+        common = {
+            "base": expand.inputs["base"],
+            "data": pretrain.inputs["data"],
+            "tokens": config.tokens,
+            "settings": {name: getattr(config, name) for name in ("expand", "pretrain", "finetune")},
+        }
+        return hashlib.sha256(canonical(common)).hexdigest()
+
+    def _earlier(self) -> dict[str, Any]:
+        """The file that is there; empty if there is none."""
+        try:
+            content = json.loads(self.storage.read(FILE))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _look(self, stage: Stage, outcomes: Mapping[str, Outcome]) -> Standing:
+        if stage.id in self._complete:
+            return self._complete[stage.id]
+        assert stage.identity is not None
+        outcome, standing = outcomes.get(stage.id), look(self._store, stage.identity, stage.label)
+        if standing.record is not None:
+            self._complete[stage.id] = standing
+        elif outcome is not None and outcome.how == "failed" and standing.state == "waiting":
+            return Standing(standing.id, standing.place, "failed", outcome.why)
+        return standing
+
+    def _data(self, standings: Mapping[str, Standing]) -> dict[str, Any]:
+        """What is known of the token blocks."""
+        comparison = self._comparison
+        known: dict[str, Any] = {"train_tokens": None, "heldout_rows": None, "digest": None}
+        if comparison.config.blocks is not None:
+            from lesa_ray.training.tokens import open_blocks
+
+            blocks = open_blocks(comparison.config.blocks)
+            known = {
+                "train_tokens": blocks.train.tokens, "heldout_rows": blocks.heldout.rows, "digest": blocks.digest
+            }  # fmt: skip
+        else:
+            assert comparison.tokenize is not None
+            record = standings[comparison.tokenize].record
+            if record is not None:
+                known = {name: record["metrics"].get(name) for name in known}
+        named = comparison.config.blocks or ", ".join(comparison.config.data)
+        return {**known, "seq_len": comparison.seq_len, "named": named}
+
+    def _arm(self, planned: PlannedArm, standings: Mapping[str, Standing]) -> dict[str, Any]:
+        arm, facts = planned.arm, planned.facts
+        return {
+            "name": arm.name,
+            "control": arm.control,
+            "method": arm.method,
+            "position": planned.position,
+            "settings": planned.settings,
+            "layers": facts.layers,
+            "parameters": facts.parameters,
+            "trained_parameters": facts.trained_parameters,
+            "flops_per_token": facts.flops_per_token,
+            "tokens": planned.tokens,
+            "runs": [self._run(arm.name, run, standings) for run in planned.runs],
+        }
+
+    def _run(self, arm: str, run: PlannedRun, standings: Mapping[str, Standing]) -> dict[str, Any]:
+        known = self._done.get((arm, run.seed))
+        if known is not None:
+            return known
+        chain = [standings[stage] for stage in run.stages]
+        failed = [one for one in chain if one.state == "failed"]
+        complete = all(one.state == "complete" for one in chain)
+        trained = standings[run.pretrain]
+        points = [] if trained.state == "waiting" else curve(read_metrics(self._store.folder(trained.place).url))
+        tuned = None if run.finetune is None else standings[run.finetune]
+        measured = None if run.evaluate is None else standings[run.evaluate]
+        content = {
+            "seed": run.seed,
+            "status": "complete" if complete else "failed" if failed else "missing",
+            "problem": f"{failed[0].id}: {failed[0].why}" if failed else None,
+            "expansion": None if run.expand is None else self._url(standings[run.expand]),
+            "training": self._url(trained),
+            "finetuning": None if tuned is None else self._url(tuned),
+            "loss_before": points[0]["loss"] if points and points[0]["step"] == 0 else None,
+            "curve": points,
+            "final_loss": points[-1]["loss"] if points and trained.record is not None else None,
+            "tuned_loss": tuned.record["metrics"].get("heldout_after") if tuned and tuned.record else None,
+            "tasks": None if measured is None else _tasks(measured),
+        }
+        if complete:
+            self._done[arm, run.seed] = content
+        return content
+
+    def _url(self, standing: Standing) -> str | None:
+        """Where a stage's output lies, if it is finished."""
+        return self._store.folder(standing.place).url if standing.record is not None else None
+
+
+def final_loss(arm: Mapping[str, Any]) -> tuple[float, float | None, int] | None:
+    """Mean and standard deviation (None of one) over an arm's runs of their final losses, and how many there are."""
+    losses = [run["final_loss"] for run in arm["runs"] if run["final_loss"] is not None]
+    if not losses:
+        return None
+    return statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else None, len(losses)
+
+
+def _all_reached(arms: list[dict[str, Any]], losses: tuple[float, ...]) -> list[dict[str, Any]]:
+    """When each run reached each loss. Seconds and FLOPs as `arms` has tokens: by arm, for each seed."""
+    finals = {arm["name"]: found[0] for arm in arms if (found := final_loss(arm)) is not None}
+    targets: list[tuple[float, str | None]] = [(loss, None) for loss in losses]
+    if not losses:
+        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in finals]
+        best = sorted(controls, key=finals.__getitem__)[:1]
+        targets = [(finals[name], name) for name in (*best, *(a["name"] for a in arms if not a["control"]))
+                   if name in finals]  # fmt: skip
+    entries = []
+    for loss, of in targets:
+        along = {
+            axis: {arm["name"]: [reached(run["curve"], loss, axis) for run in arm["runs"]] for arm in arms}
+            for axis in AXES
+        }
+        entries.append(
+            {"loss": loss, "of": of, "arms": along["tokens"], "seconds": along["seconds"], "flops": along["flops"]}
+        )
+    return entries
+
+
+def _tasks(standing: Standing) -> dict[str, float] | None:
+    """The value of each task's first metric; `acc_norm` where a task has it, as published tables do."""
+    if standing.record is None:
+        return None
+    values: dict[str, float] = {}
+    for name, task in (standing.record["metrics"]["checkpoints"][-1].get("tasks") or {}).items():
+        metrics = task["metrics"]
+        chosen = metrics.get("acc_norm") or next(iter(metrics.values()), None)
+        if chosen is not None and chosen["value"] is not None:
+            values[name] = chosen["value"]
+    return values

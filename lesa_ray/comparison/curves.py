@@ -1,0 +1,60 @@
+"""Held-out loss against tokens, seconds and FLOPs, from a run's metrics; and where a curve first reaches a loss.
+
+Decides
+- Seconds are those of training alone: what the rows say of the pace, so neither measuring nor starting nor an
+  interruption is in them. They depend on the machine, and on what ran beside the run; tokens and FLOPs do not.
+- FLOPs are what the model needs (`lesa_ray.training.flops`), of the tokens trained on so far.
+- Between two measurements a curve is a straight line, so a loss is reached between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+Axis = Literal["tokens", "seconds", "flops"]
+AXES: tuple[Axis, ...] = ("tokens", "seconds", "flops")
+
+
+class Point(TypedDict):
+    """A measurement of the held-out loss, in nats a token."""
+
+    step: int
+    tokens: int
+    seconds: float
+    flops: float
+    loss: float
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The measurements of a run. rows: of its metrics (`lesa_ray.training.metrics.read_metrics`).
+
+    A row that says how many tokens went by a second ends a window of steps at that pace."""
+    points: list[Point] = []
+    tokens = window = 0
+    seconds = flops = 0.0
+    for row in rows:
+        if row.get("tokens") is not None:
+            tokens = int(row["tokens"])
+        if pace := row.get("tokens_per_second"):
+            seconds += (tokens - window) / pace
+            flops += (tokens - window) * row.get("model_flops_per_second", 0.0) / pace
+            window = tokens
+        if row.get("heldout_loss") is not None:
+            points.append(
+                Point(step=row["step"], tokens=tokens, seconds=seconds, flops=flops, loss=row["heldout_loss"])
+            )
+    return points
+
+
+def reached(points: Sequence[Point], loss: float, axis: Axis) -> float | None:
+    """Where on an axis a curve first is at `loss` or below it; None if it never is."""
+    before: Point | None = None
+    for point in points:
+        if point["loss"] <= loss:
+            if before is None:
+                return point[axis]
+            share = (before["loss"] - loss) / (before["loss"] - point["loss"])
+            return before[axis] + share * (point[axis] - before[axis])
+        before = point
+    return None

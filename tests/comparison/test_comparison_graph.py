@@ -1,0 +1,224 @@
+"""A comparison's graph on a tiny base, what a change touches, and the files that are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lesa_ray import ExpandConfig, UserError
+from lesa_ray.comparison.graph import Comparison, PlannedArm, build
+from lesa_ray.comparison.settings import ComparisonConfig
+from lesa_ray.config import validated
+from lesa_ray.training.train_settings import TrainConfig
+from tests import families
+from tests.training import styles
+from tests.training.blocks import make_blocks
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+STUDIES = [PIPELINES / "compare.yaml", *sorted((PIPELINES / "studies").glob("*.yaml"))]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, token blocks, text and conversations."""
+    root = tmp_path_factory.mktemp("given")
+    families.make("llama", root / "base")
+    styles.qwen(styles.CHATML).save_pretrained(root / "base")
+    make_blocks(str(root / "blocks"), seq_len=32)
+    (root / "text.txt").write_text("The café opens at nine.\n")
+    (root / "chat.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    return root
+
+
+def content(given: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "c",
+        "store": str(given / "store"),
+        "base": str(given / "base"),
+        "blocks": str(given / "blocks"),
+        "tokens": 1000,
+        "seeds": [0, 1],
+        "arms": [{"method": ["lesa", "avg-deus"]}],
+        "expand": {"factor": 1.4, "lesa": {"epochs": 1}},
+        "pretrain": {"batch": 4},
+        **changes,
+    }
+
+
+def made(given: Path, **changes: Any) -> Comparison:
+    return build(validated(ComparisonConfig, content(given, **changes), "file"), "file")
+
+
+def planned(comparison: Comparison) -> dict[str, PlannedArm]:
+    return {arm.arm.name: arm for arm in comparison.arms}
+
+
+def digests(comparison: Comparison) -> dict[str, str]:
+    return {stage.id: stage.identity.digest for stage in comparison.stages if stage.identity}
+
+
+def test_every_arm_goes_through_its_stages_with_every_seed(given: Path) -> None:
+    comparison = made(given)
+    arms, stages = planned(comparison), {stage.id: stage for stage in comparison.stages}
+    assert list(arms)[:2] == ["lesa", "avg-deus"]
+    assert {"base, same tokens", "base, same compute"} < set(arms)
+    assert [run.expand for run in arms["lesa"].runs] == ["expand/c-lesa-s0", "expand/c-lesa-s1"]
+    assert {run.expand for run in arms["avg-deus"].runs} == {"expand/c-avg-deus"}  # it draws no random numbers
+    assert [s.given["seed"] for s in comparison.stages if s.kind == "expand"].count(1) == 2  # LESA's and the control's
+    places = {name: f"s3://b/{name}" for name in stages}
+    for seed, run in enumerate(arms["lesa"].runs):
+        assert run.expand is not None
+        expand = stages[run.expand].settings("out", places)
+        assert isinstance(expand, ExpandConfig)
+        assert (expand.method, expand.seed, expand.factor, expand.lesa.epochs) == ("lesa", seed, 1.4, 1)
+        train = stages[run.pretrain].settings("out", places)
+        assert isinstance(train, TrainConfig)
+        assert (train.checkpoint, train.seed, train.tokens) == (places[run.expand], seed, 1000)
+        assert train.eval_every == 1  # a twentieth of eight steps
+    base = stages[arms["base, same tokens"].runs[0].pretrain].settings("out", places)
+    assert isinstance(base, TrainConfig)
+    assert (base.checkpoint, base.train) == (str(given / "base"), ("all",))
+    facts = arms["lesa"].facts
+    assert (facts.layers, comparison.base.layers) == (7, 5)
+    assert facts.trained_parameters / facts.parameters == pytest.approx(2 / 7, abs=0.06)
+    assert comparison.base.trained_parameters == comparison.base.parameters
+
+
+def test_the_control_of_equal_compute_takes_the_reference_s_flops(given: Path) -> None:
+    for reference in ("lesa", "solar"):
+        comparison = made(given, tokens=100_000, arms=[{"method": ["lesa", "solar"]}], reference=reference)
+        arms = planned(comparison)
+        control, other = arms["base, same compute"], arms[reference]
+        assert control.tokens * control.facts.flops_per_token == pytest.approx(
+            other.tokens * other.facts.flops_per_token, rel=1e-4
+        )
+        assert control.settings == {"pretrain": {"train": "all"}, "compute_of": reference}
+    assert control.tokens > 120_000  # SOLAR trains seven layers where the base has five
+
+
+def test_what_a_change_touches(given: Path) -> None:
+    before = digests(made(given))
+
+    def changed(**changes: Any) -> set[str]:
+        after = digests(made(given, **changes))
+        assert after.keys() == before.keys()
+        return {name for name in before if before[name] != after[name]}
+
+    more = digests(made(given, arms=[{"method": ["lesa", "avg-deus", "solar"]}]))
+    new = {"expand/c-solar", "pretrain/c-solar-s0", "pretrain/c-solar-s1"}
+    assert {name: more[name] for name in before} == before
+    assert more.keys() - before.keys() == new
+    assert changed(eval_every=2, losses=[3.0], at_once=1) == set()
+    assert changed(expand={"factor": 1.4, "lesa": {"epochs": 2}}) == {
+        *(f"{kind}/c-lesa-s{seed}" for kind in ("expand", "pretrain") for seed in (0, 1)),
+    }
+    assert changed(tokens=2000) == {name for name in before if name.startswith("pretrain/")}
+    one, two = (digests(made(given, expand={"layers": layers, "lesa": {"epochs": 1}})) for layers in (8, 9))
+    assert {name for name in one if one[name] != two[name]} == {
+        name for name in before if "base-same-tokens" not in name
+    }
+
+
+def test_text_is_tokenized_first_and_runs_end_with_tuning_and_tasks(given: Path) -> None:
+    comparison = made(
+        given, blocks=None, data=str(given / "text.txt"), tokenize={"seq_len": 16}, tasks="piqa",
+        finetune={"data": str(given / "chat.jsonl"), "seq_len": 16}, arms={"method": "llama-pro"}, seeds=[3],
+    )  # fmt: skip
+    stages = {stage.id: stage for stage in comparison.stages}
+    assert comparison.tokenize == "tokenize/c-data"
+    assert comparison.seq_len == 16
+    arms = planned(comparison)
+    (run,) = arms["llama-pro"].runs
+    assert run.stages == tuple(
+        f"{kind}/c-llama-pro{seed}"
+        for kind, seed in (("expand", ""), ("pretrain", "-s3"), ("finetune", "-s3"), ("evaluate", "-s3"))
+    )
+    assert stages[run.pretrain].needs == (run.expand, comparison.tokenize)
+    assert run.evaluate is not None
+    assert stages[run.evaluate].needs == (run.finetune,)
+    assert comparison.base_evaluate == "evaluate/c-base"
+    base = arms["base, same tokens"].runs[0]
+    assert base.finetune is not None
+    tuned = stages[base.finetune].settings("out", dict.fromkeys(stages, "x"))
+    assert isinstance(tuned, TrainConfig)
+    assert tuned.train == ("all",)
+
+
+def test_a_control_that_the_base_cannot_have_is_left_out_and_that_is_said(given: Path, tmp_path: Path) -> None:
+    families.make("llama", tmp_path / "base", layers=1)
+    comparison = made(given, base=str(tmp_path / "base"), arms={"method": "llama-pro"}, expand={"factor": 2})
+    assert list(planned(comparison)) == ["llama-pro", "base, same tokens", "base, same compute"]
+    assert [note.split(":")[0] for note in comparison.notes] == [
+        "control random, zero output projections", "control copy"
+    ]  # fmt: skip
+    assert all("needs two" in note or "needs at least 2 layers" in note for note in comparison.notes)
+    with pytest.raises(UserError):
+        made(given, base=str(tmp_path / "base"), arms={"method": "avg-deus"}, expand={"factor": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"method": ["lesa", "lasa"]}}, "file: arm lasa: --method lasa: unknown"),
+        ({"arms": {"position": "2-9"}, "expand": {}}, "file: arm lesa 2-9: --position 2-9: gap 9 is out of range"),
+        ({"arms": {"factor": 0.5}}, "file: arm lesa factor=0.5: --factor 0.5: must be greater than 1"),
+        ({"arms": {"lesa": {"epoch": 1}}}, "file: arm lesa epoch=1: lesa.epoch: Extra inputs"),
+        ({"arms": {"method": "solar", "lesa": {"rank": 4}}}, "file: arm solar rank=4: "),
+        ({"arms": {"train": "nothing"}}, "file: arm lesa train=nothing: train nothing: matches no parameter"),
+        ({"pretrain": {"learning_rat": 1}}, "file: arm lesa: pretrain: learning_rat: Extra inputs"),
+        ({"pretrain": {"data": "x"}}, "file: pretrain.data: is given by the comparison itself"),
+        ({"tokens": 0}, "file: tokens: Input should be greater"),
+        ({"finetune": {}}, "file: finetune.data: missing"),
+        ({"base": "/nowhere"}, "no such folder"),
+        ({"blocks": "/nowhere"}, "holds no finished token blocks"),
+        ({"blocks": None, "data": "/nowhere", "tokenize": {"seq_len": 32}}, "/nowhere"),
+        ({"blocks": None, "data": "text.txt", "tokenize": {"seq_len": 128}}, "was made for 64 tokens"),
+    ],
+)
+def test_wrong_settings_of_any_arm_are_found_before_anything_runs(
+    changes: dict[str, Any], says: str, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(given)
+    with pytest.raises(UserError) as error:
+        made(given, **changes)
+    assert says in str(error.value)
+    assert not (given / "store").exists()
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases as deep as those of the shipped files, token blocks and text in place of theirs."""
+    root = tmp_path_factory.mktemp("stand-ins")
+    for layers in (8, 16, 32):
+        families.make("mistral", root / f"base-{layers}", layers=layers, max_position_embeddings=2048)
+        styles.qwen(styles.CHATML).save_pretrained(root / f"base-{layers}")
+    make_blocks(str(root / "blocks"), seq_len=256, rows=8)
+    (root / "text.txt").write_text("The café opens at nine.\n")
+    (root / "chat.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    return root
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_comparison_fits_together(path: Path, stand_ins: Path) -> None:
+    shipped = yaml.safe_load(path.read_text())
+    layers = {"meta-llama/Llama-3.2-1B": 16, "demo/base": 8}.get(shipped["base"], 32)
+    base = str(stand_ins / f"base-{layers}")
+    here = {**shipped, "base": base, "store": str(stand_ins / "store")}
+    here |= {"blocks": str(stand_ins / "blocks")} if "blocks" in shipped else {"data": str(stand_ins / "text.txt")}
+    here["arms"] = [{**arm, **({"variants": [[base]]} if "variants" in arm else {})} for arm in shipped["arms"]]
+    if "finetune" in shipped:
+        here["finetune"] = {**shipped["finetune"], "data": str(stand_ins / "chat.jsonl"), "tokenizer": base}
+    comparison = build(validated(ComparisonConfig, here, path.name), path.name)
+    assert comparison.notes == ()
+    arms = planned(comparison)
+    controls = [arm for arm in comparison.arms if arm.arm.control]
+    assert len(controls) >= 3
+    assert len(arms) >= len(shipped["arms"]) + 3
+    assert all(arm.facts.layers == layers * 3 // 2 for arm in comparison.arms if arm.arm.method is not None)
+    chains = sum(len(run.stages) for arm in comparison.arms for run in arm.runs)
+    assert len(comparison.stages) <= chains + 2
+    for stage in comparison.stages:  # what each command will be given
+        stage.settings("out", dict.fromkeys(stage.needs, "s3://bucket/x"))

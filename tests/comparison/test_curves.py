@@ -1,0 +1,95 @@
+"""Curves from rows of metrics, where they reach a loss, and what is said of the arms' final losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lesa_ray.comparison.collect import final_loss
+from lesa_ray.comparison.curves import Point, curve, reached
+from lesa_ray.report.comparison import comparison_table, reading
+
+
+def rows(paces: dict[int, float], heldout: dict[int, float]) -> list[dict[str, Any]]:
+    """Metrics as the trainer writes them: ten tokens and 600 FLOPs a step, the pace at the end of each window."""
+    found: list[dict[str, Any]] = []
+    for step in range(7):
+        if step:
+            row: dict[str, Any] = {"step": step, "loss": 9.0, "tokens": 10.0 * step}
+            if step in paces:
+                row |= {"tokens_per_second": paces[step], "model_flops_per_second": 60 * paces[step]}
+            found.append(row)
+        if step in heldout:
+            found.append({"step": step, "heldout_loss": heldout[step]})
+    return found
+
+
+def test_a_curve_is_of_the_tokens_seconds_and_flops_of_training_alone() -> None:
+    points = curve(rows({2: 5.0, 3: 10.0, 6: 2.0}, {0: 4.0, 3: 3.0, 6: 2.5}))
+    assert points == [
+        Point(step=0, tokens=0, seconds=0.0, flops=0.0, loss=4.0),
+        Point(step=3, tokens=30, seconds=20 / 5 + 10 / 10, flops=1800.0, loss=3.0),
+        Point(step=6, tokens=60, seconds=5 + 30 / 2, flops=3600.0, loss=2.5),
+    ]
+    assert curve([]) == []
+    assert curve([{"step": 0, "heldout_loss": None}]) == []  # a loss that was no number
+
+
+def test_a_loss_is_reached_between_two_measurements() -> None:
+    points = curve(rows({3: 10.0, 6: 5.0}, {0: 4.0, 3: 3.0, 6: 2.5}))
+    assert reached(points, 4.5, "tokens") == 0
+    assert reached(points, 3.5, "tokens") == pytest.approx(15)
+    assert reached(points, 3.0, "tokens") == 30
+    assert reached(points, 2.5, "tokens") == 60
+    assert reached(points, 2.75, "tokens") == pytest.approx(45)
+    assert reached(points, 2.75, "seconds") == pytest.approx(3 + 3)
+    assert reached(points, 2.75, "flops") == pytest.approx(2700)
+    assert reached(points, 2.4, "tokens") is None
+    assert reached([], 9.0, "tokens") is None
+
+
+def arm(name: str, losses: list[float | None], control: bool = False) -> dict[str, Any]:
+    runs = [
+        {
+            "seed": seed,
+            "status": "failed" if loss is None else "complete",
+            "problem": "expand/x: no room" if loss is None else None,
+            "loss_before": 5.0,
+            "final_loss": loss,
+            "curve": [] if loss is None else curve(rows({6: 10.0}, {0: 5.0, 6: loss})),
+        }
+        for seed, loss in enumerate(losses)
+    ]
+    return {
+        "name": name, "control": control, "method": "lesa", "layers": 6, "parameters": 1000, "trained_parameters": 100,
+        "runs": runs,
+    }  # fmt: skip
+
+
+def content(*arms: dict[str, Any]) -> dict[str, Any]:
+    return {"arms": list(arms), "reference": arms[0]["name"], "notes": ["control copy: left out"]}
+
+
+def test_final_losses_have_a_spread_where_there_are_several() -> None:
+    assert final_loss(arm("a", [3.0, 4.0])) == (3.5, pytest.approx(0.70710678), 2)
+    assert final_loss(arm("a", [3.0, None])) == (3.0, None, 1)
+    assert final_loss(arm("a", [None])) is None
+
+
+def test_what_the_table_says_is_what_was_measured() -> None:
+    lesa, copy, lost = arm("lesa", [3.0, 3.2]), arm("copy", [4.0, 4.2], control=True), arm("lost", [None, None])
+    table = comparison_table(content(lesa, copy, lost))
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["lesa", "copy", "lost"]  # the best first
+    assert cells[5] == ["3.1000", "4.1000", "–"]
+    assert cells[7][1:] == ["not reached", "–"]
+    assert cells[-1] == ["2 of 2", "2 of 2", "0 of 2; seed 0: expand/x: no room; seed 1: expand/x: no room"]
+    assert reading(content(lesa, copy, lost)) == [
+        "lesa ends lowest, 1.0000 below copy; seeds differ by 0.1414 (standard deviation)",
+        "the best control is copy, 4.1000",
+        "control copy: left out",
+    ]
+    close = arm("copy", [3.15, 3.17], control=True)
+    assert "so not a finding" in reading(content(lesa, close))[0]
+    assert "with one seed" in reading(content(arm("lesa", [3.0]), arm("copy", [3.1])))[0]
