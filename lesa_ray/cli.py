@@ -38,7 +38,13 @@ Factor = Annotated[float | None, typer.Option(help="Layers afterwards over layer
 Layers = Annotated[int | None, typer.Option(help="Layers afterwards, instead of --factor.")]
 Position = Annotated[
     str | None,
-    typer.Option(help="top, middle, bottom, ends, uniform, or gaps as in 15-30 or 1,5,9. [default: as published]"),
+    typer.Option(
+        help="top, middle, bottom, ends, uniform, most-important, least-important, or gaps as in 15-30 or 1,5,9. "
+        "[default: as published]"
+    ),
+]
+Importance = Annotated[
+    str | None, typer.Option(help="analysis.json of BASE, for the positions most-important and least-important.")
 ]
 ZeroInit = Annotated[
     bool | None, typer.Option("--zero-init/--no-zero-init", help="Zero the new layers' output projections.")
@@ -49,6 +55,21 @@ Vectors = Annotated[
 Recipe = Annotated[str | None, typer.Option(help="paper or released-code, where the two differ. [default: paper]")]
 Svd = Annotated[str | None, typer.Option(help="lesa: auto, exact, gram, randomized or none. [default: auto]")]
 Rank = Annotated[int | None, typer.Option(help="lesa: singular directions kept. [default: all]")]
+Predictor = Annotated[
+    str | None, typer.Option(help="lesa: mlp, the paper's network, or ridge, far quicker. [default: mlp]")
+]
+ShareExperts = Annotated[
+    bool | None,
+    typer.Option("--share-experts/--no-share-experts", help="lesa: one predictor for all experts of a kind."),
+]
+Epochs = Annotated[int | None, typer.Option(help="lesa: passes over the training rows. [default: 5]")]
+Holdout = Annotated[float | None, typer.Option(help="lesa: share of layer triples held out. [default: 0.2]")]
+Variants = Annotated[
+    list[str] | None, typer.Option(help="lesa: another checkpoint of the same shape to learn from; repeatable.")
+]
+GpusPerTask = Annotated[float | None, typer.Option(help="GPUs for one unit. [default: 1 if there are some]")]
+MemoryBudget = Annotated[str | None, typer.Option(help="Memory for one unit, e.g. 8GB. [default: 4/5 of what is free]")]
+CpusPerTask = Annotated[int | None, typer.Option(help="CPU cores for one unit. [default: 1]")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
@@ -63,33 +84,23 @@ def expand(
     factor: Factor = None,
     layers: Layers = None,
     position: Position = None,
+    importance: Importance = None,
     zero_init: ZeroInit = None,
     vectors: Vectors = None,
     recipe: Recipe = None,
     svd: Svd = None,
     rank: Rank = None,
-    predictor: Annotated[
-        str | None, typer.Option(help="lesa: mlp, the paper's network, or ridge, far quicker. [default: mlp]")
-    ] = None,
-    share_experts: Annotated[
-        bool | None,
-        typer.Option("--share-experts/--no-share-experts", help="lesa: one predictor for all experts of a kind."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="lesa: passes over the training rows. [default: 5]")] = None,
-    holdout: Annotated[float | None, typer.Option(help="lesa: share of layer triples held out. [default: 0.2]")] = None,
-    variants: Annotated[
-        list[str] | None, typer.Option(help="lesa: another checkpoint of the same shape to learn from; repeatable.")
-    ] = None,
+    predictor: Predictor = None,
+    share_experts: ShareExperts = None,
+    epochs: Epochs = None,
+    holdout: Holdout = None,
+    variants: Variants = None,
     seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Largest file of the result. [default: 5GB]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the base's]")] = None,
-    gpus_per_task: Annotated[
-        float | None, typer.Option(help="GPUs for one unit. [default: 1 if there are some]")
-    ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Memory for one unit, e.g. 8GB. [default: 4/5 of what is free]")
-    ] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="CPU cores for one unit. [default: 1]")] = None,
+    gpus_per_task: GpusPerTask = None,
+    memory_budget: MemoryBudget = None,
+    cpus_per_task: CpusPerTask = None,
     config: ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
     as_json: AsJson = False,
@@ -104,21 +115,13 @@ def expand(
         factor=factor,
         layers=layers,
         position=position,
+        importance=importance,
         zero_init=zero_init,
         vectors=vectors,
         recipe=recipe,
-        lesa={
-            name: value
-            for name, value in (
-                ("svd", svd),
-                ("rank", rank),
-                ("predictor", predictor),
-                ("share_experts", share_experts),
-                ("epochs", epochs),
-                ("holdout", holdout),
-            )
-            if value is not None
-        },
+        lesa=_given(
+            svd=svd, rank=rank, predictor=predictor, share_experts=share_experts, epochs=epochs, holdout=holdout
+        ),
         variants=tuple(variants) if variants else None,
         seed=seed,
         shard_size=shard_size,
@@ -173,8 +176,19 @@ def inspect(
     factor: Factor = None,
     layers: Layers = None,
     position: Position = None,
+    importance: Importance = None,
+    zero_init: ZeroInit = None,
+    recipe: Recipe = None,
     svd: Svd = None,
     rank: Rank = None,
+    predictor: Predictor = None,
+    share_experts: ShareExperts = None,
+    epochs: Epochs = None,
+    holdout: Holdout = None,
+    variants: Variants = None,
+    gpus_per_task: GpusPerTask = None,
+    memory_budget: MemoryBudget = None,
+    cpus_per_task: CpusPerTask = None,
     cluster: Annotated[
         str | None, typer.Option(help="YAML file that describes a cluster, to predict for. [default: this machine]")
     ] = None,
@@ -193,9 +207,23 @@ def inspect(
         factor=factor,
         layers=layers,
         position=position,
-        lesa={k: v for k, v in {"svd": svd, "rank": rank}.items() if v is not None},
+        importance=importance,
+        zero_init=zero_init,
+        recipe=recipe,
+        lesa=_given(
+            svd=svd, rank=rank, predictor=predictor, share_experts=share_experts, epochs=epochs, holdout=holdout
+        ),
+        variants=tuple(variants) if variants else None,
+        gpus_per_task=gpus_per_task,
+        memory_budget=memory_budget,
+        cpus_per_task=cpus_per_task,
     )
     _show(prepare(settings), cluster, as_json)
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """Those that were given."""
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _show(expansion: Any, cluster: str | None, as_json: bool) -> None:

@@ -18,16 +18,19 @@ def lesa_task(
     memory_budget: int | None = None,
     device_memory: int = 0,
 ) -> Task:
-    """The unit that fits `types`: one weight type, or experts of one shape that share a basis and a predictor."""
+    """The unit that fits `types`: one weight type, or experts of one shape, which share a basis and a predictor or have
+    each its own."""
     members = list(types)
+    sharing = len(members) if job.config.lesa.share_experts else 1
     return Task(
         d1=members[0].d1,
         d2=members[0].d2,
         layers=job.anatomy.layers,
         slots=len(job.plan.slots) * len(members),
         settings=job.config.lesa,
-        checkpoints=len(members) * (1 + len(job.config.variants)),
-        basis=len(members),
+        checkpoints=sharing * (1 + len(job.config.variants)),
+        basis=sharing,
+        fits=len(members) // sharing,
         element_bytes=FLOAT_BYTES[members[0].dtype],
         device=device,
         memory_budget=memory_budget,

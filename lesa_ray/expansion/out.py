@@ -129,5 +129,10 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
         train=job.method.trains,
         new_layers=[layer["index"] for layer in layers if layer["kind"] != "old"],
         parameters={"base": expansion.checkpoint.parameters, "result": expansion.parameters},
-        fit={name: report for name, report in sorted(reports.items()) if report},
+        fit={name: report for name, report in sorted(_by_fit(reports).items()) if report},
     )
+
+
+def _by_fit(reports: dict[str, Any]) -> dict[str, Any]:
+    """Units' reports, those of several fits (`Method.run`) one by one."""
+    return {name: fit for unit, report in reports.items() for name, fit in report.get("fits", {unit: report}).items()}

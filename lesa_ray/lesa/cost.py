@@ -1,10 +1,11 @@
-"""What LESA costs for one weight type, from sizes alone: operations, bytes and peak memory, phase by phase.
+"""What LESA costs for one unit of work, from sizes alone: operations, bytes and peak memory, phase by phase.
 
 The phases are those of `spectral`, `fit` and the writing of the result. What each does is counted and not measured, so
 that `auto` chooses a spectral route, Ray is told how much memory a unit takes, and `inspect` predicts a run, all by one
 model and before anything is read. How long a count takes on a machine is `rates`' part. Imports no torch.
 
-n layers of (d1, d2), r directions, t triples that are trained on, P weights of the predictor of width h:
+n layers of (d1, d2), r directions, t triples that are trained on, P weights of the predictor of width h, for each
+basis with its predictor (a unit of several experts has several):
 
 gram        n·d1·(d1 + block)·d2 operations (the lower half alone), d1²·8 bytes
 eigh        9·d1³, float64; the matrix, where the eigenvectors come back, and two of its size as workspace: d1²·24 bytes
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lesa_ray.config import LesaSettings
@@ -43,14 +44,28 @@ GRAM_BLOCK = {"cpu": 256, "cuda": 2048}
 RIDGE_FEATURES = {"cpu": 8192, "cuda": 32768}
 """2·d2 up to which ridge is fitted: the system takes 0.5 GB in float64 and 200 GFLOP to solve; on a GPU 8.6 GB, twice
 while solving."""
+RIDGE_BLOCK = 256
+"""Rows at once where ridge's system is added up, factorised and solved, all in the system's own memory."""
 SCORED = 4
 """Training triples that are scored where fewer are held out. Predicting one by ridge takes nearly as long as adding it
 to the normal equations: with all of them the fit would take almost twice as long."""
+STACKED_ON = ("cuda",)
+"""Kinds of device on which predictors of one shape are trained side by side; on others one after another."""
+STACK = 16
+"""Most fits that a unit of several does side by side: at 64 rows each their products then fill a GPU, and a mixture of
+128 experts still makes 24 units to share among GPUs. Not tried on one."""
+STACK_BYTES = 8 * 2**30
+"""And most that they keep: what is larger fills a GPU sooner by itself. Both are fixed and no GPU's own, so that the
+units, and with them every byte of the result, are the same on all GPUs of a kind."""
 EXACT = 4096
 """Rows up to which layers are matched by the exact assignment: two seconds, and costs of 134 MB in float64."""
 DEVICE_SHARE = 0.85
 """Of a GPU's free memory that a unit fills; the rest is for a layer or two, products in flight, the allocator's
 rounding and the library's own."""
+
+STEP_WORDS = 10
+"""Words of memory that pass for each weight in a step of a stack: one read or two by the products, the gradient
+written, AdamW's four reads and three writes. A single predictor's stay in a processor's cache."""
 
 _REFERENCE = {"half": 110e9, "fp32": 110e9, "fp64": 60e9, "eigh": 45e9}
 """Operations a second by which routes are compared: a CPU core's. Fixed, so that the choice, and with it every byte of
@@ -59,7 +74,7 @@ the result, is the same on every machine. A GPU is still slower in eigh, against
 
 @dataclass(frozen=True)
 class Task:
-    """The unit of one weight type: its matrices (d1, d2) in all layers, and the slots to fill."""
+    """A unit: the matrices (d1, d2) of a weight type in all layers, and the slots to fill."""
 
     d1: int
     d2: int
@@ -70,6 +85,8 @@ class Task:
     """The base, its variants, or the experts that share a predictor."""
     basis: int = 1
     """How many of them the basis is of."""
+    fits: int = 1
+    """Bases with their predictors: 1, or experts of a kind each with its own. All above but `slots` is of one."""
     element_bytes: int = 2
     """Of the stored weights."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -179,18 +196,34 @@ def require_budget(task: Task, name: str) -> None:
         )
 
 
+def side_by_side(settings: LesaSettings, device: str, fits: int) -> int:
+    """How many of a unit's fits are done at once on a kind of device."""
+    return fits if settings.predictor == "mlp" and device in STACKED_ON else 1
+
+
+def stack_size(task: Task) -> int:
+    """How many fits like `task` make a unit, by what was stated alone."""
+    one = unit_cost(replace(task, fits=1))
+    # Coefficients, frame, and the predictor with its copy, gradient and moments.
+    kept = one.coefficient_bytes + _word(task) * (task.d1 * one.rank + 5 * _weights(task))
+    return max(min(side_by_side(task.settings, "cuda", STACK), STACK_BYTES // kept), 1)
+
+
 def unit_cost(task: Task) -> UnitCost:
-    """Work and memory of one weight type."""
+    """Work and memory of one unit."""
     s, d1, d2 = task.settings, task.d1, task.d2
     n, own = task.checkpoints * task.layers, task.basis * task.layers
+    stack, slots = side_by_side(s, task.device, task.fits), task.slots // task.fits
     route = route_of(task)
     directions = d1 if route == "none" else min(d1, own * d2)
     rank = min(s.rank or directions, directions)
     rows = min(rank + s.oversampling, directions) if route == "randomized" else rank
-    word = 8 if task.element_bytes == 8 else 4  # coefficients are float32, or float64 where the weights are
+    word = _word(task)
     row = word * d2
-    layer, size = d1 * d2 * task.element_bytes, n * rows * d2 * word
+    layer, of_one = d1 * d2 * task.element_bytes, n * rows * d2 * word
+    size = stack * of_one
     frame = 0 if route == "none" else word * d1 * rows
+    weights = _weights(task)
 
     # As Room decides: where the layers of the first pass can wait in the coefficients' place, they are read once.
     early = _place(task, size, EIGH_MATRICES * 8 * d1 * d1)
@@ -199,19 +232,26 @@ def unit_cost(task: Task) -> UnitCost:
     flight = _layers_in_flight(d1, d2, task.element_bytes)
     gpu = task.device == "cuda"
 
-    def phase(name: str, work: int, *, keeps: bool = True, on_host: int = 0, **figures: Any) -> Phase:
-        """work: peak bytes where the unit computes, beside the coefficients if it `keeps` them; on_host: in memory
-        with a GPU too."""
-        host = on_host + (flight if gpu else work) + (size if keeps and place == "memory" else 0)
-        return Phase(name, host, work + (size if keeps and place == "device" else 0) if gpu else 0, **figures)
+    others = (stack - 1) * (frame + word * weights)  # what the other fits of a stack keep
 
-    weights = s.hidden * (3 * d2 + s.hidden)
+    def phase(
+        name: str, work: int, *, keeps: bool = True, on_host: int = 0, flops: Mapping[str, float], **figures: float
+    ) -> Phase:
+        """work: peak bytes where the unit computes, beside the coefficients if it `keeps` them; on_host: in memory
+        with a GPU too. flops, figures: of one fit."""
+        work += others
+        host = on_host + (flight if gpu else work) + (size if keeps and place == "memory" else 0)
+        device = work + (size if keeps and place == "device" else 0) if gpu else 0
+        all_flops = {kind: task.fits * count for kind, count in flops.items()}
+        scaled: dict[str, Any] = {kind: task.fits * figure for kind, figure in figures.items()}
+        return Phase(name, host, device, all_flops, **scaled)
+
     triples = task.checkpoints * (task.layers - 2)
     held_out = min(max(round(s.holdout * triples), 1), triples - 1) if s.holdout > 0 else 0
     trained = triples - held_out
     samples = trained * rank
     ridge_moved = 5.0 * min(n, 2 * trained) * rank * row  # layers that normal equations take up
-    ridge_bytes = 120 * d2 * d2 + 2 * word * rank * d2  # of the float64 system, the float32 one not yet gone
+    ridge_bytes = 48 * d2 * (d2 + min(RIDGE_BLOCK, 2 * d2)) + 2 * word * rank * d2  # of the system in float64
 
     phases = []
     if route == "gram":
@@ -265,8 +305,8 @@ def unit_cost(task: Task) -> UnitCost:
             "project",
             (flight if again else 0) + word * (d1 * d2 + 2 * rows * d2) + frame * (7 if route == "randomized" else 1),
             flops=_project_flops(route, d1, d2, n, rank, rows),
-            traffic=8.0 * size + n * 6.0 * d1 * d2,
-            moved=4 * size + (own * layer if held else 0),
+            traffic=8.0 * of_one + n * 6.0 * d1 * d2,
+            moved=4 * of_one + (own * layer if held else 0),
             read_bytes=again * layer,
         )
     )
@@ -282,15 +322,15 @@ def unit_cost(task: Task) -> UnitCost:
     else:
         batch = 8 * word * s.batch_size * (3 * d2 + s.hidden)
         steps = s.epochs * math.ceil(samples / s.batch_size)
-        phases.append(
-            phase(
-                "train",
-                frame + 4 * word * weights + 64 * samples + batch,
-                flops={"narrow": float(samples * s.epochs * s.hidden * (14 * d2 + 6 * s.hidden))},
-                steps=steps,
-                moved=3.0 * s.epochs * samples * row,
-            )
+        train = phase(
+            "train",
+            frame + stack * (4 * word * weights + 64 * samples + batch),
+            # Products of a stack are no longer narrow, and its parameters pass through memory in each step.
+            flops={"narrow" if stack == 1 else "fp32": samples * s.epochs * s.hidden * (14.0 * d2 + 6 * s.hidden)},
+            traffic=0.0 if stack == 1 else STEP_WORDS * word * weights * steps,
+            moved=3.0 * s.epochs * samples * row,
         )
+        phases.append(replace(train, steps=steps * task.fits // stack))
     one = 4 * rank * d2 * d2 if s.predictor == "ridge" else 2 * rank * weights  # a layer, predicted
     rival = s.predictor == "mlp" and s.ridge_yardstick and 2 * d2 <= RIDGE_FEATURES[task.device]
     scored = min(trained, max(held_out, SCORED)) + held_out
@@ -308,11 +348,11 @@ def unit_cost(task: Task) -> UnitCost:
         phase(
             "predict",
             frame + word * (6 * rank * d2 + 3 * d1 * d2) + (8 * d2 * d2 if s.predictor == "ridge" else 0),
-            flops={"fp32": task.slots * (one + 2.0 * d1 * rank * d2)},
+            flops={"fp32": slots * (one + 2.0 * d1 * rank * d2)},
             # Composed, its norm taken, converted and looked at: mostly fresh memory.
-            traffic=task.slots * (40.0 * d1 * d2 + 8.0 * word * rank * d2),
-            moved=2.0 * task.slots * rank * row,
-            write_bytes=task.slots * layer,
+            traffic=slots * (40.0 * d1 * d2 + 8.0 * word * rank * d2),
+            moved=2.0 * slots * rank * row,
+            write_bytes=slots * layer,
         ),
     ]
     return UnitCost(route, rank, place, size, layer, tuple(phases))
@@ -333,6 +373,16 @@ def route_of(task: Task) -> Route:
         power_iterations=s.power_iterations,
         memory_budget=task.memory_budget,
     )
+
+
+def _word(task: Task) -> int:
+    """Bytes of a coefficient: float32, or float64 where the weights are."""
+    return 8 if task.element_bytes == 8 else 4
+
+
+def _weights(task: Task) -> int:
+    """Of a predictor; its few biases left out."""
+    return task.settings.hidden * (3 * task.d2 + task.settings.hidden)
 
 
 def _place(task: Task, size: int, beside: int) -> Place:

@@ -1,4 +1,4 @@
-"""LESA for one weight type, from its layers to the weights of its new layers (arXiv 2502.13794, section 3).
+"""LESA for a weight type, from its layers to the weights of its new layers (arXiv 2502.13794, section 3).
 
 1. spectral: basis U Σ common to all layers, coefficients V_i of each;
 2. triples (V_{i−1}, V_i, V_{i+1}), a seeded share of them held out;
@@ -9,13 +9,19 @@
 Fine-tunes of the base, of the same shape, may add triples, taken in the base's basis, as the paper's do. Cost at
 d1 = d2 = d and L layers: about 3·L·d³ + 10·d³ operations for the basis, 14·d·hidden per row and epoch for G, 5·L·d³ for
 ridge, and one copy of the layers in float32, in memory or in a scratch file. Knows no files, tensor names or Ray.
+
+What has a basis and a predictor of its own is a `Fit`: a weight type, an expert of it, or all experts that share them.
+Fits of one shape are trained side by side where that pays (`cost.STACKED_ON`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,12 +30,26 @@ from lesa_ray.config import LesaSettings, NormRule
 from lesa_ray.errors import UserError
 from lesa_ray.lesa import yardsticks
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import SCORED
-from lesa_ray.lesa.predictor import Predictor, Progress, train
-from lesa_ray.lesa.report import FitReport, Predict, Score, score
+from lesa_ray.lesa.cost import SCORED, side_by_side
+from lesa_ray.lesa.predictor import Predictor, Progress, train_together
+from lesa_ray.lesa.report import FitReport, Predict, score
 from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
+from lesa_ray.lesa.room import Rooms
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Load, generator_for, row_blocks, square_norm
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What gets a basis and a predictor of its own: one matrix of each layer, or several, its members."""
+
+    loads: Sequence[Load]
+    """`loads[e](i)` gives member e of layer i of the base."""
+    store: Callable[[int, int, Tensor], None]
+    """Takes member e of a new layer, (d1, d2) float32 on the CPU, as (e, slot, weight): one at a time, slot by slot."""
+    seed: int
+    variants: Sequence[Load] = ()
+    """The same as `loads` of other checkpoints, all members of one after those of another."""
 
 
 def fit_weight_type(
@@ -46,127 +66,158 @@ def fit_weight_type(
     memory_budget: int | None = None,
     progress: Progress | None = None,
 ) -> FitReport:
-    """Fit one weight type: `fit_together` for a single matrix of each layer."""
-
-    def store_only(member: int, slot: int, weight: Tensor) -> None:
-        store(slot, weight)
-
-    return fit_together(
-        [load],
+    """Fit one weight type: `fit_each` for a single matrix of each layer."""
+    (report,) = fit_each(
+        [Fit([load], lambda member, slot, weight: store(slot, weight), seed, variants)],
         layers,
         slots,
-        store_only,
         settings,
-        seed,
         device=device,
-        variants=variants,
         scratch_dir=scratch_dir,
         memory_budget=memory_budget,
         progress=progress,
     )
+    return report
 
 
-def fit_together(
-    loads: Sequence[Load],
+def fit_each(
+    fits: Sequence[Fit],
     layers: int,
     slots: Sequence[tuple[int, int, int]],
-    store: Callable[[int, int, Tensor], None],
     settings: LesaSettings,
-    seed: int,
     *,
     device: str = "cpu",
-    variants: Sequence[Load] = (),
     scratch_dir: str | None = None,
     memory_budget: int | None = None,
     progress: Progress | None = None,
-) -> FitReport:
-    """Fit matrices of one shape with one basis and one predictor: a weight type, or all experts of a kind.
-
-    Member e of a new layer is predicted from member e of its neighbours, and its weight, (d1, d2) float32 on the CPU,
-    handed to `store` as (e, slot, weight), one at a time, slot by slot.
+) -> list[FitReport]:
+    """Fit matrices of one shape, and store the new layers' weights, those of one fit after those of another.
 
     A slot is (id, lower, upper). Layers 0 … L−1 are the base's; new ones count on from L in the order they are made,
-    and a neighbour may be a new one that comes earlier: its predicted coefficients are then used.
+    and a neighbour may be a new one that comes earlier: its predicted coefficients are then used. Member e of a new
+    layer is predicted from member e of its neighbours.
 
-    `loads[e](i)` gives member e of layer i of the base, `variants` the same of other checkpoints, all members of one
-    after those of another; layers are loaded once or more, in a thread. Coefficients above `memory_budget` bytes go
-    to a vanishing file in `scratch_dir`. The same arguments give the same bytes on the same kind of device
-    with the same number of threads.
+    Layers are loaded once or more, in a thread. Coefficients above `memory_budget` bytes go to a vanishing file in
+    `scratch_dir`. On GPUs the predictors of several fits are trained side by side, and all their coefficients are held
+    meanwhile; on CPUs one fit is done after another, with the bytes that each would have alone. The same arguments
+    give the same bytes on the same kind of device with the same number of threads.
 
     Raises: UserError for fewer than 3 layers, for layers that are not finite float matrices of one shape, and for
     predictor ridge where its system is too large.
     """
     if layers < 3:
         raise UserError(f"LESA learns from three layers in a row; the base has {layers}")
-    clock = Clock()
-    report = progress or (lambda phase, share: None)
-    report("decomposing", 0.0)
-    with torch.no_grad():
-        parts = decompose(
-            [*loads, *variants],
+    at_once = side_by_side(settings, torch.device(device).type, len(fits))
+    reports: list[FitReport] = []
+    for start in range(0, len(fits), at_once):
+        some = fits[start : start + at_once]
+        share = _between(progress or (lambda phase, share: None), start / len(fits), (start + len(some)) / len(fits))
+        with torch.no_grad():
+            reports += _fit_at_once(some, layers, slots, settings, device, scratch_dir, memory_budget, share)
+    return reports
+
+
+def _fit_at_once(
+    fits: Sequence[Fit],
+    layers: int,
+    slots: Sequence[tuple[int, int, int]],
+    settings: LesaSettings,
+    device: str,
+    scratch_dir: str | None,
+    memory_budget: int | None,
+    progress: Progress,
+) -> list[FitReport]:
+    progress("decomposing", 0.0)
+    rooms = Rooms(len(fits), device, scratch_dir, memory_budget)
+    clocks = [Clock() for _ in fits]
+    bases = [
+        decompose(
+            [*fit.loads, *fit.variants],
             layers,
-            basis=len(loads),
+            basis=len(fit.loads),
             svd=settings.svd,
             rank=settings.rank,
             oversampling=settings.oversampling,
             power_iterations=settings.power_iterations,
             weigh=settings.weigh,
             scale=settings.scale,
-            seed=seed,
+            seed=fit.seed,
             device=device,
             scratch_dir=scratch_dir,
             memory_budget=memory_budget,
+            rooms=rooms,
             clock=clock,
         )
+        for fit, clock in zip(fits, clocks, strict=True)
+    ]
+    splits = [split_triples(len(f.loads) + len(f.variants), layers, settings.holdout, f.seed) for f in fits]
+
+    training_clock = Clock()
+    with training_clock.phase("train"):
+        fitted = _fit_predictors(
+            [parts.coefficients.flatten(0, 1) for parts in bases],
+            [training for training, _ in splits],
+            settings,
+            [fit.seed for fit in fits],
+            device,
+            _between(progress, 0.1, 0.9),
+        )
+
+    reports = []
+    for at, (fit, clock, parts) in enumerate(zip(fits, clocks, bases, strict=True)):
+        clock.seconds["train"] = training_clock.seconds["train"] / len(fits)
         coefficients = parts.coefficients.flatten(0, 1)  # (checkpoints · members · L, r, d2)
         _, r, d2 = coefficients.shape
-
-        training, held_out = split_triples(len(loads) + len(variants), layers, settings.holdout, seed)
-
-        with clock.phase("train"):
-            predictor, losses = _fit_predictor(
-                coefficients, training, settings, seed, device, _between(report, 0.1, 0.9)
-            )
+        (training, held_out), (predictor, losses) = splits[at], fitted[at]
 
         with clock.phase("yardsticks"):
             rivals: dict[str, Predict] = {"predictor": predictor, "zero": yardsticks.zero, "mean": yardsticks.mean}
             skipped = _why_no_yardstick(settings, d2, device)
             if skipped is None:
                 rivals["ridge"] = fit_ridge(coefficients, training, settings.ridge, device)
-
-            def scores(middles: list[int]) -> dict[str, Score]:
-                return score(rivals, parts, coefficients, middles, settings.norm_weight, settings.batch_size, device)
-
             scored = evenly(training, max(len(held_out), SCORED))
-            on_training, on_held_out = scores(scored), scores(held_out) if held_out else None
+            measure = functools.partial(
+                score,
+                rivals,
+                parts,
+                coefficients,
+                norm_weight=settings.norm_weight,
+                batch_size=settings.batch_size,
+                device=device,
+            )
+            on_training, on_held_out = measure(middles=scored), measure(middles=held_out) if held_out else None
 
         with clock.phase("predict"):
-            ratio = _fill(slots, len(loads), predictor, parts, store, settings.norms, _between(report, 0.9, 1.0))
+            filling = _between(progress, 0.9 + 0.1 * at / len(fits), 0.9 + 0.1 * (at + 1) / len(fits))
+            ratio = _fill(slots, len(fit.loads), predictor, parts, fit.store, settings.norms, filling)
 
-    return FitReport(
-        d1=parts.shape[0],
-        d2=d2,
-        layers=layers,
-        checkpoints=1 + len(variants) // len(loads),
-        members=len(loads),
-        predictor=settings.predictor,
-        rank=r,
-        route=parts.route,
-        captured=parts.captured,
-        sigma_max=float(parts.sigma.max()),
-        sigma_min=float(parts.sigma.min()),
-        triples_trained=len(training),
-        triples_scored=len(scored),
-        triples_held_out=len(held_out),
-        rows_trained=len(training) * r,
-        rows_held_out=len(held_out) * r,
-        train_loss=tuple(losses),
-        trained=on_training,
-        held_out=on_held_out,
-        ridge_skipped=skipped,
-        norm_ratio=ratio,
-        seconds=clock.seconds,
-    )
+        reports.append(
+            FitReport(
+                d1=parts.shape[0],
+                d2=d2,
+                layers=layers,
+                checkpoints=1 + len(fit.variants) // len(fit.loads),
+                members=len(fit.loads),
+                predictor=settings.predictor,
+                rank=r,
+                route=parts.route,
+                captured=parts.captured,
+                sigma_max=float(parts.sigma.max()),
+                sigma_min=float(parts.sigma.min()),
+                triples_trained=len(training),
+                triples_scored=len(scored),
+                triples_held_out=len(held_out),
+                rows_trained=len(training) * r,
+                rows_held_out=len(held_out) * r,
+                train_loss=tuple(losses),
+                trained=on_training,
+                held_out=on_held_out,
+                ridge_skipped=skipped,
+                norm_ratio=ratio,
+                seconds=clock.seconds,
+            )
+        )
+    return reports
 
 
 def split_triples(checkpoints: int, layers: int, holdout: float, seed: int) -> tuple[list[int], list[int]]:
@@ -189,17 +240,41 @@ def evenly(middles: Sequence[int], count: int) -> list[int]:
     return [middles[round(at * (len(middles) - 1) / (count - 1))] for at in range(count)]
 
 
-def _fit_predictor(
-    coefficients: Tensor, training: Sequence[int], settings: LesaSettings, seed: int, device: str, progress: Progress
-) -> tuple[Predict, list[float]]:
-    """What makes the new layers, and the loss of each epoch where it is trained by epochs."""
-    d2 = coefficients.shape[2]
+def _fit_predictors(
+    coefficients: Sequence[Tensor],
+    training: Sequence[Sequence[int]],
+    settings: LesaSettings,
+    seeds: Sequence[int],
+    device: str,
+    progress: Progress,
+) -> list[tuple[Predict, list[float]]]:
+    """For each fit what makes the new layers, and the loss of each epoch where it is trained by epochs."""
+    d2 = coefficients[0].shape[2]
     if settings.predictor == "ridge":
         require_ridge(f"weights of {d2} columns", d2, device)
         progress("solving for the predictor", 0.0)
-        return fit_ridge(coefficients, training, settings.ridge, device), []
-    network = Predictor(d2, settings.hidden, coefficients.dtype, device, seed)
-    return network, train(network, coefficients, training, settings, seed, progress)
+        return [(fit_ridge(*fit, settings.ridge, device), []) for fit in zip(coefficients, training, strict=True)]
+    networks = [Predictor(d2, settings.hidden, coefficients[0].dtype, device, seed) for seed in seeds]
+    losses: dict[int, list[float]] = {}
+    for together in _of_one_rank(coefficients):
+        found = train_together(
+            [networks[at] for at in together],
+            [coefficients[at] for at in together],
+            [training[at] for at in together],
+            settings,
+            [seeds[at] for at in together],
+            _between(progress, len(losses) / len(networks), (len(losses) + len(together)) / len(networks)),
+        )
+        losses.update(zip(together, found, strict=True))
+    return [(network, losses[at]) for at, network in enumerate(networks)]
+
+
+def _of_one_rank(coefficients: Sequence[Tensor]) -> list[list[int]]:
+    """Which of the fits have as many directions, so that their steps are of one shape; all, but for degenerate ones."""
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    for at, one in enumerate(coefficients):
+        groups[one.shape[1]].append(at)
+    return list(groups.values())
 
 
 def _why_no_yardstick(settings: LesaSettings, d2: int, device: str) -> str | None:

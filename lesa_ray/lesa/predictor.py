@@ -13,10 +13,16 @@ updates; on a GPU a step is one CUDA graph. torch.optim's function is called and
 process imports the compiler, a second for every worker. Measured at d2 = 1,024 on one core: 2.9 ms for forward and
 backward, of which 2.2 are the products at the core's peak, 0.7 ms for AdamW, 0.1 ms for the gather; on two cores 2.2 ms
 in all.
+
+Predictors of one shape that share nothing, of the experts of a mixture, can be trained side by side: their parameters
+lie in one vector, and a step takes a batch of each (products by `baddbmm`, one AdamW for all). The mathematics of each
+are those of training it alone, with its own initial weights, order of rows and loss; sums may be added in another
+order. One step of one small predictor leaves most of a GPU idle. Where that pays, `cost.STACKED_ON` says.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,11 +45,15 @@ DIED_AWAY = 1e-32
 
 
 class Predictor:
-    """G, with its parameters in one flat vector: weights (out, in) and biases as views of it."""
+    """G, with its parameters in one flat vector: weights (out, in) and biases (out,) as views of it.
+
+    Made by `stack`, n of them: weights (n, out, in), biases (n, out), and n of whatever is computed.
+    """
 
     def __init__(self, d2: int, hidden: int, dtype: torch.dtype, device: str, seed: int) -> None:
         self.d2 = d2
         self.sizes = ((hidden, 2 * d2), (hidden, hidden), (d2, hidden))
+        self.lead: tuple[int, ...] = ()
         self.flat = torch.empty(sum(o * i + o for o, i in self.sizes), dtype=dtype)
         generator = generator_for(seed, "init")
         for weight, bias in self.views(self.flat):
@@ -55,13 +65,28 @@ class Predictor:
 
     def views(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(weight, bias) of each layer as views of a vector laid out like the parameters."""
-        views, at = [], 0
+        views, at, n = [], 0, math.prod(self.lead)
         for out, into in self.sizes:
-            weight = flat[at : at + out * into].view(out, into)
-            bias = flat[at + out * into : at + out * into + out]
-            views.append((weight, bias))
-            at += out * into + out
+            weight = flat[at : at + n * out * into].view(*self.lead, out, into)
+            at += n * out * into
+            views.append((weight, flat[at : at + n * out].view(*self.lead, out)))
+            at += n * out
         return views
+
+    @staticmethod
+    def stack(predictors: Sequence[Predictor]) -> Predictor:
+        """Copies of predictors of one shape, as one that computes for each of them."""
+        many = copy.copy(predictors[0])
+        many.lead = (len(predictors),)
+        many.flat = torch.cat([predictor.flat for predictor in predictors])
+        many.layers = many.views(many.flat)
+        for at, predictor in enumerate(predictors):
+            _copy_layers(predictor.layers, many.part(at))
+        return many
+
+    def part(self, at: int) -> list[tuple[Tensor, Tensor]]:
+        """(weight, bias) of each layer of one of a stack."""
+        return [(weight[at], bias[at]) for weight, bias in self.layers]
 
     def __call__(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Coefficients of the layer between two: (rows, d2) each, on any device, to (rows, d2) on the predictor's."""
@@ -72,35 +97,54 @@ class Predictor:
         return linear(x, w3, b3)
 
 
+def _copy_layers(source: list[tuple[Tensor, Tensor]], target: list[tuple[Tensor, Tensor]]) -> None:
+    for (weight, bias), (into_weight, into_bias) in zip(source, target, strict=True):
+        into_weight.copy_(weight)
+        into_bias.copy_(bias)
+
+
 def loss_and_gradient(
     predictor: Predictor, x: Tensor, y: Tensor, norm_weight: float, gradient: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Loss of a batch x (rows, 2·d2), y (rows, d2); its gradient is written into `gradient`, laid out like
-    the parameters."""
+    the parameters. For a stack of n: x (n, rows, 2·d2), y (n, rows, d2), losses (n,)."""
+    affine, product = (_affine_each, torch.bmm) if predictor.lead else (torch.addmm, torch.mm)
     (w1, b1), (w2, b2), (w3, b3) = predictor.layers
     (g_w1, g_b1), (g_w2, g_b2), (g_w3, g_b3) = gradient
-    h1 = torch.addmm(b1, x, w1.T).relu_()
-    h2 = torch.addmm(b2, h1, w2.T).relu_()
-    output = torch.addmm(b3, h2, w3.T)
+    h1 = affine(b1, x, w1.mT).relu_()
+    h2 = affine(b2, h1, w2.mT).relu_()
+    output = affine(b3, h2, w3.mT)
 
+    entries = output.shape[-2] * output.shape[-1]
     error = output - y
-    norm = torch.linalg.vector_norm(output)
-    gap = norm - torch.linalg.vector_norm(y)
-    mse = torch.linalg.vector_norm(error).square() / error.numel()  # no temporary, unlike square().mean()
+    norm = _norm(output)
+    gap = norm - _norm(y)
+    mse = _norm(error).square() / entries  # no temporary, unlike square().mean()
     loss: Tensor = (1 - norm_weight) * mse + norm_weight * gap.square()
     # d‖Ŷ‖/dŶ = Ŷ/‖Ŷ‖, taken as 0 at Ŷ = 0 as autograd does.
-    d_out = error.mul_((1 - norm_weight) * 2 / error.numel())
+    d_out = error.mul_((1 - norm_weight) * 2 / entries)
     d_out.addcmul_(output, 2 * norm_weight * gap / norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
-    torch.mm(d_out.T, h2, out=g_w3)
-    torch.sum(d_out, 0, out=g_b3)
-    d_h2 = torch.ops.aten.threshold_backward(d_out @ w3, h2, 0)
-    torch.mm(d_h2.T, h1, out=g_w2)
-    torch.sum(d_h2, 0, out=g_b2)
-    d_h1 = torch.ops.aten.threshold_backward(d_h2 @ w2, h1, 0)
-    torch.mm(d_h1.T, x, out=g_w1)
-    torch.sum(d_h1, 0, out=g_b1)
-    return loss
+    product(d_out.mT, h2, out=g_w3)
+    torch.sum(d_out, -2, out=g_b3)
+    d_h2 = torch.ops.aten.threshold_backward(product(d_out, w3), h2, 0)
+    product(d_h2.mT, h1, out=g_w2)
+    torch.sum(d_h2, -2, out=g_b2)
+    d_h1 = torch.ops.aten.threshold_backward(product(d_h2, w2), h1, 0)
+    product(d_h1.mT, x, out=g_w1)
+    torch.sum(d_h1, -2, out=g_b1)
+    return loss.view(predictor.lead)
+
+
+def _affine_each(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.addmm` of n: bias (n, out), x (n, rows, in), weight (n, in, out)."""
+    return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norm of (…, rows, columns): (…, 1, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    return norm
 
 
 def train(
@@ -117,42 +161,62 @@ def train(
     triples are shuffled anew each epoch by a CPU generator of the seed's own, so that the order is the same
     on every device.
     """
-    device = predictor.flat.device
-    generator = generator_for(seed, "shuffle")
+    return train_together([predictor], [coefficients], [middles], settings, [seed], progress)[0]
+
+
+def train_together(
+    predictors: Sequence[Predictor],
+    coefficients: Sequence[Tensor],
+    middles: Sequence[Sequence[int]],
+    settings: LesaSettings,
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Fit predictors of one shape side by side, each as `train` does: to its own triples, by its own seed.
+
+    coefficients: of each (layers, r, d2), all in one storage; as many triples of each. Returns the losses of each.
+    """
+    device = predictors[0].flat.device
+    many = predictors[0] if len(predictors) == 1 else Predictor.stack(predictors)
+    generators = [generator_for(seed, "shuffle") for seed in seeds]
     rows = Rows(coefficients, middles, settings.batch_size, device)
-    losses: list[float] = []
+    losses: list[list[float]] = []
     with _own_stream(device):
-        steps = _Steps(predictor, settings)
+        steps = _Steps(many, settings)
         step = _Replayed(steps, settings.batch_size) if device.type == "cuda" else steps
         for epoch in range(settings.epochs):
             steps.total.zero_()
-            for at, batch in enumerate(rows.shuffled(generator)):
+            for at, batch in enumerate(rows.shuffled(generators)):
                 step(batch)
                 if at % SETTLE == 0:
                     steps.settle()
-            losses.append(float(steps.total) / math.ceil(rows.count / settings.batch_size))
+            losses.append((steps.total / math.ceil(rows.count / settings.batch_size)).view(-1).tolist())
             if progress is not None:
                 progress("training the predictor", (epoch + 1) / settings.epochs)
-    return losses
+    if many.lead:
+        for at, predictor in enumerate(predictors):
+            _copy_layers(many.part(at), predictor.layers)
+    return [list(of_one) for of_one in zip(*losses, strict=True)]
 
 
 class _Steps:
-    """Optimisation steps of a predictor: loss, gradient, AdamW. Nothing in a step waits for the device."""
+    """Optimisation steps of a predictor or a stack: loss, gradient, AdamW. Nothing in a step waits for the device."""
 
     def __init__(self, predictor: Predictor, settings: LesaSettings) -> None:
         self.predictor, self.settings = predictor, settings
         flat = predictor.flat
-        self.total = torch.zeros((), dtype=torch.float64, device=flat.device)
-        """Sum of the losses of the steps."""
+        self.total = torch.zeros(predictor.lead, dtype=torch.float64, device=flat.device)
+        """Sum of the losses of the steps; of a stack each one's, (n,)."""
         self._slope = torch.zeros_like(flat)
         self._gradient = predictor.views(self._slope)
         self._first, self._second = torch.zeros_like(flat), torch.zeros_like(flat)  # AdamW's moments
         self._count = torch.zeros((), device=flat.device)
 
     def __call__(self, batch: Tensor) -> None:
-        """One step on rows (rows, 3·d2) of [lower | upper | target]."""
+        """One step on rows (rows, n, 3·d2) of [lower | upper | target]."""
         d2, settings = self.predictor.d2, self.settings
-        x, y = batch[:, : 2 * d2], batch[:, 2 * d2 :]
+        batch = batch.transpose(0, 1) if self.predictor.lead else batch[:, 0]
+        x, y = batch[..., : 2 * d2], batch[..., 2 * d2 :]
         self.total += loss_and_gradient(self.predictor, x, y, settings.norm_weight, self._gradient)
         adamw(
             [self.predictor.flat],

@@ -2,7 +2,8 @@
 
 On the GPU if they fit, else in host memory if they fit in the unit's budget, else in a file in node-local scratch that
 is mapped into memory and unlinked at once, so that the disk space is free again when the process ends, however it
-ends. Where they lie decides the speed of a gather, not a single bit of the result.
+ends. Where they lie decides the speed of a gather, not a single bit of the result. Those of fits that are trained side
+by side lie in one tensor: one gather reaches the rows of all.
 """
 
 from __future__ import annotations
@@ -18,26 +19,55 @@ from lesa_ray.errors import MachineError
 from lesa_ray.lesa.cost import DEVICE_SHARE
 
 
-class Room:
-    """A place for a tensor that is taken when it is known what else has to fit beside it."""
+class Rooms:
+    """The places of `count` fits of one shape, taken together when it is known what else has to fit beside them."""
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: str,
-        scratch_dir: str | None,
-        memory_budget: int | None,
-    ) -> None:
-        """shape: (checkpoints, layers, rows, d2). Without a `scratch_dir` or a budget host memory always does."""
-        self._shape, self._dtype, self._device = shape, dtype, device
+    def __init__(self, count: int, device: str, scratch_dir: str | None, memory_budget: int | None) -> None:
+        """Without a `scratch_dir` or a budget host memory always does."""
+        self._count, self._device = count, device
         self._scratch_dir, self._budget = scratch_dir, memory_budget
+        self._given = 0
+        self._place: Tensor | None = None
+        self._filed = False
+
+    def next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Room:
+        """The place of the next fit; shape: (checkpoints, layers, rows, d2), the same for all."""
+        self._given += 1
+        assert self._given <= self._count, "a room for each fit"
+        return Room(self, self._given - 1, shape, dtype)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int, *, or_file: bool) -> Tensor | None:
+        """All places, (count, *shape), uninitialised when taken; as `Room.take`, None if there is none."""
+        whole = (self._count, *shape)
+        if self._place is None:
+            self._place = self._in_memory(whole, dtype, beside)
+        if self._place is None and or_file:
+            assert self._scratch_dir is not None, "host memory does without one"
+            self._place, self._filed = _mapped(whole, dtype, self._scratch_dir), True
+        assert self._place is None or (self._place.shape == whole and self._place.dtype == dtype), "fits of one shape"
+        return self._place if or_file or not self._filed else None
+
+    def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int) -> Tensor | None:
+        nbytes = math.prod(shape) * dtype.itemsize
+        on_cpu = torch.device(self._device).type == "cpu"
+        if not on_cpu and fits_device(nbytes + beside, self._device):
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        needed = nbytes + (beside if on_cpu else 0)
+        if self._scratch_dir is None or self._budget is None or needed <= self._budget:
+            return torch.empty(shape, dtype=dtype)
+        return None
+
+
+class Room:
+    """A place for the coefficients of one fit."""
+
+    def __init__(self, rooms: Rooms, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._rooms, self._at, self._shape, self._dtype = rooms, at, shape, dtype
         self._tensor: Tensor | None = None
-        self.nbytes = math.prod(shape) * dtype.itemsize
 
     @property
     def tensor(self) -> Tensor:
-        """Uninitialised when taken."""
+        """(checkpoints, layers, rows, d2), uninitialised when taken."""
         assert self._tensor is not None, "take() comes first"
         return self._tensor
 
@@ -58,34 +88,27 @@ class Room:
 
         Raises: MachineError if the file cannot be made or the disk has no room for it.
         """
-        if self._tensor is not None:
-            return True
-        on_cpu = torch.device(self._device).type == "cpu"
-        if not on_cpu and fits_device(self.nbytes + beside, self._device):
-            self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            return True
-        needed = self.nbytes + (beside if on_cpu else 0)
-        if self._scratch_dir is None or self._budget is None or needed <= self._budget:
-            self._tensor = torch.empty(self._shape, dtype=self._dtype)
-            return True
-        if or_file:
-            self._tensor = self._mapped(self._scratch_dir)
-        return or_file
+        if self._tensor is None:
+            places = self._rooms.take(self._shape, self._dtype, beside, or_file=or_file)
+            self._tensor = None if places is None else places[self._at]
+        return self._tensor is not None
 
-    def _mapped(self, scratch_dir: str) -> Tensor:
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, scratch_dir: str) -> Tensor:
+    count = math.prod(shape)
+    nbytes = count * dtype.itemsize
+    try:
+        handle, path = tempfile.mkstemp(prefix="coefficients-", dir=scratch_dir)
         try:
-            handle, path = tempfile.mkstemp(prefix="coefficients-", dir=scratch_dir)
-            try:
-                # Blocks are reserved now: a full disk is an error here and no bus error in the middle of the work.
-                os.posix_fallocate(handle, 0, self.nbytes)
-                count = math.prod(self._shape)
-                return torch.from_file(path, shared=True, size=count, dtype=self._dtype).view(self._shape)
-            finally:
-                os.close(handle)
-                os.unlink(path)
-        except OSError as error:
-            what = f"cannot reserve {self.nbytes / 1e9:.1f} GB of scratch space"
-            raise MachineError(f"{scratch_dir}: {what}: {error.strerror}") from error
+            # Blocks are reserved now: a full disk is an error here and no bus error in the middle of the work.
+            os.posix_fallocate(handle, 0, nbytes)
+            return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)
+    except OSError as error:
+        what = f"cannot reserve {nbytes / 1e9:.1f} GB of scratch space"
+        raise MachineError(f"{scratch_dir}: {what}: {error.strerror}") from error
 
 
 def fits_device(nbytes: int, device: str) -> bool:

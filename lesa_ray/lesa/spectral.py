@@ -32,7 +32,7 @@ from lesa_ray.config import Scaling, SvdRoute, Weighing
 from lesa_ray.errors import UserError
 from lesa_ray.lesa.clock import Clock
 from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, choose_route
-from lesa_ray.lesa.room import Room, fits_device
+from lesa_ray.lesa.room import Room, Rooms, fits_device
 from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
 
 
@@ -90,6 +90,7 @@ def decompose(
     device: str = "cpu",
     scratch_dir: str | None = None,
     memory_budget: int | None = None,
+    rooms: Rooms | None = None,
     clock: Clock | None = None,
 ) -> Decomposition:
     """Basis of the first `basis` checkpoints of `loads`, and in it the coefficients of all of them.
@@ -97,6 +98,7 @@ def decompose(
     weigh: `direction` gives V, whose rows are equally long; `energy` gives ΣV, of which rows count by their part in W.
     scale: `unit` makes the mean square of the base's coefficients 1 by one factor.
     memory_budget: bytes of host memory in all; without room for them in it, the coefficients lie in `scratch_dir`.
+    rooms: where they lie beside those of other fits of one shape; by default by themselves.
     clock: is charged with the phases load, gram, eigh, range, svd and project.
     Raises: UserError for weights that are not finite float matrices of one shape.
     """
@@ -121,7 +123,8 @@ def decompose(
     directions = min(d1, basis * source.columns)
     keep = d1 if route == "none" else min(rank or d1, directions)
     rows = min(keep + oversampling, directions) if route == "randomized" else keep
-    room = Room((len(loads), layers, rows, d2), dtype, device, scratch_dir, memory_budget)
+    rooms = rooms or Rooms(1, device, scratch_dir, memory_budget)
+    room = rooms.next((len(loads), layers, rows, d2), dtype)
     own = range(basis)
 
     held = False

@@ -146,27 +146,67 @@ def test_people_are_shown_each_unit_and_all(bases: Bases, tmp_path: Path, monkey
         assert words in text
 
 
-def test_inspect_takes_a_cluster(
-    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump({"nodes": 3, "cpus_per_node": 4, "memory_per_node": "8GB"}))
+Inspect = Callable[..., tuple[int, str, str]]
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lesa-ray", "inspect", bases("llama"), *arguments])
+
+@pytest.fixture
+def inspect(bases: Bases, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Inspect:
+    """`lesa-ray inspect` of a family: exit code, standard output, standard error."""
+
+    def run(family: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lesa-ray", "inspect", bases(family), *arguments])
+        capsys.readouterr()  # making the base says something
         with pytest.raises(SystemExit) as end:
             cli.main()
         captured = capsys.readouterr()
         return int(end.value.code or 0), captured.out, captured.err
 
-    code, out, _ = run("--cluster", str(file), "--json")
+    return run
+
+
+def test_inspect_takes_a_cluster(inspect: Inspect, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump({"nodes": 3, "cpus_per_node": 4, "memory_per_node": "8GB"}))
+    code, out, _ = inspect("llama", "--cluster", str(file), "--json")
     assert code == 0
     need: dict[str, Any] = json.loads(out)["estimate"]
     assert need["cluster"]["nodes"] == 3
     assert {unit["node"] for unit in need["units"]} == {0, 1, 2}
     assert need["seconds"] == pytest.approx(need["unit_seconds"] + need["assembly_seconds"])
-    code, out, line = run("--cluster", str(tmp_path / "nowhere.yaml"))
+    code, out, line = inspect("llama", "--cluster", str(tmp_path / "nowhere.yaml"))
     assert code == 2
     assert out == ""
     assert line.count("\n") == 1
     assert "nowhere.yaml" in line
+
+
+def test_inspect_takes_the_settings_that_change_the_cost(inspect: Inspect, bases: Bases) -> None:
+    def need(family: str, *arguments: str) -> dict[str, Any]:
+        code, out, line = inspect(family, *arguments, "--json")
+        assert (code, line) == (0, "")
+        estimate: dict[str, Any] = json.loads(out)["estimate"]
+        return estimate
+
+    def train(need: dict[str, Any]) -> float:
+        return sum(unit["seconds"]["train"] for unit in need["units"] if "train" in unit["seconds"])
+
+    plain = need("llama")
+    assert train(need("llama", "--predictor", "ridge")) < train(plain)
+    assert train(need("llama", "--epochs", "10")) == pytest.approx(train(need("llama", "--recipe", "released-code")))
+    assert train(need("llama", "--epochs", "10")) == pytest.approx(2 * train(plain))
+    assert train(need("llama", "--holdout", "0")) > train(plain)
+    assert need("llama", "--variants", bases("llama"))["read_bytes"] > plain["read_bytes"]
+    assert len(need("llama", "--zero-init")["units"]) == len(plain["units"]) - 2
+
+    names = {
+        flags: {unit["name"] for unit in need("mixtral", *flags)["units"] if "w1" in unit["name"]}
+        for flags in ((), ("--share-experts",), ("--gpus-per-task", "0"))
+    }
+    assert names[()] == {"block_sparse_moe.experts.0-3.w1.weight"}
+    assert names["--share-experts",] == {"block_sparse_moe.experts.*.w1.weight"}
+    assert len(names["--gpus-per-task", "0"]) == 4
+    code, out, line = inspect("llama", "--share-experts")
+    assert (code, out) == (2, "")
+    assert "has no experts" in line
+    code, _, line = inspect("llama", "--memory-budget", "8 GBs")
+    assert (code, line.count("\n")) == (2, 1)

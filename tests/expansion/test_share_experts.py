@@ -11,7 +11,7 @@ import torch
 
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.expansion.prepare import prepare
-from lesa_ray.lesa.fit import fit_together, fit_weight_type
+from lesa_ray.lesa.fit import Fit, fit_each, fit_weight_type
 from tests import families
 from tests.lesa.test_fit import QUICK
 
@@ -73,7 +73,7 @@ def test_each_member_is_predicted_from_its_own_number(monkeypatch: pytest.Monkey
         made[member, slot] = weight
 
     loads = [lambda i, e=e: experts[e][i] for e in range(3)]
-    report = fit_together(loads, 3, [(3, 0, 1), (4, 3, 1)], store, QUICK, 0)
+    (report,) = fit_each([Fit(loads, store, 0)], 3, [(3, 0, 1), (4, 3, 1)], QUICK)
     assert (report.members, report.rank, report.captured) == (3, 30, pytest.approx(1))
     assert order == [(slot, member) for slot in (3, 4) for member in range(3)]
     for e, layers in enumerate(experts):
@@ -93,7 +93,7 @@ def test_the_shared_predictor_learns_from_all_members() -> None:
 
     experts = [expert() for _ in range(10)]
     settings = QUICK.model_copy(update={"predictor": "ridge", "ridge": 1e-4, "holdout": 0.2, "svd": "none"})
-    shared = fit_together([lambda i, e=e: e[i] for e in experts], 3, [], lambda *_: None, settings, 0)
+    (shared,) = fit_each([Fit([lambda i, e=e: e[i] for e in experts], lambda *_: None, 0)], 3, [], settings)
     assert shared.held_out is not None
     assert shared.held_out["predictor"].r2 == pytest.approx(1, abs=0.02)
     alone = fit_weight_type(

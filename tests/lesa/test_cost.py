@@ -26,10 +26,11 @@ from lesa_ray.lesa.cost import (
     UnitCost,
     choose_route,
     require_budget,
+    stack_size,
     unit_cost,
 )
 from lesa_ray.lesa.fit import fit_weight_type
-from lesa_ray.lesa.predictor import Predictor, train
+from lesa_ray.lesa.predictor import Predictor, train, train_together
 from lesa_ray.lesa.rates import CPU_CORE, GPU_MEMORY, GPUS, LOOKED, unit_seconds
 from lesa_ray.lesa.room import DEVICE_SHARE as ROOM_SHARE
 from tests.lesa.layers import related_layers
@@ -47,9 +48,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             left, right = args[-2:]
-            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            self.flops += 2 * left.numel() * right.shape[-1]
         return func(*args, **(kwargs or {}))
 
 
@@ -86,6 +87,54 @@ def test_a_training_step_is_what_torch_counts():
     trained = phase(unit_cost(Task(64, 24, 6, 1, settings)), "train")
     assert trained.flops == {"narrow": real}
     assert trained.steps == 2 * 4 * 64 / 32
+
+
+def test_a_stacked_training_step_is_what_torch_counts():
+    place = torch.randn(3, 6, 64, 24)
+    settings = LesaSettings(hidden=16, epochs=2, batch_size=32, holdout=0)
+    several = [Predictor(24, 16, torch.float32, "cpu", seed) for seed in range(3)]
+    real = counted(lambda: train_together(several, list(place), [[1, 2, 3, 4]] * 3, settings, range(3)))
+    unit = Task(64, 24, 6, 3, settings, fits=3, device="cuda", device_memory=2**30)
+    trained = phase(unit_cost(unit), "train")
+    assert trained.flops == {"fp32": real}
+    assert trained.steps == 2 * 4 * 64 / 32
+
+
+def test_several_fits_are_several_times_one_and_a_stack_holds_all_of_them():
+    """Experts of Qwen3-30B-A3B: 768 × 2048, 48 layers."""
+    one = Task(768, 2048, 48, 24, device_memory=GPU_MEMORY["h100"])
+    many = replace(one, fits=16, slots=16 * 24)
+    alone, each = unit_cost(one), unit_cost(many)
+    assert each.host_memory == alone.host_memory
+    assert each.coefficient_bytes == alone.coefficient_bytes
+    assert each.flops == pytest.approx(16 * alone.flops)
+    assert (each.read_bytes, each.write_bytes) == (16 * alone.read_bytes, 16 * alone.write_bytes)
+    assert phase(each, "train").steps == 16 * phase(alone, "train").steps
+
+    single, stack = (unit_cost(replace(task, device="cuda")) for task in (one, many))
+    assert stack.coefficient_bytes == 16 * single.coefficient_bytes == 16 * 48 * 768 * 2048 * 4
+    assert 16 * single.coefficient_bytes < stack.device_memory < 16 * single.device_memory
+    assert phase(stack, "train").steps == phase(single, "train").steps
+    assert phase(stack, "predict").flops == pytest.approx({"fp32": 16 * phase(single, "predict").flops["fp32"]})
+    seconds = [unit_seconds(cost, GPUS["h100"], 5e9, 1e9)["train"] for cost in (single, stack)]
+    assert seconds[1] < 16 * seconds[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("d1", "d2", "layers", "settings", "size"),
+    [
+        (768, 2048, 48, {}, 16),
+        (2048, 768, 48, {}, 16),
+        (2048, 7168, 58, {}, 2),  # DeepSeek-V3: 3.4 GB of coefficients each
+        (14336, 4096, 32, {}, 1),  # Mixtral: 7.5 GB
+        (768, 2048, 48, {"predictor": "ridge"}, 1),
+        (14336, 4096, 32, {"svd": "gram", "rank": 1024}, 13),
+    ],
+)
+def test_as_many_experts_as_are_worth_it_make_a_unit(d1, d2, layers, settings, size):
+    task = Task(d1, d2, layers, 16, LesaSettings(**settings))
+    assert stack_size(task) == size
+    assert stack_size(replace(task, device="cuda", device_memory=10**9, fits=7, slots=7 * 16)) == size
 
 
 def test_project_and_predict_by_hand():

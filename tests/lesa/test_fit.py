@@ -117,7 +117,7 @@ def test_ridge_is_left_out_where_it_is_not_wanted():
 
 def test_with_predictor_ridge_new_layers_are_ridges_and_nothing_is_trained(monkeypatch):
     """Of full rank, ridge in the basis U Σ with rows weighted alike: checked on weights, by numpy in float64."""
-    monkeypatch.setattr("lesa_ray.lesa.fit.train", None)
+    monkeypatch.setattr("lesa_ray.lesa.fit.train_together", None)
     layers = related_layers(8, 20, 12)
     settings = QUICK.model_copy(update={"predictor": "ridge", "ridge": 0.1})
     report, made = run(layers, [(8, 2, 3), (9, 8, 3)], settings)

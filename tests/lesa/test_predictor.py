@@ -210,7 +210,7 @@ def test_moments_of_units_that_died_become_zero():
     """Numbers below 1.2e-38 would stay there, and slow every step that follows."""
     predictor = Predictor(2, 8, torch.float32, "cpu", 0)
     steps = _Steps(predictor, LesaSettings(hidden=8))
-    batch = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    batch = torch.randn(64, 1, 6, generator=torch.Generator().manual_seed(0))
     for at in range(1200):
         steps(batch)
         if at == 0:

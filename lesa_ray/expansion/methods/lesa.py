@@ -1,27 +1,31 @@
 """LESA: layers predicted between their neighbours (arXiv 2502.13794; github.com/yangyifei729/LESA).
 
 One weight type is one unit: its matrices in all layers are needed for the common basis and to train that type's
-predictor (`lesa_ray.lesa.fit`); with `share_experts` all experts of a kind are one. Types whose new tensors would all
-be zero are not computed at all.
+predictor (`lesa_ray.lesa.fit`). Experts of a kind are weight types of one shape: with `share_experts` all of them are
+one unit with one predictor, otherwise some of them are one unit, each with its own predictor, and a GPU trains those
+side by side. Types whose new tensors would all be zero are not computed at all.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 import zlib
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
-from lesa_ray.lesa.cost import require_budget, unit_cost
+from lesa_ray.lesa.cost import require_budget, stack_size, unit_cost
 
 if TYPE_CHECKING:
     import torch
 
-_EXPERT = re.compile(r"experts\.\d+\.")
+_EXPERT = re.compile(r"experts\.(\d+)\.")
 
 
 class Lesa(Method):
@@ -37,7 +41,7 @@ class Lesa(Method):
     def units(self, job: Job) -> list[Unit]:
         units = []
         for name, types in _together(job).items():
-            makes = job.makes(job.plan.slots, types)
+            makes = tuple(made for fit in _fits(job, types) for made in job.makes(job.plan.slots, fit))
             if makes:
                 cost = unit_cost(lesa_task(job, types, memory_budget=job.config.memory_budget))
                 units.append(Unit(name=name, makes=makes, flops=cost.flops, memory=cost.host_memory))
@@ -50,7 +54,7 @@ class Lesa(Method):
         return _together(job).get(unit.name, ())
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
-        from lesa_ray.lesa.fit import fit_together
+        from lesa_ray.lesa.fit import Fit, fit_each
         from lesa_ray.lesa.ridge import require_ridge
 
         types = _together(job)[unit.name]
@@ -59,44 +63,84 @@ class Lesa(Method):
         require_budget(lesa_task(job, types, device=context.device, memory_budget=job.config.memory_budget), unit.name)
         wanted = set(unit.makes)
 
-        def store(member: int, slot: int, tensor: torch.Tensor) -> None:
-            if (slot, types[member].name) in wanted:
-                tensors.write(slot, types[member].name, tensor)
+        def fit(name: str, members: Sequence[WeightType]) -> Fit:
+            def store(member: int, slot: int, tensor: torch.Tensor) -> None:
+                if (slot, members[member].name) in wanted:
+                    tensors.write(slot, members[member].name, tensor)
 
-        report = fit_together(
-            [functools.partial(tensors.read, weight_type=weight_type.name) for weight_type in types],
+            return Fit(
+                [functools.partial(tensors.read, weight_type=weight_type.name) for weight_type in members],
+                store,
+                _seed(job.config.seed, name),
+                [
+                    functools.partial(tensors.read, weight_type=weight_type.name, variant=variant)
+                    for variant in range(len(job.config.variants))
+                    for weight_type in members
+                ],
+            )
+
+        fits = _fits(job, types)
+        names = [unit.name] if len(fits) == 1 else [weight_type.name for weight_type in types]
+        reports = fit_each(
+            [fit(name, members) for name, members in zip(names, fits, strict=True)],
             job.anatomy.layers,
             [(slot.id, slot.lower, slot.upper) for slot in job.plan.slots if slot.upper is not None],
-            store,
             job.config.lesa.model_copy(update={"svd": lesa_route(job, types)}),
-            seed=_seed(job.config.seed, unit.name),
             device=context.device,
-            variants=[
-                functools.partial(tensors.read, weight_type=weight_type.name, variant=variant)
-                for variant in range(len(job.config.variants))
-                for weight_type in types
-            ],
             scratch_dir=context.scratch_dir,
             memory_budget=context.memory_budget,
             progress=context.progress,
         )
-        return report.to_dict()
+        fitted = {name: report.to_dict() for name, report in zip(names, reports, strict=True)}
+        return fitted[unit.name] if len(fits) == 1 else {"fits": fitted}
 
 
 def _together(job: Job) -> dict[str, tuple[WeightType, ...]]:
-    """The weight types of each unit, by its name: one, or the experts of a kind (`share_experts`), all of one shape."""
-    if not job.config.lesa.share_experts:
-        return {weight_type.name: (weight_type,) for weight_type in job.anatomy.matrices}
-    if not any(weight_type.is_expert for weight_type in job.anatomy.matrices):
+    """The weight types of each unit, by its name: one, or experts of a kind, all of one shape."""
+    sharing = job.config.lesa.share_experts
+    if sharing and not any(weight_type.is_expert for weight_type in job.anatomy.matrices):
         raise UserError(f"--share-experts: BASE {job.config.base} ({job.anatomy.family}) has no experts; leave it out")
-    kinds: dict[str, tuple[WeightType, ...]] = {}
+    kinds: defaultdict[str, list[WeightType]] = defaultdict(list)
     for weight_type in job.anatomy.matrices:
         kind = _EXPERT.sub("experts.*.", weight_type.name) if weight_type.is_expert else weight_type.name
-        kinds[kind] = (*kinds.get(kind, ()), weight_type)
+        kinds[kind].append(weight_type)
+    units: dict[str, tuple[WeightType, ...]] = {}
     for kind, types in kinds.items():
-        if len({(t.shape, t.dtype, t.transposed) for t in types}) > 1:
+        if sharing and len({_shape(weight_type) for weight_type in types}) > 1:
             raise UserError(f"--share-experts: BASE {job.config.base}: {kind} are not of one shape and element type")
-    return kinds
+        units |= {kind: tuple(types)} if sharing else _side_by_side(job, kind, types)
+    return units
+
+
+def _side_by_side(job: Job, kind: str, types: list[WeightType]) -> dict[str, tuple[WeightType, ...]]:
+    """Experts of a kind in units of about as many, as large as `stack_size` says."""
+    units = {}
+    for shape in dict.fromkeys(map(_shape, types)):
+        alike = sorted((t for t in types if _shape(t) == shape), key=_number)
+        most = stack_size(lesa_task(job, alike, memory_budget=job.config.memory_budget))
+        if job.config.gpus_per_task == 0:  # CPUs gain nothing by it, and more units keep more cores busy
+            most = 1
+        parts = math.ceil(len(alike) / most)
+        for part in range(parts):
+            some = tuple(alike[part * len(alike) // parts : (part + 1) * len(alike) // parts])
+            several = kind.replace("experts.*.", f"experts.{_number(some[0])}-{_number(some[-1])}.")
+            units[some[0].name if len(some) == 1 else several] = some
+    return units
+
+
+def _fits(job: Job, types: tuple[WeightType, ...]) -> list[tuple[WeightType, ...]]:
+    """What of a unit has a basis and a predictor of its own."""
+    return [types] if job.config.lesa.share_experts else [(weight_type,) for weight_type in types]
+
+
+def _shape(weight_type: WeightType) -> tuple[object, ...]:
+    return weight_type.shape, weight_type.dtype, weight_type.transposed
+
+
+def _number(weight_type: WeightType) -> int:
+    """Which of the experts it is."""
+    found = _EXPERT.search(weight_type.name)
+    return int(found[1]) if found else 0
 
 
 def _seed(seed: int, weight_type: str) -> int:
