@@ -207,8 +207,8 @@ def test_missing_pieces_are_said(tmp_path: Path) -> None:
     assert "&lt;b&gt;out of memory&lt;/b&gt; &amp; more" in page.html
     for words in (
         "lesa, seed 1 (toy): failed: pretrain/x",
-        "llama-pro, seed 2 (toy): missing",
-        "base, same tokens, seed 0 (toy): its loss curve is empty",
+        "llama-pro, seeds 0, 1 and 2 (toy): missing",
+        "“base, same tokens”, seeds 0, 1 and 2 (toy): its loss curve is empty",
         "control copy: left out: there is no such method (toy)",
         "Downstream tasks (toy): the comparison measured none",
         "Of grown: norms, the quick fit of the predictors (`--fit`), candidates after matching (`--match`)",

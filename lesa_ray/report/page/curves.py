@@ -263,7 +263,7 @@ def _saving_panel(
 
 def reached_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     """Tokens to each of the losses that the comparison lists."""
-    named = {view.name: view for view in arms}
+    named = {view.name for view in arms if view.finals}
     levels = [
         (one.loss, {name: values for name, values in one.arms.items() if values and name in named}, one.of)
         for one in sorted(comparison.reached, key=lambda one: -one.loss)
@@ -292,7 +292,10 @@ def reached_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None
         "Tokens to reach a loss",
         see,
         how_compare(comparison),
-        tuple(_reached_panel(f"{loss:.4f}" + (f", {of}'s" if of else ""), row, shown, end) for loss, row, of in levels),
+        tuple(
+            _reached_panel(f"{loss:.4f}" + (f" ({called(of)})" if of else ""), row, shown, end)
+            for loss, row, of in levels
+        ),
         (
             Entry("mean over seeds that got there", Stroke(INK, "o"), line=False),
             Entry("not reached by every seed", Stroke(MUTED, ">"), line=False, filled=False),

@@ -216,9 +216,10 @@ def ratios_figure(expansions: Sequence[Expansion]) -> Figure | None:
     def draw(axes: Axes) -> None:
         rows_axis(axes, [short_type(t) for t in types])
         axes.grid(axis="y", visible=False)
-        for label in labels:
-            ys = [at for at, t in enumerate(types) if t in found[label]]
-            plot_marks(axes, [found[label][types[y]] for y in ys], ys, strokes[label])
+        for number, label in enumerate(labels):
+            rows = [at for at, t in enumerate(types) if t in found[label]]
+            shift = (number - (len(labels) - 1) / 2) * 0.6 / len(labels)
+            plot_marks(axes, [found[label][types[at]] for at in rows], [at + shift for at in rows], strokes[label])
         axes.axvline(1, color=INK, linewidth=1)
         axes.set_xlim(left=0, right=max(1.1, 1.06 * high))
         axes.set_xlabel("norm of the new layers over their neighbours'")

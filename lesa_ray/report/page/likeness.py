@@ -42,7 +42,7 @@ def neighbours_figure(analysis: Analysis, label: str, name: str) -> Figure | Non
     return Figure(
         name,
         f"How alike neighbouring layers are: {label}",
-        _neighbour_words(types),
+        _neighbour_words(types, analysis),
         how_analyze(analysis),
         tuple(_neighbour_panel(t, f, analysis) for t, f in types.items()),
         tuple(Entry(text, stroke) for _, text, stroke in present),
@@ -58,22 +58,35 @@ def _mean_cell(values: list[float | None] | None) -> str:
     return f"{fmean(found):.3f}".replace("-", "−") if found else "–"
 
 
-def _neighbour_words(types: dict[str, TypeFigures]) -> str:
+def _neighbour_words(types: dict[str, TypeFigures], analysis: Analysis) -> str:
     plain = {t: fmean(known(f.neighbour_cosine or [])) for t, f in types.items()}
     most = max(plain, key=lambda t: abs(plain[t]))
     said = f"As stored, {short_type(most)} is most alike from layer to layer (mean cosine {plain[most]:.3f})"
     if abs(plain[most]) < _NONE:
         said = f"As stored, no weight type is alike from layer to layer (mean cosines within ±{_NONE})"
-    excess = {
-        t: fmean(m) - fmean(c)
-        for t, f in types.items()
-        if (m := known(f.neighbour_cosine_matched or [])) and (c := known(f.neighbour_cosine_chance or []))
-    }
+    pairs = old_pairs(analysis)
+    excess = {}
+    for t, f in types.items():
+        both = zip(f.neighbour_cosine_matched or [], f.neighbour_cosine_chance or [], strict=False)
+        gaps = [m - c for at, (m, c) in enumerate(both) if m is not None and c is not None and at in pairs]
+        if gaps:
+            excess[t] = fmean(gaps)
     if not excess:
         return f"{said.replace('-', '−')}; neurons and heads may be permuted freely, and no matching was measured."
     best = max(excess, key=lambda t: excess[t])
-    said += f"; after matching neurons and heads {short_type(best)} exceeds chance most, by {excess[best]:+.3f}"
-    return f"{said.replace('-', '−')} (matching lifts a random layer too: only the excess counts)."
+    of = " (between old layers)" if analysis.new_layers else ""
+    if excess[best] > 0:
+        said += f"; after matching neurons and heads {short_type(best)} exceeds chance most, by {excess[best]:.3f}{of}"
+    else:
+        said += f"; after matching neurons and heads no weight type exceeds chance{of}"
+    return f"{said.replace('-', '−')}. Matching lifts a random layer too: only the excess counts."
+
+
+def old_pairs(analysis: Analysis) -> set[int]:
+    """The pairs (i, i+1) of neighbours that are both old; all pairs, if there is none such."""
+    new = set(analysis.new_layers)
+    pairs = set(range(analysis.layers - 1))
+    return {at for at in pairs if not {at, at + 1} & new} or pairs
 
 
 def _neighbour_panel(name: str, figures: TypeFigures, analysis: Analysis) -> Panel:

@@ -17,11 +17,23 @@ from lesa_ray.report.page.figure import (
 from lesa_ray.report.page.measures import Difference, Spread, paired, spread
 from lesa_ray.report.page.palette import CONTROL, INK, MUTED, Stroke
 from lesa_ray.report.page.schema import Comparison
-from lesa_ray.report.page.words import big, difference_words, listed, percent, plural, signed, some, spread_words
+from lesa_ray.report.page.words import (
+    big,
+    called,
+    difference_words,
+    listed,
+    percent,
+    plural,
+    signed,
+    some,
+    spread_words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NARROW = 0.01
+"""Least width of an axis of losses, in nats."""
 _BASE_LINE = Stroke(MUTED, "o", (4, 2))
 
 
@@ -212,12 +224,15 @@ def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
             f"({_mean(high[1]):.4f}); the base's own loss was not measured."
         )
     else:
-        kept = [view.name for view, losses in rows if abs(_mean(losses) - base) < 5e-5 * max(1, abs(base))]
-        worst, losses = rows[-1]
-        keeps = f"No arm starts exactly at the base's {base:.4f}"
+        gaps = {view.name: _mean(losses) - base for view, losses in rows}
+        kept = [name for name, gap in gaps.items() if abs(gap) < 5e-5 * max(1, abs(base))]
+        furthest = max(gaps, key=lambda name: abs(gaps[name]))
+        see = f"No arm starts exactly at the base's {base:.4f}"
         if kept:
-            keeps = f"{some(kept)} {'start' if len(kept) > 1 else 'starts'} where the base is ({base:.4f})"
-        see = f"{keeps}; the furthest from it is {worst.called}, {signed(_mean(losses) - base)}."
+            see = f"{some(kept)} {'start' if len(kept) > 1 else 'starts'} where the base is ({base:.4f})"
+        if len(kept) < len(gaps):
+            see += f"; the furthest from it is {called(furthest)}, {signed(gaps[furthest])}"
+        see += "."
     return Figure(
         "loss-after-expansion",
         "Held-out loss right after expansion, before any training",
@@ -247,6 +262,9 @@ def _rows_panel(label: str, rows: list[tuple[ArmView, list[float]]], base: float
             axes.axvline(base, color=_BASE_LINE.colour, dashes=_BASE_LINE.dashes, linewidth=1.2, zorder=1)
         axes.set_xlabel(label)
         axes.margins(x=0.08)
+        low, high = axes.get_xlim()
+        if high - low < _NARROW:  # what is alike should look alike
+            axes.set_xlim((low + high - _NARROW) / 2, (low + high + _NARROW) / 2)
         axes.locator_params(axis="x", nbins=5)
 
     return Panel("each run", draw, width=4.6, height=rows_height(len(rows)))

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from lesa_ray.report.page import curves, fit, likeness, pictures, plans, ranking, residual, spectra, tasks, weights
 from lesa_ray.report.page.compared import views
 from lesa_ray.report.page.figure import Figure, Table
-from lesa_ray.report.page.schema import Analysis, Comparison
+from lesa_ray.report.page.schema import Analysis, Comparison, Trial
 from lesa_ray.report.page.settings import settings_tables
 from lesa_ray.report.page.sources import Expansion, Material, short_name
 from lesa_ray.report.page.trained import training_figure
-from lesa_ray.report.page.words import big, listed, plural, short_type, some
+from lesa_ray.report.page.words import big, called, listed, plural, short_type, some
 
 
 @dataclass
@@ -115,21 +115,28 @@ def _problems(comparison: Comparison) -> list[str]:
     """What did not run, and what cannot be said for that reason."""
     told = [f"{note} ({comparison.name})" for note in comparison.notes]
     for arm in comparison.arms:
+        seeds: dict[str, list[str]] = {}
         for trial in arm.runs:
-            where = f"{arm.name}, seed {trial.seed} ({comparison.name})"
-            if trial.status != "complete":
-                why = f": {' '.join(trial.problem.split())[:300]}" if trial.problem else ""
-                told.append(f"{where}: {trial.status}{why}")
-            elif trial.final_loss is None:
-                told.append(f"{where}: its final loss is not a finite number")
-            if trial.status == "complete" and not trial.curve:
-                told.append(f"{where}: its loss curve is empty")
+            if (problem := _problem(trial)) is not None:
+                seeds.setdefault(problem, []).append(str(trial.seed))
+        for problem, found in seeds.items():
+            which = f"{'seed' if len(found) == 1 else 'seeds'} {listed(found)}"
+            told.append(f"{called(arm.name)}, {which} ({comparison.name}): {problem}")
         if not arm.runs:
             told.append(f"{arm.name} ({comparison.name}): has no run")
-    seeds = {len(view.finals) for view in views(comparison) if view.finals}
-    if seeds == {1}:
+    counts = {len(view.finals) for view in views(comparison) if view.finals}
+    if counts == {1}:
         told.append(f"A spread over seeds ({comparison.name}): every arm has one")
     return [text if text.endswith(".") else f"{text}." for text in told]
+
+
+def _problem(trial: Trial) -> str | None:
+    """What is wrong with a run, None if nothing is."""
+    if trial.status != "complete":
+        return trial.status + (f": {' '.join(trial.problem.split())[:300]}" if trial.problem else "")
+    if trial.final_loss is None:
+        return "its final loss is not a finite number"
+    return None if trial.curve else "its loss curve is empty"
 
 
 def _plan_and_fit(material: Material, missing: list[str]) -> Section:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -36,6 +36,8 @@ class Expansion:
     url: str
     manifest: Manifest
     trained: bool = False
+    arm_of: str | None = None
+    """The comparison whose arm it is."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _add_plans(run: str, comparison: Comparison, material: Material) -> None:
         if manifest is None:
             gone.append(arm.name)
         elif Storage(urls[0]).url not in known:
-            material.expansions.append(Expansion(arm.name, urls[0], manifest))
+            material.expansions.append(Expansion(arm.name, urls[0], manifest, arm_of=comparison.name))
     if gone:
         material.missing.append(
             f"Plan and fit of {_listed(gone)}: the expanded checkpoint is no longer where {comparison.name} made it."
@@ -193,28 +195,27 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _tell_apart(material: Material) -> None:
-    """Give things of one kind and name the folder above as well, or a number."""
-    material.expansions = _distinct(material.expansions)
-    material.trainings = _distinct(material.trainings)
+    """Give things of one kind and name the folder above as well, or their comparison, or a number."""
+    names = [one.label for one in material.expansions]
+    wider = [_wider(one.url) if one.arm_of is None else f"{one.arm_of}: {one.label}" for one in material.expansions]
+    material.expansions = [
+        replace(one, label=label) for one, label in zip(material.expansions, _distinct(names, wider), strict=True)
+    ]
+    names, wider = [one.label for one in material.trainings], [_wider(one.url) for one in material.trainings]
+    material.trainings = [
+        replace(one, label=label) for one, label in zip(material.trainings, _distinct(names, wider), strict=True)
+    ]
 
 
-Labelled = TypeVar("Labelled", Expansion, Training)
+def _wider(url: str) -> str:
+    """The last two parts of a path."""
+    return "/".join(url.rstrip("/").rsplit("/", 2)[-2:])
 
 
-def _distinct(things: list[Labelled]) -> list[Labelled]:
-    from dataclasses import replace
-
-    labels = [thing.label for thing in things]
-    made: list[Labelled] = []
-    for thing in things:
-        label = thing.label
-        if labels.count(label) > 1:
-            parts = thing.url.rstrip("/").rsplit("/", 2)
-            label = "/".join(parts[-2:]) if len(parts) > 1 else label
-        used = {one.label for one in made}
-        number = 2
-        plain = label
-        while label in used:
-            label, number = f"{plain} ({number})", number + 1
-        made.append(replace(thing, label=label))
-    return made
+def _distinct(names: list[str], wider: list[str]) -> list[str]:
+    """Each name, the wider one where several are alike, with a number where those are too."""
+    chosen = [wide if names.count(name) > 1 else name for name, wide in zip(names, wider, strict=True)]
+    return [
+        name if chosen.count(name) == 1 else f"{name} ({chosen[: at + 1].count(name)})"
+        for at, name in enumerate(chosen)
+    ]

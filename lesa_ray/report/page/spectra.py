@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_LEAST = 1e-4
+"""Least share of the largest singular value that is drawn: what is below it lies on the frame."""
+
+
 def spectra_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
     """Singular values of every layer, as shares of its largest one."""
     types = {t: f for t, f in shown_types(analysis).items() if any(known(row) for row in f.spectra)}
     if not types:
         return None
-    middles = {t: _middle(f) for t, f in types.items()}
-    whole = {t: value for t, value in middles.items() if value is not None}
+    new = set(analysis.new_layers)
+    old = set(range(analysis.layers)) - new
+    whole = {t: value for t, f in types.items() if (value := _middle(f, old)) is not None}
+    made = [value for f in types.values() if (value := _middle(f, new)) is not None]
     see = "The spectra hold no layer that is not zero."
     if whole:
         flat, steep = max(whole, key=lambda t: whole[t]), min(whole, key=lambda t: whole[t])
@@ -30,6 +37,8 @@ def spectra_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
             f"Half-way down its spectrum {short_type(flat)} still has {percent(whole[flat])} of its largest singular "
             f"value, {short_type(steep)} {percent(whole[steep])}: the flatter, the less a small rank captures."
         )
+        if made:
+            see += f" New layers have {100 * fmean(made):.2g} % there, old ones {percent(fmean(whole.values()))}."
     return Figure(
         name,
         f"Singular values of each layer: {label}",
@@ -40,9 +49,10 @@ def spectra_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
     )
 
 
-def _middle(figures: TypeFigures) -> float | None:
-    """Mean over layers of the middle singular value over the largest."""
-    found = [row[len(row) // 2] / row[0] for row in map(known, figures.spectra) if row and row[0] > 0]
+def _middle(figures: TypeFigures, layers: Collection[int]) -> float | None:
+    """Mean over some layers of the middle singular value over the largest."""
+    rows = [known(row) for at, row in enumerate(figures.spectra) if at in layers]
+    found = [row[len(row) // 2] / row[0] for row in rows if row and row[0] > 0]
     return fmean(found) if found else None
 
 
@@ -55,7 +65,7 @@ def _spectra_panel(name: str, figures: TypeFigures, analysis: Analysis) -> Panel
             if not values or values[0] <= 0:
                 continue
             x = [100 * i / max(len(values) - 1, 1) for i in range(len(values))]
-            y = [max(value / values[0], 1e-6) for value in values]
+            y = [max(value / values[0], _LEAST) for value in values]
             smallest = min(smallest, *y)
             if at in new:
                 axes.plot(x, y, color=NEW, linewidth=1.1, dashes=(3, 1.5), alpha=0.9)
@@ -64,7 +74,7 @@ def _spectra_panel(name: str, figures: TypeFigures, analysis: Analysis) -> Panel
         axes.set_ylim(0.8 * smallest, 1.15)
         plain_log(axes, "y")
         axes.set_xlabel("position in the spectrum (%)")
-        axes.set_ylabel("σ / largest σ")
+        axes.set_ylabel(f"σ / largest σ (at least {_LEAST:g})" if smallest <= _LEAST else "σ / largest σ")
 
     shape = f" ({' × '.join(map(str, figures.shape))})" if figures.shape else ""
     return Panel(short_type(name) + shape, draw, height=PANEL_HEIGHT)
@@ -132,7 +142,8 @@ def _ranks_panel(
         for t, values in rows.items():
             stroke = strokes[t]
             points = [(i, v) for i, v in enumerate(values) if v is not None and (v > 0 or not log)]
-            plot_line(axes, [i for i, _ in points], [v for _, v in points], stroke, linewidth=1)
+            old = [(i, v) for i, v in points if i not in new]
+            plot_line(axes, [i for i, _ in old], [v for _, v in old], stroke, linewidth=1)
             for filled in (True, False):
                 some_of = [(i, v) for i, v in points if (i not in new) == filled]
                 plot_marks(

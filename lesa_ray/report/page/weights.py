@@ -127,8 +127,7 @@ def _layers_panel(title: str, values: Sequence[float | None], analysis: Analysis
         plot_marks(axes, [i for i, _ in old], [v for _, v in old], _OLD, markersize=4)
         if made:
             plot_marks(axes, [i for i, _ in made], [v for _, v in made], _NEW, filled=False)
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.1)
+        axes.set_ylim(0, 1.12 * max([v for _, v in (*old, *made)], default=1) or 1)
         layer_axis(axes, analysis.layers, "layer")
         axes.set_ylabel(label)
 
