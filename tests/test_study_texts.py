@@ -40,10 +40,12 @@ class Thing:
 
 
 def test_prose_is_documentation_without_code() -> None:
-    said = texts.prose(ast.parse(SOURCE))
+    seen: set[str] = {"No paragraph of it."}
+    said = texts.prose(ast.parse(SOURCE), seen)
     parts = said.split("\n\n")
     assert parts[0] == "What this module is for."
     assert sorted(parts[1:]) == ["A thing.", "Nothing else is said of it.", "Twice a number, whatever it is.", "no"]
+    assert texts.prose(ast.parse(SOURCE + 'def more():\n    "More of it."\n'), seen) == "More of it."
 
 
 def test_an_answer_is_a_whole_function_without_its_documentation() -> None:

@@ -6,7 +6,7 @@
 
 Decides
 - Prose is docstrings without their examples of code: English, technical, and nothing like the source that surrounds it.
-  It depends on the versions that are installed.
+  A paragraph is there once, so that held-out documents hold no copies. It depends on the versions that are installed.
 - An answer is a whole function without its documentation, as Python itself would print it.
 """
 
@@ -29,7 +29,7 @@ import typer
 from lesa_ray import MachineError, UserError
 from pipelines.corpus import stdlib_files
 
-PACKAGES = ("torch", "transformers", "ray", "numpy", "pyarrow", "fsspec", "pydantic")
+PACKAGES = ("torch", "ray", "numpy", "pyarrow", "fsspec", "pydantic")
 """Beside the standard library: what this project needs itself, so what is installed."""
 FEWEST_CHARACTERS = 500
 """Of a document."""
@@ -69,11 +69,14 @@ def package_files(package: str) -> tuple[str, list[str]]:
     return root, sorted(found)
 
 
-def prose(tree: ast.Module) -> str:
-    """The documentation in a module, paragraphs of code left out."""
+def prose(tree: ast.Module, seen: set[str]) -> str:
+    """The documentation in a module, without paragraphs of code and those that were `seen` before; now they are."""
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _Documented)]
     paragraphs = [part.strip() for text in texts if text for part in text.split("\n\n")]
-    return "\n\n".join(part for part in paragraphs if part and ">>>" not in part and "```" not in part)
+    kept = [part for part in dict.fromkeys(paragraphs) if part and ">>>" not in part and "```" not in part]
+    new = [part for part in kept if part not in seen]
+    seen.update(new)
+    return "\n\n".join(new)
 
 
 def instructions(tree: ast.Module) -> Iterator[dict[str, str]]:
@@ -104,11 +107,11 @@ def make_texts(out: str, tokenizer: str) -> tuple[int, int]:
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(os.path.join(partial, "prose"))
     asked: dict[str, dict[str, str]] = {}
-    documents = 0
+    documents, seen = 0, set[str]()
     library = (sysconfig.get_path("stdlib"), stdlib_files())
     for package, (root, names) in {"python": library, **{name: package_files(name) for name in PACKAGES}}.items():
         for name, tree in parsed(root, names):
-            text = prose(tree)
+            text = prose(tree, seen)
             if len(text) >= FEWEST_CHARACTERS:
                 documents += 1
                 path = os.path.join(partial, "prose", f"{package}-{name.replace(os.sep, '.')}.txt")
