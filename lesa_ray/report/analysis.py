@@ -56,7 +56,7 @@ _TYPES_CAPTION = (
 
 def _neighbours(report: dict[str, Any]) -> Table:
     fitted, matched = _is_fitted(report), report["matched_missing"] is None
-    table = _table("Neighbouring layers, means over the pairs", "weight type")
+    table = _table("Neighbouring layers, means", "weight type")
     names = ["cosine", *(["matched", "by chance"] if matched else [])]
     names += ["R² fit", "R² mean", "R² ridge"] if fitted else []
     for name in names:

@@ -15,13 +15,14 @@ from lesa_ray import MachineError, UserError
 from lesa_ray.analysis import subject as subject_module
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import open_subject
-from lesa_ray.checkpoint.storage import WORK_DIR
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import LesaSettings
 from lesa_ray.distributed.analyze import analyze
 from lesa_ray.lesa.fit import fit_weight_type
 from lesa_ray.report.analysis import analysis_table
 from lesa_ray.report.page.schema import Analysis
 from tests import families
+from tests.evaluation import tiny
 
 Bases = Callable[[str], str]
 Q, DOWN = "self_attn.q_proj.weight", "mlp.down_proj.weight"
@@ -144,6 +145,23 @@ def test_a_killed_run_goes_on(bases: Bases, tmp_path: Path, monkeypatch: pytest.
     assert not {f"{name}.json" for name in seen} & set(kept)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["analysis.json"]
     assert report["types"] == look(bases("llama"), fit=False, match=False)["types"]
+
+
+def test_from_a_store_to_a_store(s3: str, tmp_path: Path) -> None:
+    base = tiny.checkpoint(tmp_path / "base")
+    url = f"{s3}/analyzed"
+    Storage(s3).fs.put(base, f"{url}/base", recursive=True)
+    settings = {"fit": False, "match": False, "page": False}
+    there = look(f"{url}/base", out=f"{url}/seen", data=(blocks := _blocks(tmp_path),), **settings)
+    here = look(base, data=(blocks,), **settings)
+    assert (there["types"], there["residual"]) == (here["types"], here["residual"])
+    assert json.loads(Storage(f"{url}/seen").read("analysis.json")) == there
+    assert list(Storage(f"{url}/seen").list()) == ["analysis.json"]
+    assert not Storage(f"{url}/seen").folders()
+
+
+def _blocks(folder: Path) -> str:
+    return tiny.blocks(str(folder / "blocks"), "text", 8, [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 8]}])
 
 
 def test_what_is_printed_names_every_type_and_layer(bases: Bases, tmp_path: Path) -> None:

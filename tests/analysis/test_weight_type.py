@@ -98,3 +98,16 @@ def test_cosine_of_half_precision_is_summed_in_more() -> None:
     plain = [layer.double().numpy() for layer in (a, b)]
     expected = (plain[0] * plain[1]).sum() / np.linalg.norm(plain[0]) / np.linalg.norm(plain[1])
     assert cosine(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_same_figures(dtype: torch.dtype) -> None:
+    layers = weights(24, 40, dtype)
+    here = analyse_type(layers.__getitem__, LAYERS)
+    there = analyse_type(layers.__getitem__, LAYERS, device="cuda")
+    assert there.norms == pytest.approx(here.norms, rel=1e-5)
+    assert there.effective_rank == pytest.approx(here.effective_rank, rel=1e-3)
+    assert there.common_spectrum == pytest.approx(here.common_spectrum, rel=1e-3)
+    assert there.neighbour_cosine == pytest.approx(here.neighbour_cosine, abs=1e-4)
