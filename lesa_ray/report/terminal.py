@@ -152,6 +152,9 @@ def fit_table(manifest: Manifest) -> Table | None:
     table = Table(
         title=f"Fit of {made_by} on {rows}: R² (1 is perfect, 0 is predicting zero) and cosine", title_justify="left"
     )
+    if any("cosine_matched" in fit.get("mlp", {}) for fit in manifest["fit"].values()):
+        table.caption = "Layers were matched first, which alone lifts R² and cosine; `lesa-ray analyze` shows chance."
+        table.caption_justify = "left"
     for column in ("weight type", "train loss", "held-out loss", "R²", "cosine", "R² mean", "R² ridge", "norm ratio"):
         table.add_column(column, justify="left" if column == "weight type" else "right", no_wrap=True)
     for name, fit in fits.items():

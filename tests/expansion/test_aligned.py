@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.registry import METHODS
+from lesa_ray.report.terminal import fit_table
 from tests import families
 from tests.expansion.test_methods import FAMILIES, MATCHED
 from tests.lesa.moves import blocks_in, outputs, random_map
@@ -86,7 +87,10 @@ def test_a_layer_between_two_that_differ_in_order_alone_is_their_mean(tmp_path: 
 
 
 def test_aligned_lesa_reports_alignments_and_fits(bases: Bases, grow: Grow) -> None:
-    fits = grow(bases("llama"), method="aligned-lesa", lesa={"epochs": 1, "scale": "unit"}).manifest["fit"]
+    manifest = grow(bases("llama"), method="aligned-lesa", lesa={"epochs": 1, "scale": "unit"}).manifest
+    fits, table = manifest["fit"], fit_table(manifest)
+    assert table is not None
+    assert "matched first" in str(table.caption)
     alignments = {name: fit for name, fit in fits.items() if name.startswith("alignment-")}
     assert sorted(alignments) == [f"alignment-{i}" for i in range(1, families.LAYERS)]
     for report in alignments.values():

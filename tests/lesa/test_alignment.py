@@ -116,6 +116,16 @@ def test_groups_are_paired_with_the_largest_total_cosine() -> None:
     assert total == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_gpu_finds_the_same(name: str) -> None:
+    block = BLOCKS[name]
+    target, layer = (random_layer(block, 24, seed) for seed in (0, 1))
+    on_cpu, on_gpu = (move(layer, block, align(target, layer, block, device=device)) for device in ("cpu", "cuda"))
+    for part, weight in on_cpu.items():
+        torch.testing.assert_close(on_gpu[part], weight, atol=1e-9, rtol=0)
+
+
 def test_zero_layers_are_matched_too() -> None:
     """Of a base that was grown with zero output projections."""
     for block in BLOCKS.values():

@@ -13,8 +13,8 @@ order in each layer, and for q, k, v, gate and up the basis is on that side. On 
 Everything else is LESA's: units by weight type, settings, report. The held-out figures of that report are those of
 matched layers, and matching alone lifts them: `lesa-ray analyze` shows them beside chance.
 
-Two differences in cost: d2 is the MLP's width for gate and up, so the predictor's first layer is wider (ridge is
-refused from 16,384 neurons on); and attention is turned in float32, whatever the weights are.
+Two differences in cost: d2 is the number of neurons for gate, up and down, so the predictor is wider (and ridge is
+refused above 4,096 neurons on CPUs, 16,384 on GPUs); and attention is turned in float32, whatever the weights are.
 """
 
 from __future__ import annotations
