@@ -1,12 +1,13 @@
 # make setup   a virtual environment in .venv, with bin/lesa-ray
 # make demo    set-up, then the main job on a small model made here
 # make test    set-up, then all tests
+# make test-all  the same, and those that take minutes each
 # make lint    set-up, then ruff and mypy
 PYTHON ?= python3
 EXTRAS ?= dev
 READY := .venv/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -22,6 +23,9 @@ demo: setup
 	.venv/bin/python -m pipelines.demo --out demo
 
 test: setup
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not thorough'
+
+test-all: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup

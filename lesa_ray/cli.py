@@ -14,7 +14,7 @@ import typer
 
 from lesa_ray.cli_fleet import COMMANDS
 from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
-from lesa_ray.cli_options import print_json, with_options
+from lesa_ray.cli_options import print_json, with_options, working
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -143,7 +143,7 @@ def expand(
         return
     from lesa_ray.distributed.expand import expand as run
 
-    with terminal.progress_lines() as listener:
+    with working("expand", settings.out) as listener:
         result = run(settings, listener=listener)
     if as_json:
         print_json(
@@ -261,7 +261,7 @@ def tokenize(
     )
     from lesa_ray.report import terminal
 
-    with terminal.progress_lines() as listener:
+    with working("tokenize", settings.out) as listener:
         listener.phase("starting", 0)
         from lesa_ray.distributed.tokenize import tokenize as run
 
@@ -286,9 +286,8 @@ def pretrain(
 ) -> None:
     """Train a checkpoint on, or a configuration from scratch, on token blocks: CKPT, --data, --out."""
     settings = load_settings(TrainConfig, config, checkpoint=checkpoint, **given)
-    from lesa_ray.report import terminal
 
-    with terminal.progress_lines() as listener:
+    with working("pretrain", settings.out) as listener:
         listener.phase("starting", 0)
         from lesa_ray.distributed.train import pretrain as run
 
@@ -308,9 +307,8 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint on conversations, the loss on the answers only: CKPT, --data, --out."""
     settings = load_settings(FinetuneConfig, config, checkpoint=checkpoint, **given)
-    from lesa_ray.report import terminal
 
-    with terminal.progress_lines() as listener:
+    with working("finetune", settings.out) as listener:
         listener.phase("starting", 0)
         from lesa_ray.distributed.finetune import finetune as run
 
@@ -354,7 +352,7 @@ def evaluate(
     settings = load_settings(EvaluateConfig, config, checkpoints=checkpoints, **given)
     from lesa_ray.report import terminal
 
-    with terminal.progress_lines() as listener:
+    with working("evaluate", ", ".join(settings.checkpoints)) as listener:
         listener.phase("starting", 0)  # importing transformers takes seconds
         from lesa_ray.distributed.evaluate import evaluate as run
 

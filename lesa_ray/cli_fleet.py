@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
-from lesa_ray.cli_options import print_json
+from lesa_ray.cli_options import print_json, results_apart
 from lesa_ray.errors import UserError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -47,23 +45,17 @@ def fleet(
     if dry_run:
         from lesa_ray.fleet.state import look_at_all
 
-        _show_standings(look_at_all(Store(config.store, config.lease), stages), as_json)
+        show_standings(look_at_all(Store(config.store, config.lease), stages), as_json)
         return
-    import ray
-
     from lesa_ray.distributed.fleet import run_fleet
     from lesa_ray.report.fleet import outcome_table
-    from lesa_ray.report.terminal import console
+    from lesa_ray.report.terminal import console, log_line
 
     def say(stage: str, text: str) -> None:
-        now = datetime.now(UTC).strftime("%H:%M:%S")
-        sys.stderr.write(f"{now} {config.name}{' ' if stage else ''}{stage}: {' '.join(text.split())}\n")
-        sys.stderr.flush()
+        log_line(f"{config.name} {stage}".strip(), text)
 
-    # Ray says on standard output what it thinks of its nodes, until it is shut down; that is for results.
-    with contextlib.redirect_stdout(sys.stderr):
+    with results_apart():
         outcomes = run_fleet(config, stages, say)
-        ray.shutdown()
     if as_json:
         print_json([asdict(one) for one in outcomes])
     else:
@@ -78,13 +70,14 @@ def _status(config: Any, as_json: bool) -> None:
     from lesa_ray.store.catalog import open_store
 
     standings, facts = status(open_store(config.store), config)
-    _show_standings(standings, as_json)
+    show_standings(standings, as_json)
     if not as_json:
         changed = "; the file has changed since, `--dry-run` shows what that means" if facts["file_changed"] else ""
         console.print(f"last started {facts['started'][:19].replace('T', ' ')} UTC{changed}", highlight=False)
 
 
-def _show_standings(standings: Any, as_json: bool) -> None:
+def show_standings(standings: Any, as_json: bool) -> None:
+    """Print where stages stand."""
     from lesa_ray.report.fleet import describe_standing, standing_table
     from lesa_ray.report.terminal import console
 

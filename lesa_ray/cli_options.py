@@ -6,17 +6,21 @@ None, which lets a YAML file (`--config`) or the default decide.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import sys
 import types
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Union
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import typer
 
 from lesa_ray.config import Settings
+
+if TYPE_CHECKING:
+    from lesa_ray.expansion.runner import Listener
 
 _PLAIN = (str, int, float)
 
@@ -44,6 +48,33 @@ def print_json(value: object) -> None:
     """A result for programs, on standard output."""
     json.dump(value, sys.stdout, indent=1)
     sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def working(stage: str, run: str) -> Iterator[Listener]:
+    """A command's work, its progress on standard error. run: where its output goes."""
+    from lesa_ray.report.terminal import progress_lines
+
+    with results_apart(), progress_lines(f"{stage} {run}") as listener:
+        yield listener
+
+
+@contextlib.contextmanager
+def results_apart() -> Iterator[None]:
+    """Standard output is for results: what Ray says there of its nodes and tasks goes to standard error inside. A Ray
+    that was started inside ends with the block, since it goes on saying until then."""
+    up = _ray_is_up()
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            if _ray_is_up() and not up:
+                sys.modules["ray"].shutdown()
+
+
+def _ray_is_up() -> bool:
+    ray: Any = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _option(kind: type[Settings], name: str) -> Any:

@@ -133,7 +133,7 @@ def make_blocks(out: str, corpus: Corpus) -> TokenBlocks:
         seq_len=CONTEXT,
         holdout=corpus.holdout,
     )
-    with terminal.progress_lines() as listener:
+    with terminal.progress_lines(f"tokenize {config.out}") as listener:
         result = tokenize(config, listener)
     console.print(f"{'reusing' if result.reused else 'made'} {token_lines(result)}")
     return result.blocks
@@ -182,8 +182,7 @@ def train(config: TrainConfig) -> Trained:
     with console.status("pretrain: loading"):
         from lesa_ray.distributed.train import pretrain
         from lesa_ray.report.training import training_lines
-    with terminal.progress_lines() as listener:
-        listener.phase(f"pretrain into {config.out}", 0)
+    with terminal.progress_lines(f"pretrain {config.out}") as listener:
         result = pretrain(config, listener)
     console.print(f"{'reusing' if result.reused else 'made'} {training_lines(result)}")
     return result
@@ -248,7 +247,7 @@ def expand_with_progress(config: ExpandConfig, ray_address: str | None = None) -
     """`lesa_ray.expand`, showing how far it is."""
     if ray_address:
         os.environ["RAY_ADDRESS"] = ray_address
-    with terminal.progress_lines() as listener:
+    with terminal.progress_lines(f"expand {config.out}") as listener:
         return expand(config, listener=listener)
 
 
@@ -266,7 +265,7 @@ def measure(out: str, blocks: TokenBlocks, base: Trained, grown: dict[str, Expan
         from lesa_ray.evaluation.settings import EvaluateConfig
     checkpoints = tuple(os.path.join(out, name) for name in made)
     config = EvaluateConfig(checkpoints=checkpoints, data=(blocks.url,), limit=heldout)
-    with terminal.progress_lines() as listener:
+    with terminal.progress_lines(f"evaluate {out}") as listener:
         report = evaluate(config, listener)
     rows = []
     for name, record in zip(made, report["checkpoints"], strict=True):

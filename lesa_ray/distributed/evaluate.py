@@ -108,6 +108,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     """One Ray task for each checkpoint; the first to fail stops the others."""
     import ray
 
+    from lesa_ray.distributed.health import Health
     from lesa_ray.distributed.ray_runner import new_board, result_of, start_ray
 
     start_ray()
@@ -116,7 +117,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = _share(job.config, len(names), nodes)
     most_memory = max(node.get("memory", 0) for node in nodes)
-    board = new_board()
+    board, health = new_board(), Health(job.config.out or names[0], "evaluate")
     running: dict[Any, int] = {}
     outcomes: dict[int, Outcome] = {}
     try:
@@ -135,6 +136,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
             for reference in done:
                 index = running.pop(reference)
                 outcomes[index] = result_of(reference, f"checkpoint {names[index]}")
+                health.task_ended()
             state = ray.get(board.get.remote(), timeout=60)
             shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
             busy = [

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
+from lesa_ray.distributed.health import Health
 from lesa_ray.errors import MachineError
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
@@ -174,7 +175,7 @@ class RayRunner:
         if gpus > self._gpus:
             raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
         shared = ray.put(_for_any_folder(expansion))
-        board = new_board()
+        board, health = new_board(), Health(Storage(config.out).url, "expand")
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
         running: dict[Any, Unit] = {}
@@ -197,6 +198,7 @@ class RayRunner:
                     unit = running.pop(reference)
                     records[unit.name], peak = result_of(reference, f"unit {unit.name}")
                     self._peak = max(self._peak, peak)
+                    health.task_ended()
                 self._tell(listener, units, records, board)
         finally:
             for reference in running:
@@ -213,6 +215,7 @@ class RayRunner:
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
         task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
         out = Storage(expansion.job.config.out).url
+        health = Health(out, "expand")
         running = {task.remote(out, shard): shard for shard in shards}
         written = 0
         try:
@@ -222,6 +225,7 @@ class RayRunner:
                     shard = running.pop(reference)
                     self._peak = max(self._peak, result_of(reference, shard.file))
                     written += shard.nbytes
+                    health.task_ended(shard.nbytes)
                 listener.progress(written, ", ".join(shard.file for shard in list(running.values())[:2]))
         finally:
             for reference in running:

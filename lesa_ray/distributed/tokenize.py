@@ -27,6 +27,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
+from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
@@ -126,9 +127,11 @@ def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRec
     left = [piece for piece in dealt if piece.number not in records]
     listener.phase("tokenising", sum(piece.nbytes for piece in dealt))
     nbytes = sum(piece.nbytes for piece in done)
+    health = Health(storage.url, "tokenize")
     for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left), strict=True):
         records[piece.number] = record
         nbytes += piece.nbytes
+        health.task_ended(piece.nbytes)
         listener.progress(nbytes, f"{sum(sum(r['tokens'].values()) for r in records.values()):,} tokens")
     return [records[piece.number] for piece in dealt]
 
@@ -144,9 +147,11 @@ def _write(job: Job, plan: Layout, listener: Listener) -> list[Written]:
     left = [file for file in plan.files if file.name not in written]
     listener.phase("writing rows", sum(file.rows for file in plan.files))
     rows = sum(file.rows for file in done)
+    health = Health(storage.url, "tokenize")
     for file, note in zip(left, _run_all(job, layout.write_file, left), strict=True):
         written[file.name] = note
         rows += file.rows
+        health.task_ended()
         listener.progress(rows, file.name)
     return [written[file.name] for file in plan.files]
 

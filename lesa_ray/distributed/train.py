@@ -25,6 +25,7 @@ from typing import Any
 import ray
 
 from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, result_of, start_ray
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
@@ -85,6 +86,7 @@ def _is_shared(run: Run) -> bool:
 
 def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
     """Write files of weights as Ray tasks, each on a core of its own. Raises: UserError, MachineError."""
+    health = Health(plan.out, "train")
     task = ray.remote(write_file).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
     shared = ray.put(plan)
     running = {task.remote(shared, file): file for file in files}
@@ -92,7 +94,9 @@ def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
         while running:
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
             for reference in done:
-                result_of(reference, running.pop(reference).name)
+                file = running.pop(reference)
+                result_of(reference, file.name)
+                health.task_ended(file.nbytes)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -206,6 +210,7 @@ def _trainer(run: Run, resources: Resources, board: Any) -> Any:
 def _watching(board: Any, run: Run, listener: Listener) -> Iterator[None]:
     """Show the run's progress while the block runs."""
     stop = threading.Event()
+    health = Health(Storage(run.config.out).url, "train")
 
     def watch() -> None:
         last: Progress | None = None
@@ -220,6 +225,7 @@ def _watching(board: Any, run: Run, listener: Listener) -> Iterator[None]:
                     listener.phase("training", run.steps)
                 last = progress
                 listener.progress(progress.step, line(progress))
+                health.trained(progress)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

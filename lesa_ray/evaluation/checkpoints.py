@@ -171,7 +171,7 @@ def _fetch(name: str, url: str, patterns: list[str]) -> str:
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises: UserError if it has none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         works = bool(tokenizer("a b", add_special_tokens=False)["input_ids"])  # without files some are made, empty
     except Exception as error:  # missing files surface in many ways
         raise UserError(f"checkpoint {name}: its tokenizer cannot be loaded ({explain(error)[:160]})") from error
@@ -197,7 +197,9 @@ def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = N
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype or "auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+        )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # shapes that differ, files that are not there: each surfaces in its own way

@@ -5,9 +5,11 @@ Everything goes to standard error, so that `--json` on standard output stays cle
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -175,10 +177,11 @@ def _number(value: float | None) -> str:
 
 
 class ProgressLines:
-    """A listener that draws a bar, or prints a line now and then where there is no terminal."""
+    """A listener that draws a bar, or prints a line now and then where there is no terminal: in the log of a job each
+    says when, and of what, the label."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._label = progress, label
         self._task: TaskID | None = None
         self._name, self._total, self._printed = "", 0.0, 0.0
 
@@ -188,19 +191,26 @@ class ProgressLines:
         self._name, self._total, self._printed = name, total, time.monotonic()
         self._task = self._progress.add_task(name, total=total or None, detail="")
         if not console.is_terminal:
-            console.print(name)
+            log_line(self._label, name)
 
     def progress(self, done: float, detail: str) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=done, detail=detail)
         if not console.is_terminal and time.monotonic() - self._printed > _PLAIN_SECONDS and self._total:
             self._printed = time.monotonic()
-            console.print(f"{self._name}: {100 * done / self._total:.0f} % {detail}", highlight=False)
+            log_line(self._label, f"{self._name}: {100 * done / self._total:.0f} % {detail}")
+
+
+def log_line(label: str, text: str) -> None:
+    """A line of a log: the time of day (UTC), of which run and stage, what."""
+    now = datetime.now(UTC).strftime("%H:%M:%S")
+    sys.stderr.write(f"{now} {label}: {' '.join(text.split())}\n")
+    sys.stderr.flush()
 
 
 @contextmanager
-def progress_lines() -> Iterator[ProgressLines]:
-    """Progress on standard error while the block runs."""
+def progress_lines(label: str) -> Iterator[ProgressLines]:
+    """Progress on standard error while the block runs. label: the stage and the run, for logs."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -210,4 +220,4 @@ def progress_lines() -> Iterator[ProgressLines]:
         TextColumn("[dim]{task.fields[detail]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield ProgressLines(progress)
+        yield ProgressLines(progress, label)

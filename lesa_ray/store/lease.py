@@ -29,7 +29,7 @@ from collections.abc import Callable
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
 from lesa_ray.store.claims import Claims
-from lesa_ray.store.register import Register, Seen, register_of
+from lesa_ray.store.register import LocalRegister, Register, Seen, register_of
 
 TERM_SECONDS = 120.0
 _SLACK_SECONDS = 1.0  # S3 tells times in whole seconds
@@ -156,7 +156,12 @@ def _swap_in(register: Register, name: str, holder: str, term: float, begin: flo
         return after is not None
 
     def let_go() -> None:
-        change(released=True)
+        try:
+            change(released=True)
+        except OSError:
+            if not isinstance(register, LocalRegister):
+                raise
+            register.remove(file, version)
 
     return Lease(name, term, begin, lambda: change(released=False), let_go)
 

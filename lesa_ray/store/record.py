@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,6 +27,9 @@ FORMAT = 1
 _PACKAGES = ("torch", "ray", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 _CHUNK = 16 * 2**20
 _THREADS = 8
+_LAST = ("config.json", "manifest.json", "evaluation.json")
+"""What the commands write last: a listing with it is of the finished folder."""
+_LISTING_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class FileRecord(TypedDict):
@@ -114,10 +118,23 @@ def read_record(storage: Storage) -> Record | None:
 
 
 def describe_files(storage: Storage) -> dict[str, FileRecord]:
-    """Size and SHA-256 of every file below a folder but the record, by name relative to it."""
-    names = [name for name in walk(storage) if name != RECORD_FILE]
+    """Size and SHA-256 of every file below a finished folder but the record, by name relative to it.
+
+    Listings of some stores lag behind: one that lacks what was written last is asked for again, and a file that is
+    listed and gone is left out. Raises: MachineError if the listing stays behind for half a minute."""
+    last = {name for name in _LAST if storage.exists(name)}
+    for pause in (*_LISTING_PAUSES, None):
+        names = [name for name in walk(storage) if name != RECORD_FILE]
+        if names and last.issubset(names):
+            break
+        if pause is None:
+            raise MachineError(
+                f"{storage.url}: the store's listing lacks files that are there; the same command goes on"
+            )
+        time.sleep(pause)
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _describe(storage, name), names), strict=True))
+        found = zip(names, pool.map(lambda name: _describe(storage, name), names), strict=True)
+        return {name: file for name, file in found if file is not None}
 
 
 def compare_files(storage: Storage, record: Record) -> list[str]:
@@ -126,6 +143,9 @@ def compare_files(storage: Storage, record: Record) -> list[str]:
     Files whose size is right are read whole."""
     expected = record["files"]
     found = walk(storage)
+    for name in expected.keys() - found.keys():  # a listing may lag behind
+        if (size := storage.size(name)) is not None:
+            found[name] = size
     wrong = [f"{name}: is not in the record" for name in found if name not in expected and name != RECORD_FILE]
     same_size = []
     for name, file in expected.items():
@@ -137,7 +157,7 @@ def compare_files(storage: Storage, record: Record) -> list[str]:
             same_size.append(name)
     with ThreadPoolExecutor(_THREADS) as pool:
         for name, now in zip(same_size, pool.map(lambda name: _describe(storage, name), same_size), strict=True):
-            if now["sha256"] != expected[name]["sha256"]:
+            if now is None or now["sha256"] != expected[name]["sha256"]:
                 wrong.append(f"{name}: has other content")
     return sorted(wrong)
 
@@ -155,9 +175,12 @@ def _walk(storage: Storage, prefix: str) -> Iterator[tuple[str, int]]:
         yield from _walk(storage.within(folder), f"{prefix}{folder}/")
 
 
-def _describe(storage: Storage, name: str) -> FileRecord:
+def _describe(storage: Storage, name: str) -> FileRecord | None:
+    """None if it is not there."""
     digest, nbytes = hashlib.sha256(), 0
-    size = storage.size(name) or 0
+    size = storage.size(name)
+    if size is None:
+        return None
     while nbytes < size:
         data = storage.read(name, nbytes, min(size, nbytes + _CHUNK))
         if not data:

@@ -80,6 +80,13 @@ class LocalRegister:
             self._storage.write(name, data)
         return _digest(data)
 
+    def remove(self, name: str, expected: str) -> None:
+        """Remove the file if its version is `expected`: that works on a full disk too."""
+        with self._locked():
+            seen = self.read(name)
+            if seen is not None and seen.version == expected:
+                self._storage.remove(name)
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with open(self._storage.path(".lock"), "ab") as file:

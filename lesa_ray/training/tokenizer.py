@@ -29,11 +29,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         if url.startswith("hf://"):
             repo, _, revision = url.removeprefix("hf://").partition("@")
-            tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision or "main")
+            tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision or "main", trust_remote_code=False)
         elif "://" in url:
             tokenizer = _load_copy(Storage(url))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(url)
+            tokenizer = AutoTokenizer.from_pretrained(url, trust_remote_code=False)
         works = bool(tokenizer("a b", add_special_tokens=False)["input_ids"])  # without files some are made, empty
     except (UserError, MachineError):
         raise
@@ -59,7 +59,7 @@ def _load_copy(storage: Storage) -> PreTrainedTokenizerBase:
         for name in names:
             with open(os.path.join(folder, name), "wb") as file:
                 file.write(storage.read(name))
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

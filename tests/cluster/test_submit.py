@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,18 +37,20 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[tuple[str, Path]]:
-    """The URL of a cluster's dashboard, and the folder with its logs; in its own place, as other Rays may run here."""
-    gcs, dashboard, client, agent = free_ports(4)
+def head() -> Iterator[tuple[str, Path, str]]:
+    """The URL of a cluster's dashboard, the folder with its logs, the URL of its node's metrics; in its own place, as
+    other Rays may run here."""
+    gcs, dashboard, client, agent, metrics = free_ports(5)
     with tempfile.TemporaryDirectory(prefix="lr-", ignore_cleanup_errors=True) as folder:  # short: it names sockets
         environment = {
             **os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_metrics_report_interval_ms": "500",
         }  # fmt: skip
         environment.pop("RAY_ADDRESS", None)
         command = [
             str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", f"--port={gcs}",
             f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
         ]  # fmt: skip
         server = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -58,7 +62,7 @@ def head() -> Iterator[tuple[str, Path]]:
                     if not probe.connect_ex(("127.0.0.1", agent)):
                         break
                 time.sleep(0.2)
-            yield f"http://127.0.0.1:{dashboard}", Path(folder)
+            yield f"http://127.0.0.1:{dashboard}", Path(folder), f"http://127.0.0.1:{metrics}/metrics"
         finally:
             server.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
             try:
@@ -70,9 +74,9 @@ def head() -> Iterator[tuple[str, Path]]:
 
 @pytest.mark.timeout(200)
 def test_a_job_from_another_folder(
-    head: tuple[str, Path], bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: tuple[str, Path, str], bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, logs = head
+    url, logs, metrics = head
     monkeypatch.chdir(tmp_path)
     base, out = bases("llama"), tmp_path / "out"
     (tmp_path / "good.yaml").write_text(f"base: {base}\nout: {out}\nmethod: avg-deus\n")
@@ -88,6 +92,11 @@ def test_a_job_from_another_folder(
     done = submit("good.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{out}: " in done.stdout
+    assert re.search(rf"^\d\d:\d\d:\d\d expand {out}: writing the checkpoint$", done.stdout, re.MULTILINE)
+    with urllib.request.urlopen(metrics, timeout=10) as answer:
+        told = answer.read().decode()
+    for name in ("tasks", "bytes"):
+        assert re.search(rf'^ray_lesa_ray_{name}_total{{.*run="{out}".*stage="expand".*}} [1-9]', told, re.MULTILINE)
     expand(ExpandConfig(base=base, out=str(tmp_path / "here"), method="avg-deus"), runner=InlineRunner())
     for file in (tmp_path / "here").glob("model*"):
         assert (out / file.name).read_bytes() == file.read_bytes()

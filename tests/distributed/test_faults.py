@@ -184,20 +184,6 @@ def test_other_settings_do_not_touch_an_unfinished_run(bases: Bases, tmp_path: P
     assert expand(config, runner=InlineRunner()).resumed
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A filesystem of 80 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small filesystem")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True, timeout=30)
-
-
 def test_a_disk_without_room_is_told_before_anything_is_written(bases: Bases, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(60 * 2**20))
     with pytest.raises(MachineError, match=r"needs .* GB, the disk has .* GB free"):

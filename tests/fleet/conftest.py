@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -68,6 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, style in (("llama", "llama3"), ("qwen2", "qwen"), ("mistral", "gpt2")):
         families.make(name, root / name, vocab_size=512)
         styles.STYLES[style]().save_pretrained(root / name)
+    turns = [{"role": "user", "content": "left"}, {"role": "assistant", "content": "right"}]
+    (root / "chat.jsonl").write_text(20 * (json.dumps({"messages": turns}) + "\n"))
     (root / "text.txt").write_text("".join(f"The café opens at nine, says line {i}.\n" for i in range(200)))
     return root
 

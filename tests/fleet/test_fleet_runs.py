@@ -5,19 +5,28 @@ and the families and methods through one. What a change touches further on is tr
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lesa_ray import ExpandConfig, expand
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.record import walk
+from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.run import claim, prepare
+from lesa_ray.training.train_settings import TrainConfig
+from lesa_ray.training.worker import train
 from tests import families
 from tests.fleet.commands import Put, RayCluster, ended
+from tests.moody import Moody
+from tests.training.workers import run_workers
 
 NOWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}
 METHODS = ("solar", "avg-deus")
@@ -106,6 +115,40 @@ def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
     no_secrets(store.storage, log)
 
 
+@pytest.mark.thorough
+@pytest.mark.timeout(1500)
+def test_three_families_by_two_methods_through_all_stages(
+    ray_cluster: RayCluster, s3: str, models: Path, put: Put
+) -> None:
+    """Then at once again: nothing is made twice; then with one setting changed: only what depends on it."""
+    names = ("llama", "qwen2", "mistral")
+    common = {"steps": 2, "batch": 2, "precision": "fp32", "cpus_per_worker": 1, "eval_rows": 2}
+    stages: dict[str, Any] = {
+        "tokenize": {"seq_len": 32, "holdout": 0.1},
+        "expand": None,
+        "pretrain": common,
+        "finetune": {**common, "data": str(models / "chat.jsonl"), "seq_len": 32},
+        "evaluate": {"cpus_per_task": 1, "limit": 2},
+    }
+    settings = content(f"{s3}/all", models, names, stages=stages, methods=["lesa", "solar"], at_once=4, name="all")
+    file = put("all", settings)
+    code, outcomes, log = ended(ray_cluster.start("fleet", file, "--json"), timeout=1200)
+    assert code == 0, log
+    labels = [f"{name}-{method}-x1.4" for name in names for method in ("lesa", "solar")]
+    chain = {f"{kind}/{label}" for kind in ("expand", "pretrain", "finetune", "evaluate") for label in labels}
+    assert made(outcomes) == chain | {f"tokenize/{name}" for name in names}
+
+    code, outcomes, _ = ray_cluster.run("fleet", file, "--json", **NOWHERE)
+    assert (code, hows(outcomes)) == (0, {"complete"})
+
+    stages["finetune"]["learning_rate"] = 1e-3
+    settings["families"] = settings["families"][:1]
+    file = put("all", settings)
+    code, outcomes, log = ended(ray_cluster.start("fleet", file, "--json"), timeout=600)
+    assert code == 0, log
+    assert made(outcomes) == {f"{kind}/{label}" for kind in ("finetune", "evaluate") for label in labels[:2]}
+
+
 def no_secrets(storage: Storage, *logs: str) -> None:
     """Neither of the keys that the tests use is in what the store holds or a fleet says."""
     texts = [storage.read(name) for name in walk(storage) if not name.endswith((".safetensors", ".parquet"))]
@@ -114,23 +157,46 @@ def no_secrets(storage: Storage, *logs: str) -> None:
         assert b"secret" not in text.replace(b"secretary", b"")
 
 
+@pytest.fixture
+def moody(s3: str) -> Iterator[Moody]:
+    """A proxy before the S3 server."""
+    proxy = Moody(os.environ["AWS_ENDPOINT_URL"])
+    yield proxy
+    proxy.stop()
+
+
+def losses(out: str) -> list[tuple[float, float | None]]:
+    return [(row["loss"], row.get("heldout_loss")) for row in read_metrics(out)]
+
+
+def losses_undisturbed(out: str, given: dict[str, Any]) -> list[tuple[float, float | None]]:
+    """The same training in this process, without Ray."""
+    run = prepare(TrainConfig.model_validate({**given, "out": out}), gpus=False)
+    claim(run)
+    train(run, torch.device("cpu"), lambda progress: None)
+    return losses(out)
+
+
 @pytest.mark.timeout(280)
-def test_a_chain_of_stages_while_a_node_is_lost(
-    ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
+def test_a_chain_of_stages_while_a_node_is_lost_and_the_store_fails_now_and_then(
+    ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path, moody: Moody
 ) -> None:
-    train = {"steps": 2, "batch": 2, "precision": "fp32", "cpus_per_worker": 1, "eval_rows": 2}
+    """Every tenth request is refused, a node is killed during pretraining: the same losses as without."""
+    common = {"steps": 2, "batch": 2, "precision": "fp32", "cpus_per_worker": 1, "eval_rows": 2}
     stages = {
         "tokenize": {"seq_len": 32, "holdout": 0.1},
         "expand": None,
         "evaluate": {"cpus_per_task": 1, "limit": 2},
-        "pretrain": train,
+        "pretrain": common,
+        "finetune": {**common, "data": str(models / "chat.jsonl"), "seq_len": 32},
     }
     families_ = content("", models, ("llama",))["families"]
     families_.append({"name": "gone", "checkpoint": str(models / "nothing"), "data": str(models / "text.txt")})
     store = Store(f"{s3}/chain")
     settings = content(store.url, models, (), families=families_, methods=["solar"], stages=stages, name="chain")
     file = put("chain", settings)
-    fleet = ray_cluster.start("fleet", file, "--json")
+    moody.refuses = lambda number: number % 10 == 0
+    fleet = ray_cluster.start("fleet", file, "--json", AWS_ENDPOINT_URL=moody.url)
     assert fleet.stderr is not None
     log = ""
     for line in fleet.stderr:
@@ -143,7 +209,8 @@ def test_a_chain_of_stages_while_a_node_is_lost(
     assert code == 1, log  # of the family that has no checkpoint, and of no other
     assert {one["how"] for one in outcomes if "gone" in one["id"]} == {"failed"}
     assert made(outcomes) == {one["id"] for one in outcomes if "llama" in one["id"]}, log
-    assert len(made(outcomes)) == 4
+    assert len(made(outcomes)) == 5
+    assert moody.refused > 20
     places = {one["id"]: one["place"] for one in outcomes}
     trained = store.folder(places["pretrain/llama-solar-x1.4"])
     for name in trained.list():
@@ -151,15 +218,19 @@ def test_a_chain_of_stages_while_a_node_is_lost(
     assert families.load_strict(tmp_path, "llama").config.num_hidden_layers == 7
     record = store.record(places["evaluate/llama-solar-x1.4"])
     assert record is not None
-    assert len(record["metrics"]["checkpoints"]) == 3
+    assert len(record["metrics"]["checkpoints"]) == 4
     assert record["packages"]["ray"]
-    stages["pretrain"] = {**train, "learning_rate": 1e-3}
+    record = store.record(places["pretrain/llama-solar-x1.4"])
+    assert record is not None
+    assert run_workers(losses_undisturbed, 1, f"{s3}/undisturbed", record["given"]) == [losses(trained.url)]
+    stages["pretrain"] = {**common, "learning_rate": 1e-3}
     file = put("chain", {**settings, "stages": stages, "families": families_[:1]})
     code, standings, _ = ray_cluster.run("fleet", file, "--dry-run", "--json", **NOWHERE)
     assert {one["stage"].split("/")[0]: one["why"] for one in standings} == {
         "tokenize": "complete",
         "expand": "complete",
         "pretrain": "settings changed: pretrain.learning_rate (0.0002 → 0.001)",
+        "finetune": "input changed: checkpoint",
         "evaluate": "input changed: checkpoints",
     }
     no_secrets(store.storage, log)

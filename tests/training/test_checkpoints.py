@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,20 +159,6 @@ def test_any_number_of_workers_reads_what_any_other_wrote(tmp_path: Path) -> Non
     assert np.array_equal(state.read("1.weight").numpy(), written["model.1.weight"])
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small filesystem")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True, timeout=30)
-
-
 def fill_the_disk(out: str, free_again: bool) -> str:
     trained, optimizer = made(width=8000)  # each worker's file is some 200 to 300 KB
     writer = saver(out, keep=1)
@@ -204,6 +188,7 @@ def fill_the_disk(out: str, free_again: bool) -> str:
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
 @pytest.mark.parametrize("free_again", [False, True])
 def test_a_full_disk_leaves_the_earlier_checkpoint(free_again: bool, small_disk: Path) -> None:
     out = str(small_disk / "out")
