@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lesa_ray.cli_compare import COMMANDS as COMPARISON
 from lesa_ray.cli_fleet import COMMANDS
 from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
 from lesa_ray.cli_options import print_json, with_options, working
@@ -385,7 +386,7 @@ def submit(
     sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))
 
 
-for command in (*COMMANDS, *LAYERWISE):
+for command in (*COMMANDS, *COMPARISON, *LAYERWISE):
     app.command()(command)
 
 

@@ -142,9 +142,11 @@ class _Builder:
 
     def _plan(self, arm: Arm, facts: Mapping[str, Facts]) -> PlannedArm:
         config, own = self._config, facts[arm.name]
-        tokens = config.tokens
+        a_step = self._train_config(arm, 1).batch * self._seq_len
+        steps = -(-config.tokens // a_step)
         if arm.compute_of is not None:
-            tokens = round(tokens * facts[arm.compute_of].flops_per_token / own.flops_per_token)
+            steps = max(1, round(steps * facts[arm.compute_of].flops_per_token / own.flops_per_token))
+        tokens = steps * a_step  # so that arms of equal length are the same, whatever their length follows from
         runs = tuple(self._run(arm, seed, tokens) for seed in config.seeds)
         position = None
         settings: dict[str, Any] = {}

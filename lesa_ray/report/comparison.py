@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -14,73 +15,75 @@ from lesa_ray.report.terminal import count, duration
 
 
 def comparison_table(content: Mapping[str, Any]) -> Table:
-    """content: of `comparison.json`. Arms in the order of their final losses; controls in italics."""
-    target = _target(content)
+    """content: of `comparison.json`. Arms in the order of their final losses; controls in italics. Tokens and time are
+    those until a run is where the reference's run of the same seed ended."""
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column("arm", overflow="fold")
-    columns = ["layers", "parameters", "trained", "loss before", "final loss", "±"]
-    if target is not None:
-        columns += [f"tokens to {target:.4f}", "time to it"]
-    for name in columns:
+    for name in ("layers", "parameters", "trained", "loss before", "final loss", "±", "tokens to ref.", "time to ref."):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", overflow="fold")
-
-    def rank(arm: Mapping[str, Any]) -> float:
-        found = final_loss(arm)
-        return float("inf") if found is None else found[0]
-
-    for arm in sorted(content["arms"], key=rank):
+    targets = _by_seed(next((arm for arm in content["arms"] if arm["name"] == content["reference"]), None))
+    for arm in sorted(content["arms"], key=_rank):
         found = final_loss(arm)
         mean, spread = (found[0], found[1]) if found else (None, None)
         before = [run["loss_before"] for run in arm["runs"] if run["loss_before"] is not None]
-        cells = [
+        tokens, seconds = (_reached(arm, targets, axis) for axis in ("tokens", "seconds"))
+        table.add_row(
+            arm["name"],
             str(arm["layers"]),
             count(arm["parameters"]),
             f"{100 * arm['trained_parameters'] / arm['parameters']:.0f} %",
             _loss(statistics.fmean(before) if before else None),
             _loss(mean),
             "–" if spread is None else f"{spread:.4f}",
-        ]
-        if target is not None:
-            tokens, seconds = (_reached(arm, target, axis) for axis in ("tokens", "seconds"))
-            cells += [tokens if isinstance(tokens, str) else f"{tokens:,.0f}"]
-            cells += ["–" if isinstance(seconds, str) else duration(seconds)]
-        table.add_row(arm["name"], *cells, _runs(arm), style="italic" if arm["control"] else None)
+            tokens if isinstance(tokens, str) else f"{tokens:,.0f}",
+            "–" if isinstance(seconds, str) else duration(seconds),
+            _runs(arm),
+            style="italic" if arm["control"] else None,
+        )
     return table
 
 
 def reading(content: Mapping[str, Any]) -> list[str]:
-    """What the table says and what it does not, a line each."""
-    lines = []
-    known = [(arm, found) for arm in content["arms"] if (found := final_loss(arm)) is not None]
-    ranked = sorted(known, key=lambda one: one[1][0])
+    """What the table says and what it does not, a line each. Runs of one seed had their data in the same order, so
+    their differences are looked at seed by seed."""
+    ranked = [arm for arm in sorted(content["arms"], key=_rank) if final_loss(arm) is not None]
+    lines = [f"ref.: {content['reference']}, with the same seed"]
     if len(ranked) > 1:
-        (first, best), (second, next_) = ranked[:2]
-        gap = next_[0] - best[0]
-        spreads = [spread for _, (_, spread, _) in ranked[:2] if spread is not None]
-        said = f"{first['name']} ends lowest, {gap:.4f} below {second['name']}"
-        if len(spreads) < 2:
-            lines.append(f"{said}; with one seed it is not known whether another would say the same")
-        elif gap <= max(spreads):
-            lines.append(f"{said}: no more than seeds differ ({max(spreads):.4f}), so not a finding")
+        first, second = ranked[:2]
+        mine, others = _by_seed(first), _by_seed(second)
+        gaps = [others[seed] - mine[seed] for seed in mine if seed in others]
+        said = f"{first['name']} ends lowest, before {second['name']}"
+        if not gaps:
+            lines.append(f"{said}; they have no seed in common")
+        elif len(gaps) == 1:
+            lines.append(f"{said} by {gaps[0]:.4f} with one seed; whether another would say the same is not known")
         else:
-            lines.append(f"{said}; seeds differ by {max(spreads):.4f} (standard deviation)")
-    controls = [(arm["name"], found[0]) for arm, found in ranked if arm["control"]]
-    if controls and not ranked[0][0]["control"]:
-        lines.append(f"the best control is {controls[0][0]}, {controls[0][1]:.4f}")
-    lines += content["notes"]
-    return lines
+            between = f"{statistics.fmean(gaps):.4f} ({min(gaps):.4f} to {max(gaps):.4f} with {len(gaps)} seeds)"
+            finding = "" if min(gaps) > 0 else ": not with every seed, so not a finding"
+            lines.append(f"{said} by {between}{finding}")
+    controls = [arm for arm in ranked if arm["control"]]
+    if controls and not ranked[0]["control"]:
+        lines.append(f"the best control is {controls[0]['name']}, {_loss(_rank(controls[0]))}")
+    return [*lines, *content["notes"]]
 
 
-def _target(content: Mapping[str, Any]) -> float | None:
-    """The reference's final loss."""
-    found = [final_loss(arm) for arm in content["arms"] if arm["name"] == content["reference"]]
-    return found[0][0] if found and found[0] is not None else None
+def _rank(arm: Mapping[str, Any]) -> float:
+    """The mean of the final losses; infinite where there is none."""
+    found = final_loss(arm)
+    return math.inf if found is None else found[0]
 
 
-def _reached(arm: Mapping[str, Any], loss: float, axis: Axis) -> float | str:
-    """Mean over an arm's runs, if all of them came so far; else how many did."""
-    found = [reached(run["curve"], loss, axis) for run in arm["runs"] if run["curve"]]
+def _by_seed(arm: Mapping[str, Any] | None) -> dict[int, float]:
+    """Final losses."""
+    runs = arm["runs"] if arm is not None else []
+    return {run["seed"]: run["final_loss"] for run in runs if run["final_loss"] is not None}
+
+
+def _reached(arm: Mapping[str, Any], losses: Mapping[int, float], axis: Axis) -> float | str:
+    """Mean over an arm's runs, if all of them came to the loss of their seed; else how many did."""
+    found = [reached(run["curve"], losses[run["seed"]], axis) for run in arm["runs"] if run["seed"] in losses
+             and run["curve"]]  # fmt: skip
     there = [one for one in found if one is not None]
     if not found:
         return "–"

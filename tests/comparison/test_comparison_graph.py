@@ -76,7 +76,7 @@ def test_every_arm_goes_through_its_stages_with_every_seed(given: Path) -> None:
         assert (expand.method, expand.seed, expand.factor, expand.lesa.epochs) == ("lesa", seed, 1.4, 1)
         train = stages[run.pretrain].settings("out", places)
         assert isinstance(train, TrainConfig)
-        assert (train.checkpoint, train.seed, train.tokens) == (places[run.expand], seed, 1000)
+        assert (train.checkpoint, train.seed, train.tokens) == (places[run.expand], seed, 1024)  # whole steps
         assert train.eval_every == 1  # a twentieth of eight steps
     base = stages[arms["base, same tokens"].runs[0].pretrain].settings("out", places)
     assert isinstance(base, TrainConfig)
@@ -93,7 +93,8 @@ def test_the_control_of_equal_compute_takes_the_reference_s_flops(given: Path) -
         arms = planned(comparison)
         control, other = arms["base, same compute"], arms[reference]
         assert control.tokens * control.facts.flops_per_token == pytest.approx(
-            other.tokens * other.facts.flops_per_token, rel=1e-4
+            other.tokens * other.facts.flops_per_token,
+            rel=1e-3,  # whole steps
         )
         assert control.settings == {"pretrain": {"train": "all"}, "compute_of": reference}
     assert control.tokens > 120_000  # SOLAR trains seven layers where the base has five

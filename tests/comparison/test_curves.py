@@ -83,13 +83,17 @@ def test_what_the_table_says_is_what_was_measured() -> None:
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["lesa", "copy", "lost"]  # the best first
     assert cells[5] == ["3.1000", "4.1000", "–"]
-    assert cells[7][1:] == ["not reached", "–"]
+    assert cells[7] == ["60", "not reached", "–"]  # where the reference's run of the same seed ended
+    assert cells[8] == ["6.0 s", "–", "–"]
     assert cells[-1] == ["2 of 2", "2 of 2", "0 of 2; seed 0: expand/x: no room; seed 1: expand/x: no room"]
     assert reading(content(lesa, copy, lost)) == [
-        "lesa ends lowest, 1.0000 below copy; seeds differ by 0.1414 (standard deviation)",
+        "ref.: lesa, with the same seed",
+        "lesa ends lowest, before copy by 1.0000 (1.0000 to 1.0000 with 2 seeds)",
         "the best control is copy, 4.1000",
         "control copy: left out",
     ]
-    close = arm("copy", [3.15, 3.17], control=True)
-    assert "so not a finding" in reading(content(lesa, close))[0]
-    assert "with one seed" in reading(content(arm("lesa", [3.0]), arm("copy", [3.1])))[0]
+    mixed = arm("copy", [2.9, 3.4], control=True)
+    assert "by 0.0500 (-0.1000 to 0.2000 with 2 seeds): not with every seed" in reading(content(lesa, mixed))[1]
+    assert "with one seed" in reading(content(arm("lesa", [3.0]), arm("copy", [3.1])))[1]
+    early = comparison_table(content(arm("lesa", [3.0, 3.2]), arm("copy", [2.0, 3.4], control=True)))
+    assert list(early.columns[7].cells) == ["in 1 of 2", "60"]
