@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
+from lesa_ray.cli_analyze import COMMANDS as ANALYSIS
 from lesa_ray.cli_compare import COMMANDS as COMPARISON
 from lesa_ray.cli_fleet import COMMANDS
 from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
 from lesa_ray.cli_options import print_json, with_options, working
+from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -386,7 +388,7 @@ def submit(
     sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))
 
 
-for command in (*COMMANDS, *COMPARISON, *LAYERWISE):
+for command in (*COMMANDS, *COMPARISON, *ANALYSIS, *REPORT, *LAYERWISE):
     app.command()(command)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -38,6 +39,7 @@ def test_the_shipped_configuration_is_the_papers(tmp_path: Path) -> None:
 
 
 SHIPPED: dict[str, type[Settings]] = {
+    "analyze": AnalyzeConfig,
     "compare": ComparisonConfig,
     "evaluate": EvaluateConfig,
     "expand": ExpandConfig,

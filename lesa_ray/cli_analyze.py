@@ -1,0 +1,45 @@
+"""The command that looks at a checkpoint's weights; `lesa_ray.cli` puts it on the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.cli_options import print_json, with_options, working
+from lesa_ray.config import load_settings
+
+
+@with_options(AnalyzeConfig, leave_out=("base", "lesa"))
+def analyze(
+    base: Annotated[
+        str | None, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    **given: Any,
+) -> None:
+    """Show what a checkpoint's weights look like, and with --data what its layers do; nothing is trained."""
+    settings = load_settings(AnalyzeConfig, config, base=base, **given)
+    begin = time.monotonic()
+    with working("analyze", settings.out or settings.base) as listener:
+        listener.phase("starting", 0)  # importing torch takes seconds
+        from lesa_ray.distributed.analyze import FILE
+        from lesa_ray.distributed.analyze import analyze as run
+
+        report = run(settings, listener=listener)
+    if as_json:
+        print_json(report)
+        return
+    from lesa_ray.report import terminal
+    from lesa_ray.report.analysis import analysis_table
+
+    terminal.console.print(analysis_table(report), highlight=False)
+    where = "" if settings.out is None else f"{settings.out.rstrip('/')}/{FILE}, "
+    terminal.console.print(f"{where}{terminal.duration(time.monotonic() - begin)}", highlight=False)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (analyze,)

@@ -1,0 +1,87 @@
+"""`lesa-ray analyze` on the command line, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.evaluation import tiny
+from tests.test_cli import run
+
+Bases = Callable[[str], str]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=3)
+    (tmp_path / "some.txt").write_text("To be, or not to be.")
+    out = tmp_path / "seen"
+    command = ["analyze", base, "--out", out, "--data", tmp_path / "some.txt", "--tokens", 15, "--no-page"]
+    code, printed, _ = run(capsys, monkeypatch, *command, "--json")
+    report = json.loads(printed)
+    assert code == 0
+    assert report == json.loads((out / "analysis.json").read_text())
+    assert report["residual"]["tokens"] == 15
+    assert len(report["residual"]["layers"]) == 3
+    code, printed, line = run(capsys, monkeypatch, *command)
+    assert (code, printed) == (0, "")
+    assert "analysis.json" in line
+
+
+def poison(base: Path) -> None:
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if (name := "model.layers.2.mlp.down_proj.weight") in tensors:
+            tensors[name][0, 0] = math.nan
+            save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "no such folder"),
+        (["BASE", "--out", "BASE"], "lies inside BASE"),
+        (["BASE", "--out", "BASE/config.json"], "lies inside BASE"),
+        (["BASE", "--data", "nowhere.txt"], "there is no such file"),
+        (["BASE", "--data", "BASE"], "no text found"),
+        (["BASE", "--data", "TEXT"], "has no tokenizer"),
+        (["BASE", "--tokens", "0"], "tokens"),
+        (["BASE", "--device", "tpu"], "device"),
+        (["BASE", "--nonsense"], "--nonsense"),
+        (["BASE", "--memory-budget", "much"], "memory_budget"),
+        (["MIXTRAL", "--match"], "--match: mixtral layers cannot be matched"),
+        (["POISONED", "--out", "OUT"], "model.layers.2.mlp.down_proj.weight holds NaN"),
+        ([], "BASE: missing"),
+    ],
+)
+def test_wrong_input(
+    arguments: list[str],
+    says: str,
+    bases: Bases,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("to be")
+    places = {"BASE": bases("llama"), "TEXT": str(text), "OUT": str(tmp_path / "out")}
+    if "MIXTRAL" in arguments:
+        places["MIXTRAL"] = bases("mixtral")
+    if "POISONED" in arguments:
+        places["POISONED"] = shutil.copytree(bases("llama"), tmp_path / "poisoned")
+        poison(tmp_path / "poisoned")
+    before = sorted(Path(bases("llama")).iterdir())
+    given = [
+        str(places[first]) + argument.removeprefix(first) if (first := argument.split("/")[0]) in places else argument
+        for argument in arguments
+    ]
+    code, out, line = run(capsys, monkeypatch, "analyze", *given)
+    assert (code, out) == (2, "")
+    assert says in line
+    assert not (tmp_path / "out").exists()
+    assert sorted(Path(bases("llama")).iterdir()) == before
