@@ -18,6 +18,7 @@ from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.settings import FleetConfig
+from lesa_ray.layerwise.study import StudyConfig
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
@@ -45,6 +46,8 @@ SHIPPED: dict[str, type[Settings]] = {
     "expand": ExpandConfig,
     "finetune": FinetuneConfig,
     "fleet": FleetConfig,
+    "layerwise_study": StudyConfig,
+    "layerwise_study_small": StudyConfig,
     "pretrain": TrainConfig,
     "tokenize": TokenizeConfig,
 }

@@ -238,8 +238,9 @@ def reading(summaries: Sequence[Summary]) -> list[str]:
         parts = [f"below isotropic: {', '.join(better) or 'none'}"]
         parts += [f"above it: {', '.join(worse)}"] if worse else []
         parts += [f"not told apart: {', '.join(rest)}"] if rest else []
-        apart = max(s.heldout_loss for s in others) - min(s.heldout_loss for s in others)
-        lines.append(f"{layers} layers: {'; '.join(parts)}. The profiles lie {apart:.4f} nats apart.")
+        losses = [s.heldout_loss for s in others]
+        apart = f" The profiles lie {max(losses) - min(losses):.4f} nats apart." if len(losses) > 1 else ""
+        lines.append(f"{layers} layers: {'; '.join(parts)}.{apart}")
     return lines
 
 

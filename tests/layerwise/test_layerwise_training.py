@@ -18,6 +18,7 @@ from lesa_ray.distributed.evaluate import evaluate
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.layerwise.names import CODE_FILES
+from lesa_ray.layerwise.register import register
 from lesa_ray.training.finish import finish_run, is_trained, trained_result
 from lesa_ray.training.packing_check import check_packing
 from lesa_ray.training.run import claim, out_state, prepare
@@ -26,6 +27,8 @@ from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.worker import train
 from tests.layerwise.models import SMALL
 from tests.training.blocks import make_blocks
+from tests.training.test_model import plain_loop, several
+from tests.training.workers import run_workers
 
 WORDS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -136,3 +139,15 @@ def test_it_is_measured_and_keeps_packed_conversations_apart(layerwise_folder: s
         assert record["loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-4)
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     check_packing(json.loads(Path(layerwise_folder, "config.json").read_text()), "here", 32)
+
+
+def test_two_workers_give_what_a_plain_loop_gives(layerwise_folder: str) -> None:
+    """FSDP2 with activation checkpointing, all layers trained or the upper ones alone."""
+    register()
+    cases = [(layerwise_folder, chosen, {"activation_checkpointing": True}) for chosen in ("all", "upper")]
+    found, _ = run_workers(several, 2, cases)
+    for (curve, _), (_, chosen, _) in zip(found, cases, strict=True):
+        expected = plain_loop(layerwise_folder, chosen)
+        assert [value for step in curve for value in step] == pytest.approx(
+            [value for step in expected for value in step], rel=2e-4
+        )

@@ -1,0 +1,163 @@
+"""Job: pre-train layer-wise scaled models and their isotropic equal from scratch, several seeds, and compare them.
+
+    python -m pipelines.layerwise_study --config pipelines/layerwise_study_small.yaml     # on a CPU, minutes
+    lesa-ray submit -- python -m pipelines.layerwise_study --config pipelines/layerwise_study.yaml
+
+Everything lies below `out`: `runs/DEPTH/PROFILE/SEED/` (what `lesa-ray pretrain` leaves: a checkpoint, the curve),
+`results.json`; `corpus/` and `blocks/` where the study makes its own data. What is there is reused, an interrupted run
+goes on. All models have one seed before any has two, so what is there early can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lesa_ray.config import load_settings
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.layerwise.study import Row, StudyConfig, Summary, check_tokens, models_of, reading, summarise, to_json
+from lesa_ray.training.train_settings import TrainConfig
+
+if TYPE_CHECKING:
+    from lesa_ray.training.finish import Trained
+    from lesa_ray.training.tokens import TokenBlocks
+
+Train = Callable[[TrainConfig], "Trained"]
+
+
+def run_study(config: StudyConfig, train: Train) -> dict[str, Any]:
+    """Every run, in order; what results.json holds. train: pre-trains, or finds that it is done.
+
+    Raises: UserError, before anything is trained; MachineError, after which the same call goes on."""
+    from lesa_ray.checkpoint.storage import Storage
+    from lesa_ray.layerwise.settings import architecture
+    from lesa_ray.training.tokens import open_blocks
+
+    blocks = open_blocks(config.data) if config.data is not None else make_blocks(config)
+    models = models_of(config, blocks)
+    checked = check_tokens(blocks)
+    if not blocks.heldout.rows:
+        raise UserError(f"data {blocks.url}: has no held-out rows to compare on; tokenize with --holdout")
+    storage = Storage(config.out)
+    rows: list[Row] = []
+    for seed in config.seeds:
+        for (layers, profile), model in models.items():
+            given = {
+                **config.train,
+                "architecture": architecture(model),
+                "data": blocks.url,
+                "out": storage.within(config.run_name(profile, layers, seed)).url,
+                "seed": seed,
+            }
+            trained = train(TrainConfig.model_validate(given))
+            assert trained.heldout_after is not None
+            rows.append(
+                Row(
+                    layers=layers,
+                    profile=profile,
+                    seed=seed,
+                    parameters=trained.parameters,
+                    tokens=trained.tokens,
+                    heldout_loss=trained.heldout_after,
+                    loss=trained.loss,
+                    tokens_per_second=trained.tokens_per_second,
+                )
+            )
+            content = to_json(config, checked, rows)
+            storage.write("results.json", (json.dumps(content, indent=1) + "\n").encode())
+    return content
+
+
+def make_blocks(config: StudyConfig) -> TokenBlocks:
+    """Token blocks of Python's standard library, as the demo's. Raises: UserError where `out` is a URL."""
+    if "://" in config.out:
+        raise UserError(
+            f"out {config.out}: data is made in a folder only; make it with `lesa-ray tokenize`, give --data"
+        )
+    from lesa_ray.distributed.tokenize import tokenize
+    from lesa_ray.report.terminal import progress_lines
+    from lesa_ray.training.data_settings import TokenizeConfig
+    from pipelines.corpus import build_corpus
+
+    os.makedirs(config.out, exist_ok=True)
+    corpus = build_corpus(os.path.join(config.out, "corpus"))
+    settings = TokenizeConfig(
+        data=(corpus.text_folder,),
+        tokenizer=corpus.tokenizer_folder,
+        out=os.path.join(config.out, "blocks"),
+        seq_len=config.seq_len,
+        holdout=corpus.holdout,
+    )
+    with progress_lines(f"tokenize {settings.out}") as listener:
+        return tokenize(settings, listener).blocks
+
+
+def train_with_ray(config: TrainConfig) -> Trained:
+    """`lesa-ray pretrain`, showing how far it is."""
+    from lesa_ray.distributed.train import pretrain
+    from lesa_ray.report.terminal import console, progress_lines
+    from lesa_ray.report.training import training_lines
+
+    with progress_lines(f"pretrain {config.out}") as listener:
+        result = pretrain(config, listener)
+    console.print(training_lines(result), highlight=False)
+    return result
+
+
+def table(summaries: Sequence[Summary]) -> Table:
+    """The models side by side."""
+    shown = Table(title="held-out loss, nats a token; difference to isotropic over the same seeds")
+    for name in ("layers", "profile"):
+        shown.add_column(name)
+    for name in ("parameters", "seeds", "loss", "± seeds", "difference", "± error", "tokens/s", "speed"):
+        shown.add_column(name, justify="right")
+    for one in summaries:
+        shown.add_row(
+            str(one.layers), one.profile, f"{one.parameters:,}", str(one.seeds), f"{one.heldout_loss:.4f}",
+            _spread(one.spread), f"{one.difference:+.4f}", _spread(one.difference_error),
+            f"{one.tokens_per_second:,.0f}", f"{100 * one.speed:.0f} %",
+        )  # fmt: skip
+    return shown
+
+
+def _spread(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def main(
+    config: Annotated[str | None, typer.Option(help="YAML file with the study's settings; flags win.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where everything goes: a folder or an fsspec URL.")] = None,
+    data: Annotated[str | None, typer.Option(help="Token blocks, made with `lesa-ray tokenize`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")] = False,
+) -> None:
+    """Pre-train layer-wise scaled models and their isotropic equal from scratch, and compare them."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: waiting threads sleep
+    from lesa_ray.cli_options import print_json, results_apart
+    from lesa_ray.report.terminal import console
+
+    try:
+        with results_apart():
+            content = run_study(load_settings(StudyConfig, config, out=out, data=data), train_with_ray)
+    except (UserError, MachineError) as error:
+        print(f"layerwise_study: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        print("layerwise_study: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(content)
+        return
+    summaries = summarise(Row(**row) for row in content["rows"])
+    console.print(table(summaries))
+    for line in reading(summaries):
+        console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

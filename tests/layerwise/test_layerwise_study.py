@@ -1,0 +1,171 @@
+"""The study: equal models on equal data, what its figures say, and that it goes on where it was left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.config import load_settings
+from lesa_ray.errors import UserError
+from lesa_ray.layerwise.settings import sizes_of
+from lesa_ray.layerwise.study import Row, StudyConfig, check_tokens, models_of, reading, summarise
+from lesa_ray.training.tokens import content_digest, open_blocks, write_rows
+from pipelines.layerwise_study import run_study, table, train_with_ray
+from tests.layerwise.test_layerwise_training import train_here
+from tests.training.blocks import make_blocks
+
+PIPELINES = Path(__file__).parent.parent.parent / "pipelines"
+TINY: dict[str, Any] = {
+    "profiles": ["isotropic", "crown"], "layers": [4], "seeds": [0, 1], "params": 150_000, "d_model": 32, "head_dim": 8,
+    "kv_heads": 1, "train": {"steps": 30, "batch": 4, "learning_rate": 1e-2, "warmup": 3, "checkpoint_every": 30,
+                             "eval_every": 30, "log_every": 10, "precision": "fp32"},
+}  # fmt: skip
+
+
+def settings(**changes: Any) -> StudyConfig:
+    return load_settings(StudyConfig, None, **{"out": "unused", "data": "unused", **TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_blocks(str(tmp_path_factory.mktemp("data") / "blocks"), rows=96, seq_len=32, vocab=256)
+
+
+def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) -> None:
+    """In this process. Seeds differ, data does not, and what is finished is not made again."""
+    config = settings(out=str(tmp_path / "study"), data=data)
+    trained: list[str] = []
+
+    def until(count: int) -> Any:
+        def train(given: Any) -> Any:
+            if len(trained) == count:
+                raise KeyboardInterrupt
+            trained.append(given.out)
+            return train_here(given)
+
+        return train
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(config, until(3))
+    names = [name.removeprefix(f"{config.out}/") for name in trained]
+    assert names == [f"runs/4-layers/{p}/seed-{s}" for p, s in (("isotropic", 0), ("crown", 0), ("isotropic", 1))]
+    assert len(json.loads((tmp_path / "study" / "results.json").read_text())["rows"]) == 3
+    content = run_study(config, until(7))
+    assert json.loads((tmp_path / "study" / "results.json").read_text()) == content
+    rows = [Row(**row) for row in content["rows"]]
+    assert len({row.heldout_loss for row in rows}) == 4
+    assert {row.tokens for row in rows} == {30 * 4 * 32}
+    assert all(abs(row.parameters / 150_000 - 1) <= 0.005 for row in rows)
+    assert all(row.heldout_loss < 5.4 for row in rows)  # ln 256 = 5.55
+    assert content["data"]["share"] < 0.2
+    one, other = summarise(rows)
+    assert (one.profile, one.difference, one.speed) == ("isotropic", 0.0, 1.0)
+    mine = {row.seed: row.heldout_loss for row in rows if row.profile == "crown"}
+    base = {row.seed: row.heldout_loss for row in rows if row.profile == "isotropic"}
+    assert other.difference == pytest.approx(sum(mine[seed] - base[seed] for seed in (0, 1)) / 2)
+    assert table([one, other]).row_count == 2
+    again = run_study(config, train_here)
+    assert again["rows"] == content["rows"], "a second time all is read"
+
+
+@pytest.mark.timeout(200)
+def test_a_run_of_the_study_on_ray(local_ray: None, data: str, tmp_path: Path) -> None:
+    config = settings(out=str(tmp_path / "study"), data=data, seeds=[0], profiles=["isotropic"])
+    (on_ray,) = run_study(config, train_with_ray)["rows"]
+    (here,) = run_study(config.model_copy(update={"out": str(tmp_path / "here")}), train_here)["rows"]
+    assert on_ray["heldout_loss"] == pytest.approx(here["heldout_loss"], rel=1e-4)
+    assert [on_ray[name] for name in ("parameters", "tokens", "seed")] == [
+        here[name] for name in ("parameters", "tokens", "seed")
+    ]
+
+
+def test_models_of_a_depth_share_a_multiple(data: str) -> None:
+    config = settings(profiles=["isotropic", "vanilla", "framed", "reverse", "crown"], layers=[12, 18], params="180M",
+                      d_model=768, head_dim=64, kv_heads=4, vocab_size=50_304)  # fmt: skip
+    models = models_of(config, open_blocks(data))
+    assert len(models) == 10
+    for layers, multiple in ((12, 64), (18, 256)):
+        solved = [sizes_of(model) for (depth, _), model in models.items() if depth == layers]
+        assert {one.multiple for one in solved} == {multiple}
+        totals = [one.sizes.parameters for one in solved]
+        assert max(totals) / min(totals) < 1.01
+    with pytest.raises(UserError, match=r"12 layers, isotropic: params 1,000: too few"):
+        models_of(config.model_copy(update={"params": 1000}), open_blocks(data))
+
+
+@pytest.mark.parametrize(("name", "vocab_size"), [("layerwise_study", 50_277), ("layerwise_study_small", 4096)])
+def test_the_shipped_studies_have_models_of_equal_size(name: str, vocab_size: int, data: str) -> None:
+    config = load_settings(StudyConfig, str(PIPELINES / f"{name}.yaml"))
+    models = models_of(config, replace(open_blocks(data), vocab_size=vocab_size))
+    assert len(models) == len(config.layers) * len(config.profiles) == 10
+    for model in models.values():
+        solved = sizes_of(model)
+        assert abs(solved.sizes.parameters / config.params - 1) <= 0.005
+        assert solved.multiple >= 8
+
+
+def test_tokens_read_with_the_wrong_width_are_noticed(data: str, tmp_path: Path) -> None:
+    """int32 read as uint16, as in the published ablation: every second token is 0."""
+    assert check_tokens(open_blocks(data))["share"] < 0.1
+    right = open_blocks(data).train.read(range(96))["input_ids"]
+    wrong = right.view(np.uint16).astype(np.int32)[:, :32]
+    storage = Storage(str(tmp_path))
+    record = write_rows(storage, "train/part-00000.parquet", "text", 32, [{"input_ids": wrong}])
+    manifest = json.loads(Storage(data).read("manifest.json"))
+    manifest["splits"] = {
+        "train": {"rows": 96, "tokens": 96 * 32, "files": [record]},
+        "heldout": {"rows": 0, "tokens": 0, "files": []},
+    }
+    manifest |= {"rows_per_group": 96, "digest": content_digest("text", 32, [record])}
+    storage.write("manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match=r"5\d % of its tokens are id 0"):
+        check_tokens(open_blocks(str(tmp_path)))
+
+
+def row(profile: str, seed: int, loss: float, speed: float = 100.0) -> Row:
+    return Row(18, profile, seed, 1000, 10, loss, loss, speed)
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    losses = {
+        "isotropic": (3.0, 3.2, 3.1),
+        "crown": (2.9, 3.11, 3.0),
+        "vanilla": (3.1, 3.1, 3.1),
+        "framed": (3.1, 3.3, 3.2),
+    }
+    rows = [row(name, seed, loss) for name, values in losses.items() for seed, loss in enumerate(values)]
+    rows.append(row("crown", 7, 9.0, 900.0))  # a seed that the isotropic model has not
+    base, crown, vanilla, framed = summarise(rows)
+    assert base.spread == pytest.approx(0.1)
+    assert (crown.seeds, crown.difference) == (3, pytest.approx(-0.29 / 3))
+    assert crown.difference_error == pytest.approx(np.std([-0.1, -0.09, -0.1], ddof=1) / np.sqrt(3))
+    assert (vanilla.spread, vanilla.difference) == (pytest.approx(0.0), pytest.approx(0.0))
+    assert framed.difference == pytest.approx(0.1)
+    (said,) = reading([base, crown, vanilla, framed])
+    assert said.startswith("18 layers: below isotropic: crown; above it: framed; not told apart: vanilla.")
+    assert said.endswith("The profiles lie 0.1967 nats apart.")
+    alone = summarise(rows[:1])[0]
+    assert (alone.spread, alone.difference_error, alone.seeds) == (None, None, 1)
+    assert summarise([row("crown", 0, 3.0)]) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"profiles": ["crown"]}, "isotropic is missing"),
+        ({"seeds": [1, 1]}, "seeds: give at least one, each once"),
+        ({"train": {"seed": 3}}, "train.seed: the study decides it"),
+        ({"train": {"step": 3}}, "train.step: Extra inputs"),
+        ({"train": {"steps": 3, "tokens": 5}}, "train: give steps, tokens or epochs"),
+        ({"train": {"steps": 3, "eval_rows": 0}}, "train.eval_rows: 0 leaves nothing to compare"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        settings(**changed)
