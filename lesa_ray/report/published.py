@@ -30,6 +30,8 @@ class Published:
     layers: int
     columns: tuple[str, ...]
     rows: Mapping[str, tuple[float | None, ...]]
+    tuned: bool = False
+    """Whether the models were fine-tuned on instructions before they were measured."""
 
     def matches(self, family: str | None, layers: int | None, parameters: int | None, grown: set[int]) -> bool:
         """Whether a study has this base (a Llama of its depth and, within 3 %, its size) and grew it as far."""
@@ -80,6 +82,7 @@ DEUS_8B_TUNED = Published(
         "avg-deus": (7.91, 69.34),
         "opt-deus": (7.73, 69.67),
     },
+    tuned=True,
 )  # fmt: skip
 DEUS_8B_POSITIONS = Published(
     "Llama-3-8B → 11.5 B, FineWeb-Edu, OpT-DeUS at four positions",

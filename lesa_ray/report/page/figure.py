@@ -171,7 +171,7 @@ def plot_marks(axes: Axes, x: Sequence[float], y: Sequence[float], stroke: Strok
 
 def rows_axis(axes: Axes, labels: Sequence[str], wrap: int = 18) -> None:
     """The y axis as named rows, the first one on top."""
-    axes.set_yticks(range(len(labels)), [_wrapped(label, wrap) for label in labels])
+    axes.set_yticks(range(len(labels)), [_wrapped(label, wrap) for label in labels], multialignment="right")
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

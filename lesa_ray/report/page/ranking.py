@@ -52,15 +52,17 @@ def verdict(arms: list[ArmView]) -> list[str]:
         said.append("There is one seed: no spread is known, and the order of the arms is not a finding.")
         return said + _controls_in_words(arms, known=False)
     others = [(view, paired(view.finals, best.finals)) for view, _ in order[1:]]
-    alike = [view.name for view, found in others if found is None or not found.clear]
+    alone = [view.name for view, found in others if found is None or found.half is None]
+    alike = [view.name for view, found in others if found is not None and found.half is not None and not found.clear]
     if alike:
-        verb = "is" if len(alike) == 1 else "are"
         said.append(
-            f"{some(alike)} {verb} not told apart from it: the 95 % interval of the difference over the seeds "
-            "includes zero, so which of them is better is not a finding."
+            f"{some(alike)} {'is' if len(alike) == 1 else 'are'} not told apart from it: the 95 % interval of the "
+            "difference over the seeds includes zero, so which of them is better is not a finding."
         )
-    elif others:
+    elif not alone and others:
         said.append("All others are told apart from it: their differences over the seeds are larger than chance.")
+    if alone:
+        said.append(f"{some(alone)} cannot be told apart from it or not: two common seeds are not there.")
     said += _controls_in_words(arms, known=True)
     said.append(
         f"{plural(len(order), 'arm')} compared: among twenty equal ones, one would still seem to differ by chance."

@@ -100,6 +100,7 @@ class Comparison(_Read):
     data: Data = Data()
     tokens: int | None = None
     machine: Machine = Machine()
+    settings: dict[str, Any] = Field(default_factory=dict)
     lesa_ray: str | None = None
     notes: list[str] = Field(default_factory=list)
     arms: list[Arm]

@@ -128,13 +128,14 @@ def published_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | No
     tables = published_for(comparison, arms)
     if not tables:
         return None
-    ours = {table.title: [_ours(table, column, arms) for column in table.columns] for table in tables}
+    ours = {table.title: [_ours(table, column, comparison, arms) for column in table.columns] for table in tables}
     measured = sorted({column for t in tables for column, found in zip(t.columns, ours[t.title], strict=True) if found})
     see = "This study has the base and the growth of " + listed(
         sorted({table.source.split(",")[0] for table in tables})
     )
     if measured:
-        see += f"; filled marks are its own figures ({some(measured)}), open ones the papers'."
+        see += f"; filled marks are its own figures ({some(measured)}), open ones the papers'. "
+        see += "Values compare only where data, tokens and evaluation are the same."
     else:
         see += "; it measured none of the papers' tasks, so only its order of methods can be compared with theirs."
     panels = tuple(
@@ -171,23 +172,33 @@ def published_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | No
     )
 
 
-def _ours(table: Published, column: str, arms: list[ArmView]) -> dict[str, float]:
-    """This study's figure for a column, by method; empty where it did not measure all that the column is made of."""
-    found: dict[str, float] = {}
+def _ours(table: Published, column: str, comparison: Comparison, arms: list[ArmView]) -> dict[str, float]:
+    """This study's figure for a column, by method; empty where it did not measure all that the column is made of, or
+    measured models that were fine-tuned beside published ones that were not."""
+    if table.tuned != bool(comparison.settings.get("finetune")):
+        return {}
+    measured: dict[str, dict[str, float]] = {}
+    if not table.tuned:
+        measured["base"] = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
     for view in arms:
-        method = view.arm.method
-        if method is None or method not in table.rows or view.arm.layers != table.layers or view.arm.control:
-            continue
-        means = {name: fmean(values) for name, values in task_values(view).items()}
-        if column.startswith("wikitext"):
-            values = [value for name, value in means.items() if "wikitext" in name]
-        else:
-            values = [next((v for name, v in means.items() if name.split("/")[0] == task), -1.0) for task in TASKS]
-            scale = 100 if all(0 <= value <= 1 for value in values) else 1
-            values = [fmean(values) * scale] if column.startswith("mean of 7") and min(values) >= 0 else []
-        if values:
-            found.setdefault(method, values[0])
-    return found
+        if view.arm.method is not None and view.arm.layers == table.layers and not view.arm.control:
+            means = {name: fmean(values) for name, values in task_values(view).items()}
+            measured.setdefault(view.arm.method, means)
+    found = {method: _column(column, means) for method, means in measured.items() if method in table.rows}
+    return {method: value for method, value in found.items() if value is not None}
+
+
+def _column(column: str, means: dict[str, float]) -> float | None:
+    """The value of a published column from this study's tasks; None if one of them is missing."""
+    if column.startswith("wikitext"):
+        return next((value for name, value in means.items() if "wikitext" in name), None)
+    if not column.startswith("mean of 7"):
+        return None
+    values = [next((v for name, v in means.items() if name.split("/")[0] == task), None) for task in TASKS]
+    whole = [value for value in values if value is not None]
+    if len(whole) < len(TASKS):
+        return None
+    return fmean(whole) * (100 if all(0 <= value <= 1 for value in whole) else 1)
 
 
 def _published_panel(table: Published, number: int, ours: dict[str, float]) -> Panel:
