@@ -18,6 +18,7 @@ from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.layerwise.folder import write_code
 
 RUN_FILE = f"{WORK_DIR}/run.json"
 _MARGIN = 64 * 2**20
@@ -71,6 +72,7 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
     """Add what a checkpoint has beside its shards; OUT is valid from the last write on."""
     storage = Storage(expansion.job.config.out)
     copy_side_files(expansion, storage)
+    write_code(storage, expansion.config)
     storage.write(CARD_FILE, card.encode())
     if len(expansion.shards) > 1:
         storage.write(INDEX_FILE, index_bytes(list(expansion.shards)))
