@@ -103,8 +103,16 @@ def show_base(expansion: Expansion) -> None:
         table.add_column(column)
     for t in anatomy.types.values():
         kind = t.kind + (" (stored transposed)" if t.transposed else "")
-        table.add_row(t.name, " × ".join(map(str, t.shape)), t.dtype, kind)
+        table.add_row(t.name, _shape(expansion, t.name), t.dtype, kind)
     console.print(table)
+
+
+def _shape(expansion: Expansion, weight_type: str) -> str:
+    """A weight type's shape; from the least to the most where layers differ."""
+    anatomy, tensors = expansion.job.anatomy, expansion.checkpoint.tensors
+    shapes = [tensors[anatomy.name(layer, weight_type)].shape for layer in range(anatomy.layers)]
+    sizes = [sorted(set(size)) for size in zip(*shapes, strict=True)]
+    return " × ".join(str(size[0]) if len(size) == 1 else f"{size[0]} … {size[-1]}" for size in sizes)
 
 
 def describe(expansion: Expansion) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lesa_ray import Expanded, UserError
+from lesa_ray import ExpandConfig, Expanded, UserError
+from lesa_ray.expansion.prepare import prepare as laid_out
 from lesa_ray.expansion.registry import METHODS
 from lesa_ray.layerwise.names import CODE_FILES
+from lesa_ray.report import terminal
 from lesa_ray.training.run import prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.families import logits, tokens
@@ -72,3 +76,17 @@ def test_vectors_of_other_lengths_are_not_averaged(grow: Grow, tmp_path: Path) -
         grow(str(tmp_path / "base"), method="solar", layers=8, vectors="mean")
     grown = grow(str(tmp_path / "base"), method="solar", layers=8)
     assert {*CODE_FILES} <= {path.name for path in Path(grown.out).iterdir()}, "the base itself had none"
+
+
+def test_inspect_shows_from_where_to_where_sizes_go(
+    layerwise_folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = ExpandConfig(base=layerwise_folder, out=str(tmp_path / "out"), method="solar", layers=8)
+    with open(os.devnull, "w") as nowhere:
+        screen = Console(record=True, width=100, file=nowhere)
+        monkeypatch.setattr(terminal, "console", screen)
+        terminal.show_expansion(laid_out(config))
+    text = screen.export_text()
+    widths = json.loads(Path(layerwise_folder, "config.json").read_text())["intermediate_sizes"]
+    assert f"{min(widths)} … {max(widths)} × 64" in text
+    assert f"64 × {min(widths)} … {max(widths)}" in text
