@@ -34,7 +34,7 @@ def layerwise(
     from lesa_ray.report.terminal import console
 
     console.print(layer_table(solved.sizes))
-    console.print(total_line(solved, settings.params), highlight=False)
+    console.print(total_line(solved, settings.params), highlight=False, soft_wrap=True)
     place = settings.out.rstrip("/")
     console.print(
         f"{place}{' (it was there already)' if reused else ''}: lesa-ray pretrain --architecture {place}/config.json",
