@@ -152,4 +152,4 @@ def _panel(
         layer_axis(axes, pair.before.layers, "layer")
         axes.set_ylabel(label)
 
-    return Panel(title, draw, height=2.5)
+    return Panel(title, draw, width=4.4, height=2.7)

@@ -85,14 +85,18 @@ def ranks_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
     types = {t: f for t, f in shown_types(analysis).items() if known(f.effective_rank) or known(f.stable_rank)}
     if not types:
         return None
-    shares = {
-        t: fmean(values) / min(f.shape) for t, f in types.items() if (values := known(f.effective_rank)) and f.shape
-    }
+    new = set(analysis.new_layers)
+    shares = {}
+    for t, f in types.items():
+        old = [rank for at, rank in enumerate(f.effective_rank) if rank is not None and at not in new]
+        if old and f.shape:
+            shares[t] = fmean(old) / min(f.shape)
     see = "Effective ranks are not known."
     if shares:
         high, low = max(shares, key=lambda t: shares[t]), min(shares, key=lambda t: shares[t])
+        where = "Among old layers" if new else "On average"
         see = (
-            f"On average {short_type(high)} uses {percent(shares[high])} of its full rank, {short_type(low)} "
+            f"{where} {short_type(high)} uses {percent(shares[high])} of its full rank, {short_type(low)} "
             f"{percent(shares[low])} (effective rank: the exponential of the singular values' entropy)."
         )
         if analysis.new_layers and (gap := _new_rank(types, analysis)) is not None:
