@@ -43,6 +43,7 @@ def compare(
 def settings_of(tmp_path: Path) -> dict[str, Any]:
     families.make("llama", tmp_path / "base")
     make_blocks(str(tmp_path / "blocks"), seq_len=SEQ_LEN)
+    none = ("base_same_tokens", "base_same_compute", "random_zero_output", "plain_copies")
     return {
         "name": "tiny",
         "store": str(tmp_path / "store"),
@@ -51,13 +52,13 @@ def settings_of(tmp_path: Path) -> dict[str, Any]:
         "tokens": STEPS * BATCH * SEQ_LEN,
         "seeds": [3],
         "arms": [{"method": "llama-pro"}],
-        "controls": {"base_same_compute": False, "random_zero_output": False, "plain_copies": False},
+        "controls": dict.fromkeys(none, False),
         "eval_every": 3,
         "expand": {"factor": 1.4},
         "pretrain": {
             "batch": BATCH, "learning_rate": 1e-3, "precision": "fp32", "cpus_per_worker": 1, "wait": 0, "log_every": 2
         },
-        "at_once": 4,
+        "at_once": 1,
     }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def arms(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("local_ray")
-def test_a_comparison_an_arm_that_joins_and_one_that_fails(
+def test_a_comparison_arms_that_join_and_one_that_fails(
     compare: Callable[..., tuple[int, Any, str]], tmp_path: Path
 ) -> None:
     settings = settings_of(tmp_path)
@@ -79,32 +80,29 @@ def test_a_comparison_an_arm_that_joins_and_one_that_fails(
     code, content, log = compare(settings)
     assert code == 0, log
     store = Store(settings["store"])
-    first = {record["label"]: record for _, record in store.finished("pretrain")}
-    assert len(first) == 2
-    check(content, {"llama-pro", "base, same tokens"})
-    pro, base = arms(content)["llama-pro"], arms(content)["base, same tokens"]
-    assert [run["expansion"] for run in base["runs"]] == [None]
-    assert [run["seed"] for run in pro["runs"]] == [3]
-    assert content["base"]["loss"] == pytest.approx(pro["runs"][0]["loss_before"], abs=1e-5)  # the function is kept
+    first = {record["label"]: record for _, record in store.finished()}
+    assert first.keys() == {"tiny-llama-pro", "tiny-llama-pro-s3"}
+    check(content, {"llama-pro"})
+    assert content["base"]["loss"] is None
     (folder,) = (tmp_path / "store" / "comparison").iterdir()
     assert folder.name.startswith("tiny-")
     assert json.loads((folder / FILE).read_text()) == content
 
-    settings["arms"] += [
-        {"method": "avg-deus"},
-        {"label": "too many", "method": "avg-deus", "pretrain": {"workers": 64, "batch": 64}},
-    ]
+    settings["controls"]["base_same_tokens"] = True
+    settings["arms"] += [{"label": "too many", "method": "llama-pro", "pretrain": {"workers": 64, "batch": 64}}]
     code, content, log = compare(settings)
     assert code == 1  # of the one that fails, and it stops no other
-    after = {record["label"]: record for _, record in store.finished("pretrain")}
+    after = {record["label"]: record for _, record in store.finished()}
     assert {label: after[label] for label in first} == first
-    assert after.keys() - first.keys() == {"tiny-avg-deus-s3"}
-    check(content, {"llama-pro", "base, same tokens", "avg-deus"})
-    (lost,) = arms(content)["too many"]["runs"]
+    assert after.keys() - first.keys() == {"tiny-base-same-tokens-s3"}
+    check(content, {"llama-pro", "base, same tokens"})
+    (pro,), (base,), (lost,) = (arms(content)[name]["runs"] for name in ("llama-pro", "base, same tokens", "too many"))
+    assert (pro["seed"], base["seed"], base["expansion"]) == (3, 3, None)
+    assert content["base"]["loss"] == base["loss_before"] == pytest.approx(pro["loss_before"], abs=1e-5)
     assert lost["status"] == "failed"
     assert "pretrain/tiny-too-many-s3: workers 64" in lost["problem"]
     assert (lost["training"], lost["curve"]) == (None, [])
-    assert lost["expansion"] == arms(content)["avg-deus"]["runs"][0]["expansion"]
+    assert lost["expansion"] == pro["expansion"]
     assert content["machine"]["cpus"] == 4
     assert json.loads((folder / FILE).read_text()) == content
 
@@ -138,10 +136,9 @@ def check(content: dict[str, Any], complete: set[str]) -> None:
             assert (result["parameters"], result["trained_parameters"]) == (
                 arm["parameters"], arm["trained_parameters"]
             )  # fmt: skip
-    targets = {entry["of"]: entry for entry in content["reached"]}
-    assert set(targets) == complete
-    control = arms(content)["base, same tokens"]
-    assert targets["base, same tokens"]["loss"] == control["runs"][0]["final_loss"]
+    assert {entry["of"]: entry["loss"] for entry in content["reached"]} == {
+        name: arms(content)[name]["runs"][0]["final_loss"] for name in complete
+    }
     for entry in content["reached"]:
         for name in complete:
             for run, tokens in zip(arms(content)[name]["runs"], entry["arms"][name], strict=True):
