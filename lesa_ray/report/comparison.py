@@ -16,28 +16,31 @@ from lesa_ray.report.terminal import count, duration
 
 def comparison_table(content: Mapping[str, Any]) -> Table:
     """content: of `comparison.json`. Arms in the order of their final losses; controls in italics. Tokens and time are
-    those until a run is where the reference's run of the same seed ended."""
-    table = Table(box=None, padding=(0, 2), header_style="dim")
+    those until a run is where the reference's run of the same seed ended; `tuned` is the loss on conversations."""
+    title = "Loss on held-out rows, nats a token, before and after training"
+    table = Table(box=None, padding=(0, 2), header_style="dim", title=title, title_justify="left")
     table.add_column("arm", overflow="fold")
-    for name in ("layers", "parameters", "trained", "loss before", "final loss", "±", "tokens to ref.", "time to ref."):
+    tuned = any(run["tuned_loss"] is not None for arm in content["arms"] for run in arm["runs"])
+    columns = ("layers", "parameters", "trained", "before", "after", "±", "tokens to ref.", "time to ref.")
+    for name in (*columns, *(["tuned"] if tuned else [])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", overflow="fold")
     targets = _by_seed(next((arm for arm in content["arms"] if arm["name"] == content["reference"]), None))
     for arm in sorted(content["arms"], key=_rank):
         found = final_loss(arm)
         mean, spread = (found[0], found[1]) if found else (None, None)
-        before = [run["loss_before"] for run in arm["runs"] if run["loss_before"] is not None]
         tokens, seconds = (_reached(arm, targets, axis) for axis in ("tokens", "seconds"))
         table.add_row(
             arm["name"],
             str(arm["layers"]),
             count(arm["parameters"]),
             f"{100 * arm['trained_parameters'] / arm['parameters']:.0f} %",
-            _loss(statistics.fmean(before) if before else None),
+            _mean(arm, "loss_before"),
             _loss(mean),
             "–" if spread is None else f"{spread:.4f}",
             tokens if isinstance(tokens, str) else f"{tokens:,.0f}",
             "–" if isinstance(seconds, str) else duration(seconds),
+            *([_mean(arm, "tuned_loss")] if tuned else []),
             _runs(arm),
             style="italic" if arm["control"] else None,
         )
@@ -97,6 +100,12 @@ def _runs(arm: Mapping[str, Any]) -> str:
     complete = sum(run["status"] == "complete" for run in arm["runs"])
     problems = [f"seed {run['seed']}: {run['problem']}" for run in arm["runs"] if run["problem"]]
     return "; ".join([f"{complete} of {len(arm['runs'])}", *problems])
+
+
+def _mean(arm: Mapping[str, Any], name: str) -> str:
+    """Of a loss, over the runs that have it."""
+    found = [run[name] for run in arm["runs"] if run[name] is not None]
+    return _loss(statistics.fmean(found) if found else None)
 
 
 def _loss(value: float | None) -> str:

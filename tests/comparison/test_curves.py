@@ -57,6 +57,7 @@ def arm(name: str, losses: list[float | None], control: bool = False) -> dict[st
             "problem": "expand/x: no room" if loss is None else None,
             "loss_before": 5.0,
             "final_loss": loss,
+            "tuned_loss": None,
             "curve": [] if loss is None else curve(rows({6: 10.0}, {0: 5.0, 6: loss})),
         }
         for seed, loss in enumerate(losses)
@@ -86,6 +87,9 @@ def test_what_the_table_says_is_what_was_measured() -> None:
     assert cells[7] == ["60", "not reached", "–"]  # where the reference's run of the same seed ended
     assert cells[8] == ["6.0 s", "–", "–"]
     assert cells[-1] == ["2 of 2", "2 of 2", "0 of 2; seed 0: expand/x: no room; seed 1: expand/x: no room"]
+    lesa["runs"][1]["tuned_loss"] = 1.5
+    tuned = next(column for column in comparison_table(content(lesa, copy)).columns if column.header == "tuned")
+    assert list(tuned.cells) == ["1.5000", "–"]
     assert reading(content(lesa, copy, lost)) == [
         "ref.: lesa, with the same seed",
         "lesa ends lowest, before copy by 1.0000 (1.0000 to 1.0000 with 2 seeds)",
