@@ -137,7 +137,7 @@ def table(scores: Scores) -> Table:
     """Means over the layers, and the excess of the cosine over chance."""
     layers = len(next(iter(scores[CHANCE].values())))
     result = Table(title=f"A layer taken out and put back, after matching; means over {layers}", title_justify="left")
-    result.add_column("arm")
+    result.add_column("arm", no_wrap=True)
     for block in scores[CHANCE]:
         for column in (f"{block}: cosine", "above chance", "R²"):
             result.add_column(column, justify="right")
@@ -168,6 +168,8 @@ def main() -> None:
         parser.error(f"--arms {unknown[0]}: unknown; use some of {'; '.join(ARMS)}")
     arms = {name: ARMS[name] for name in names}
     console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a log file wraps nothing
     scores = knock_out(given.base, layers, arms, console)
     console.print(table(scores))
     if given.json:
