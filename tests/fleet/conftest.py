@@ -68,7 +68,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, style in (("llama", "llama3"), ("qwen2", "qwen"), ("mistral", "gpt2")):
         families.make(name, root / name, vocab_size=512)
-        styles.STYLES[style]().save_pretrained(root / name)
+        tokenizer = styles.STYLES[style]()
+        tokenizer.chat_template = styles.PLAIN
+        tokenizer.save_pretrained(root / name)
     turns = [{"role": "user", "content": "left"}, {"role": "assistant", "content": "right"}]
     (root / "chat.jsonl").write_text(20 * (json.dumps({"messages": turns}) + "\n"))
     (root / "text.txt").write_text("".join(f"The café opens at nine, says line {i}.\n" for i in range(200)))

@@ -165,11 +165,14 @@ def moody(s3: str) -> Iterator[Moody]:
     proxy.stop()
 
 
-def losses(out: str) -> list[tuple[float, float | None]]:
-    return [(row["loss"], row.get("heldout_loss")) for row in read_metrics(out)]
+Losses = list[tuple[int, float | None, float | None]]
 
 
-def losses_undisturbed(out: str, given: dict[str, Any]) -> list[tuple[float, float | None]]:
+def losses(out: str) -> Losses:
+    return [(row["step"], row.get("loss"), row.get("heldout_loss")) for row in read_metrics(out)]
+
+
+def losses_undisturbed(out: str, given: dict[str, Any]) -> Losses:
     """The same training in this process, without Ray."""
     run = prepare(TrainConfig.model_validate({**given, "out": out}), gpus=False)
     claim(run)
@@ -177,7 +180,7 @@ def losses_undisturbed(out: str, given: dict[str, Any]) -> list[tuple[float, flo
     return losses(out)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(400)
 def test_a_chain_of_stages_while_a_node_is_lost_and_the_store_fails_now_and_then(
     ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path, moody: Moody
 ) -> None:
@@ -204,7 +207,7 @@ def test_a_chain_of_stages_while_a_node_is_lost_and_the_store_fails_now_and_then
         if "pretrain/llama-solar-x1.4: starting 1 worker" in line:
             ray_cluster.kill_a_node()
             break
-    code, outcomes, rest = ended(fleet)
+    code, outcomes, rest = ended(fleet, timeout=360)
     log += rest
     assert code == 1, log  # of the family that has no checkpoint, and of no other
     assert {one["how"] for one in outcomes if "gone" in one["id"]} == {"failed"}
