@@ -253,7 +253,7 @@ def unit_cost(task: Task) -> UnitCost:
     trained = triples - held_out
     samples = trained * rank
     ridge_moved = 5.0 * min(n, 2 * trained) * rank * row  # layers that normal equations take up
-    ridge_bytes = 48 * d2 * (d2 + min(RIDGE_BLOCK, 2 * d2)) + 2 * word * rank * d2  # of the system in float64
+    ridge_bytes = d2 * (32 * d2 + 48 * min(RIDGE_BLOCK, 2 * d2)) + 2 * word * rank * d2  # of the system in float64
 
     phases = []
     if route == "gram":
