@@ -22,7 +22,7 @@ def test_a_store_that_fills_up_loses_nothing(models: Path, small_disk: Path, tmp
         {
             "name": "f", "store": str(small_disk / "store"), "retries": 0,
             "families": [{"name": "llama", "checkpoint": str(models / "llama")}],
-            "stages": {"expand": {"lesa": {"epochs": 25}}},
+            "stages": {"expand": {"lesa": {"epochs": 200}}},
         }
     )  # fmt: skip
     (stage,) = build(config, "file")

@@ -20,7 +20,7 @@ def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(models: Path,
         {
             "name": "f", "store": str(tmp_path / "store"), "lease": 4,
             "families": [{"name": "llama", "checkpoint": str(models / "llama")}],
-            "stages": {"expand": {"lesa": {"epochs": 25}}},
+            "stages": {"expand": {"lesa": {"epochs": 400}}},  # seconds: long enough to miss the lease
         }
     )  # fmt: skip
     (stage,) = build(config, "file")
