@@ -7,7 +7,7 @@ The models read from and write to YAML; a setting that is not known is an error,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -163,6 +163,17 @@ class ExpandConfig(Settings):
         if self.zero_init is not None and self.output_scale is not None:
             raise ValueError("give zero_init or output_scale, not both; zero_init is output_scale 0")
         return self
+
+
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with names such as `optimizer.lr`, for what knows one level only."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 Kind = TypeVar("Kind", bound=Settings)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lesa_ray.comparison.settings import ComparisonConfig
-from lesa_ray.config import ExpandConfig
+from lesa_ray.config import ExpandConfig, flat
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.plan import BY_IMPORTANCE, POSITIONS
 from lesa_ray.expansion.registry import METHODS
@@ -110,10 +110,10 @@ def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:
         raise UserError(f"{where}: arms.pretrain.{taken[0]}: is the same for all arms; leave it out")
     grid = {name: value for name, value in entry.items() if name != "label"}
     points = _spread({"method": "lesa", **grid})
-    flat = [_flat(point) for point in points]
-    varying = [path for path in flat[0] if len({repr(one.get(path)) for one in flat}) > 1]
+    leaves = [flat(point) for point in points]
+    varying = [path for path in leaves[0] if len({repr(one.get(path)) for one in leaves}) > 1]
     arms = []
-    for point, values in zip(points, flat, strict=True):
+    for point, values in zip(points, leaves, strict=True):
         shown = varying if label else [path for path in values if path != "method"]
         parts = [text for path in shown if (text := _said(path, values.get(path)))]
         name = " ".join([label or str(values["method"]), *parts])
@@ -132,14 +132,6 @@ def _spread(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [one for item in value for one in (_spread(item) if isinstance(item, dict) else [item])]
     return [value]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by their paths."""
-    leaves: dict[str, Any] = {}
-    for name, inner in value.items():
-        leaves |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}
-    return leaves
 
 
 def _said(path: str, value: Any) -> str:

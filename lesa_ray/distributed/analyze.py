@@ -199,13 +199,14 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     """A Ray task for each piece; the first to fail stops the others."""
     import ray
 
-    from lesa_ray.distributed.ray_runner import result_of, start_ray
+    from lesa_ray.distributed.ray_runner import result_of, share_of_task, start_ray
 
     listener.phase("starting Ray", 0)
     start_ray()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus, cpus = _share(work.subject.config, len(pieces), nodes)
-    most_memory = max(node.get("memory", 0) for node in nodes)
+    config = work.subject.config
+    gpus, cpus, memory = share_of_task(
+        "a piece", len(pieces), device=config.device, gpus=config.gpus_per_task, cpus=config.cpus_per_task
+    )
     listener.phase(_title(work), len(pieces))
     shared = ray.put(work)
     running: dict[Any, str] = {}
@@ -215,7 +216,7 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
                 name=f"analyze {piece}",
                 num_cpus=cpus,
                 num_gpus=gpus,
-                memory=int(min(_memory(work, piece), most_memory * 0.9)),
+                memory=min(_memory(work, piece), memory),
                 max_retries=_RETRIES,
                 retry_exceptions=[MachineError],
             )
@@ -237,23 +238,6 @@ def _task(work: _Work, piece: str, threads: int) -> Any:
 
     torch.set_num_threads(threads)
     return work.do(piece, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-
-
-def _share(config: AnalyzeConfig, pieces: int, nodes: list[dict[str, float]]) -> tuple[float, int]:
-    """GPUs and CPU cores of one task. Raises: UserError if a GPU is asked for and there is none; MachineError if no
-    node has so many."""
-    most_gpus, most_cpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU"))
-    gpus = config.gpus_per_task
-    if gpus is None:
-        gpus = 1 if most_gpus and config.device != "cpu" else 0
-    if config.device == "cuda" and not gpus:
-        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
-    cpus = config.cpus_per_task or max(1, int(min(most_cpus, sum(node.get("CPU", 0) for node in nodes) // pieces)))
-    if gpus > most_gpus or cpus > most_cpus:
-        raise MachineError(
-            f"a piece asks for {gpus:g} GPUs and {cpus} CPUs; the largest node has {most_gpus:g} and {most_cpus:g}"
-        )
-    return gpus, cpus
 
 
 def _memory(work: _Work, piece: str) -> int:

@@ -109,14 +109,18 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     import ray
 
     from lesa_ray.distributed.health import Health
-    from lesa_ray.distributed.ray_runner import new_board, result_of, start_ray
+    from lesa_ray.distributed.ray_runner import new_board, result_of, share_of_task, start_ray
 
     start_ray()
     names = job.config.checkpoints
     listener.phase(_title(names), len(names))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus, cpus = _share(job.config, len(names), nodes)
-    most_memory = max(node.get("memory", 0) for node in nodes)
+    gpus, cpus, memory = share_of_task(
+        "a checkpoint",
+        len(names),
+        device=job.config.device,
+        gpus=job.config.gpus_per_task,
+        cpus=job.config.cpus_per_task,
+    )
     board, health = new_board(), Health(job.config.out or names[0], "evaluate")
     running: dict[Any, int] = {}
     outcomes: dict[int, Outcome] = {}
@@ -126,7 +130,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
                 name=f"evaluate {bound.name}",
                 num_cpus=cpus,
                 num_gpus=gpus,
-                memory=int(min(_weights(bound, job.config) + _INTERPRETER_BYTES, most_memory * 0.9)),
+                memory=min(_weights(bound, job.config) + _INTERPRETER_BYTES, memory),
                 max_retries=_RETRIES,
                 retry_exceptions=[MachineError],
             )
@@ -153,24 +157,6 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
 def _weights(bound: Bounds, config: EvaluateConfig) -> int:
     """Bytes of a checkpoint's weights as they are computed with."""
     return bound.nbytes if config.dtype is None else bound.parameters * (4 if config.dtype == "float32" else 2)
-
-
-def _share(config: EvaluateConfig, checkpoints: int, nodes: list[dict[str, float]]) -> tuple[float, int]:
-    """GPUs and CPU cores of one task. Raises: UserError if a GPU is asked for and there is none; MachineError if no
-    node has so many."""
-    most_gpus, most_cpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU"))
-    gpus = config.gpus_per_task
-    if gpus is None:
-        gpus = 1 if most_gpus and config.device != "cpu" else 0
-    if config.device == "cuda" and not gpus:
-        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
-    total = sum(node.get("CPU", 0) for node in nodes)
-    cpus = config.cpus_per_task or max(1, int(min(most_cpus, total // checkpoints)))
-    if gpus > most_gpus or cpus > most_cpus:
-        raise MachineError(
-            f"a checkpoint asks for {gpus:g} GPUs and {cpus} CPUs; the largest node has {most_gpus:g} and {most_cpus:g}"
-        )
-    return gpus, cpus
 
 
 def _task(job: Job, bound: Bounds, threads: int, key: str, board: Any) -> Outcome:

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
 from lesa_ray.distributed.health import Health
-from lesa_ray.errors import MachineError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
@@ -97,6 +97,28 @@ def _passed_on() -> dict[str, Any]:
 def on_this_machine() -> NodeAffinitySchedulingStrategy:
     """Where an actor lives as long as this process does: elsewhere it would go with a machine that is lost."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def share_of_task(
+    what: str, tasks: int, *, device: str | None, gpus: float | None, cpus: int | None
+) -> tuple[float, int, int]:
+    """GPUs and CPU cores of each of `tasks` that run side by side: as asked for, else a GPU where there are some, and
+    the cluster's cores shared out; and the bytes of memory that a task may ask for and find a node.
+
+    what: what a message calls a task. device: cpu, cuda, or None for whichever there is. Raises: UserError if a GPU is
+    asked for and there is none; MachineError if no node has so many."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most_gpus, most_cpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU"))
+    if gpus is None:
+        gpus = 1 if most_gpus and device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
+    cpus = cpus or max(1, int(min(most_cpus, sum(node.get("CPU", 0) for node in nodes) // tasks)))
+    if gpus > most_gpus or cpus > most_cpus:
+        raise MachineError(
+            f"{what} asks for {gpus:g} GPUs and {cpus} CPUs; the largest node has {most_gpus:g} and {most_cpus:g}"
+        )
+    return gpus, cpus, int(0.9 * max(node.get("memory", 0) for node in nodes))
 
 
 class Board:

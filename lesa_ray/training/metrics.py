@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from typing import IO, Any, Protocol
 
 from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.config import flat
 from lesa_ray.errors import MachineError, UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -207,7 +208,7 @@ class _Mlflow:
         run = self._mlflow.start_run(run_id=run_id, run_name=None if run_id else run_name)
         self.run_id: str = run.info.run_id
         if run_id is None:
-            self._mlflow.log_params(_flat(settings))
+            self._mlflow.log_params(flat(settings))
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(values), step=step, run_id=self.run_id, synchronous=False)
@@ -253,14 +254,3 @@ def _number(value: float) -> float | int | None:
         return int(value)
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `optimizer.lr`: MLflow's parameters have one level."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lesa_ray.config import flat
 from lesa_ray.report.page.figure import Table
 from lesa_ray.report.page.schema import Comparison
 from lesa_ray.report.page.sources import Material
@@ -22,7 +23,7 @@ def settings_tables(material: Material) -> list[tuple[str, Table]]:
                 "base": one.manifest["base"],
                 "method": one.manifest["method"],
                 "lesa_ray": one.manifest.get("identity", {}).get("lesa_ray"),
-                **_flat(one.manifest.get("identity", {}).get("settings", {})),
+                **flat(one.manifest.get("identity", {}).get("settings", {})),
                 "new layers": _span(one.manifest["new_layers"]),
                 "zeroed": ", ".join(one.manifest.get("zeroed", [])),
             }
@@ -30,7 +31,7 @@ def settings_tables(material: Material) -> list[tuple[str, Table]]:
         }
         tables.append(("Expansions", _side_by_side(columns)))
     if material.trainings:
-        columns = {one.label: {**_flat(one.settings), **_flat(one.result)} for one in material.trainings}
+        columns = {one.label: {**flat(one.settings), **flat(one.result)} for one in material.trainings}
         tables.append(("Training runs", _side_by_side(columns)))
     if material.analyses:
         columns = {
@@ -64,7 +65,7 @@ def _comparison(place: str, comparison: Comparison) -> Table:
 def _arms(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
-        settings = "; ".join(f"{name} = {_cell(value)}" for name, value in _flat(arm.settings).items())
+        settings = "; ".join(f"{name} = {_cell(value)}" for name, value in flat(arm.settings).items())
         seeds = ", ".join(f"{trial.seed}: {trial.status}" for trial in arm.runs)
         rows.append((arm.name, arm.method or "–", arm.position or "–", settings or "–", seeds or "–"))
     return Table(("arm", "method", "position", "settings", "seeds"), tuple(rows))
@@ -74,16 +75,6 @@ def _side_by_side(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [(name, *(_cell(column.get(name)) for column in columns.values())) for name in names]
     return Table(("", *columns), tuple(row for row in rows if any(cell != "–" for cell in row[1:])))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _cell(value: Any) -> str:
