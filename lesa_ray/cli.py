@@ -16,7 +16,7 @@ from lesa_ray.cli_analyze import COMMANDS as ANALYSIS
 from lesa_ray.cli_compare import COMMANDS as COMPARISON
 from lesa_ray.cli_fleet import COMMANDS
 from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
-from lesa_ray.cli_options import print_json, with_options, working
+from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
 from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
@@ -73,15 +73,11 @@ Variants = Annotated[
 GpusPerTask = Annotated[float | None, typer.Option(help="GPUs for one unit. [default: 1 if there are some]")]
 MemoryBudget = Annotated[str | None, typer.Option(help="Memory for one unit, e.g. 8GB. [default: 4/5 of what is free]")]
 CpusPerTask = Annotated[int | None, typer.Option(help="CPU cores for one unit. [default: 1]")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 @app.command()
 def expand(
-    base: Annotated[
-        str | None, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")
-    ] = None,
+    base: OptionalBase = None,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder or an fsspec URL.")] = None,
     method: Method = None,
     factor: Factor = None,

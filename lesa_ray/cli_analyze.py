@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from lesa_ray.analysis.settings import AnalyzeConfig
-from lesa_ray.cli_options import print_json, with_options, working
+from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
 from lesa_ray.config import load_settings
 
 
 @with_options(AnalyzeConfig, leave_out=("base", "lesa"))
 def analyze(
-    base: Annotated[
-        str | None, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")
-    ] = None,
-    config: Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    base: OptionalBase = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
     **given: Any,
 ) -> None:
     """Show what a checkpoint's weights look like, and with --data what its layers do; nothing is trained."""

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lesa_ray.cli_fleet import AsJson, show_standings
-from lesa_ray.cli_options import print_json, results_apart
+from lesa_ray.cli_fleet import show_standings
+from lesa_ray.cli_options import AsJson, print_json, results_apart
 from lesa_ray.errors import UserError
 
 

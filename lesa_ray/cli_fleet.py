@@ -11,10 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lesa_ray.cli_options import print_json, results_apart
+from lesa_ray.cli_options import AsJson, print_json, results_apart
 from lesa_ray.errors import UserError
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 def fleet(

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from lesa_ray.cli_options import print_json, with_options
+from lesa_ray.cli_options import AsJson, ConfigFile, print_json, with_options
 from lesa_ray.layerwise.settings import LayerwiseConfig
 
 
 @with_options(LayerwiseConfig, leave_out=("out",))
 def layerwise(
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder or an fsspec URL.")] = None,
-    config: Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
     **given: Any,
 ) -> None:
     """Make a configuration whose layers differ in width, to pre-train from scratch: OUT."""

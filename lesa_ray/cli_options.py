@@ -22,6 +22,11 @@ from lesa_ray.config import Settings
 if TYPE_CHECKING:
     from lesa_ray.expansion.runner import Listener
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with these settings; flags win.")]
+OptionalBase = Annotated[
+    str | None, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")
+]
 _PLAIN = (str, int, float)
 
 

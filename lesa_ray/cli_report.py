@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lesa_ray.cli_options import print_json
+from lesa_ray.cli_options import AsJson, print_json
 
 
 def report(
@@ -19,7 +19,7 @@ def report(
         ),
     ],
     out: Annotated[str, typer.Option(help="Where report.html and figures/*.png go: a folder or an fsspec URL.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make one HTML page, and images, of what was measured: RUN..., any mix of comparisons, analyses, checkpoints."""
     from lesa_ray.report.page.build import write_report

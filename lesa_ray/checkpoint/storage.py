@@ -27,6 +27,7 @@ from lesa_ray.errors import MachineError, UserError
 WORK_DIR = ".lesa-ray"
 """Folder inside OUT that holds unfinished work; it goes when the result is complete."""
 
+_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "requests")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"})
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
 _OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
@@ -285,6 +286,11 @@ def is_outage(error: BaseException) -> bool:
     else:  # aiohttp; requests and httpx
         status = getattr(error, "status", None) or getattr(response, "status_code", 0)
     return isinstance(status, int) and (status >= 500 or status == 429)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error is the machine's or its storage's, whatever that is, and not the program's."""
+    return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
 
 
 def explain(error: BaseException) -> str:

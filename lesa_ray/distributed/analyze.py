@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.analysis.document import make_report
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work_on_type
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
@@ -37,7 +37,6 @@ _RESIDUAL = "residual stream"
 _POLL_SECONDS = 0.5
 _RETRIES = 3
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers
-_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx")
 
 Progress = Callable[[str, float], None]
 
@@ -145,7 +144,7 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
     except MachineError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+        if is_fault(error):
             raise MachineError(f"BASE {config.base}: {explain(error)[:300]}") from error
         raise
     return report

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage, explain, is_fault
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
@@ -24,8 +24,6 @@ from lesa_ray.expansion.rehearsal import rehearse
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
 from lesa_ray.expansion.workbench import finished_record
 from lesa_ray.report.model_card import model_card
-
-_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         abandon(expansion)
         raise
     except Exception as error:
-        if isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+        if is_fault(error):
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return _expanded(expansion, manifest, begin, runner, resumed=state == "resume")

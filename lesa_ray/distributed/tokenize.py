@@ -26,7 +26,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.errors import MachineError, UserError
@@ -41,7 +41,6 @@ from lesa_ray.training.tokenizer import files_digest
 from lesa_ray.training.tokens import TokenBlocks, open_blocks
 
 _TRIES = 3
-_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "requests")
 
 Work = TypeVar("Work")
 
@@ -89,7 +88,7 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
         abandon(storage)
         raise
     except Exception as error:
-        if _is_fault(error):
+        if is_fault(error):
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=False, resumed=state == "resume")
@@ -207,17 +206,12 @@ def _do(row: dict[str, Any], work: Callable[[Job, Any], Any], job: Job) -> dict[
             storage.write(STOP, b"")
             return {"result": pickle.dumps(("user", str(error)))}
         except Exception as error:
-            if not _is_fault(error):
+            if not is_fault(error):
                 raise
             if attempt == _TRIES:
                 return {"result": pickle.dumps(("machine", explain(error)))}
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
-
-
-def _is_fault(error: BaseException) -> bool:
-    """Whether an error is the machine's or the storage's."""
-    return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
 
 
 def _reach(out: str, call: Callable[[], Any]) -> Any:

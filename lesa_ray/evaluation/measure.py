@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lesa_ray.checkpoint.storage import explain
+from lesa_ray.checkpoint.storage import explain, is_fault
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.checkpoints import (
     Bounds,
@@ -31,8 +31,6 @@ from lesa_ray.evaluation.paired import ratio
 from lesa_ray.evaluation.perplexity import LONGEST_WINDOW, Scores, exp, fitting_batch, score
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import own_peak_memory
-
-_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx")
 
 Progress = Callable[[str, float], None]
 """Is called with what is under way and the share of the data that is done."""
@@ -98,7 +96,7 @@ def measure(job: Job, bound: Bounds, progress: Progress = lambda phase, share: N
             "--batch-size, a shorter --window or --dtype bfloat16"
         ) from error
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+        if is_fault(error):
             raise MachineError(f"checkpoint {bound.name}: {explain(error)[:300]}") from error
         raise
     record |= {"seconds": time.monotonic() - begin, "peak_memory": own_peak_memory()}
