@@ -1,7 +1,10 @@
 """A corpus that every machine has: the source of Python's own standard library, with a tokenizer trained on it.
 
+Other kinds, alone or together: the documentation inside that source and installed packages (`pipelines.prose`), and
+the source of the packages.
+
 Decides
-- Which files: every `.py` of the standard library except
+- Which files of the standard library: every `.py` of the standard library except
   - tests (`test`, `tests`, `idle_test`): 17 of its 31 MB, repetitive, and a package of its own on Debian and Fedora;
   - `encodings`, `pydoc_data`: character tables and one 700 kB string, not prose or code;
   - `idlelib`, `turtledemo`, `tkinter`, `lib2to3`, `distutils`, `ensurepip`: missing on some systems or gone in newer
@@ -20,15 +23,18 @@ import json
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lesa_ray.config import Settings
 from lesa_ray.errors import UserError
 from lesa_ray.training.documents import document_key, is_heldout
+from pipelines.prose import prose_documents, sources
 
 END_OF_TEXT = "<|endoftext|>"
 _TESTS = {"test", "tests", "idle_test"}
@@ -36,17 +42,29 @@ _TABLES = {"encodings", "pydoc_data"}
 _NOT_EVERYWHERE = {"idlelib", "turtledemo", "tkinter", "lib2to3", "distutils", "ensurepip"}
 LEFT_OUT = _TESTS | _TABLES | _NOT_EVERYWHERE | {"site-packages", "dist-packages", "__pycache__"}
 FEWEST_FILES = 100  # below this the standard library is not there as source (zipped or stripped Python)
+Kind = Literal["code", "prose", "packages"]
+_READ_BY_TOKENIZER = 32_000_000
+"""Bytes of text that the tokenizer is trained on: more teaches 4,096 merges nothing."""
 _RECORD = "corpus.json"
 
 
 class CorpusSettings(Settings):
-    """The standard-library corpus and its tokenizer."""
+    """A corpus and its tokenizer."""
 
+    kinds: tuple[Kind, ...] = Field(default=("code",), min_length=1)
+    """code: the standard library's source. prose: the documentation inside it and inside packages. packages: the source
+    of packages."""
     vocab_size: int = Field(default=4096, ge=300)
     """Entries of the BPE vocabulary: 256 bytes, one end-of-text token, the rest merges. At 4096 a token is about 3.6
     characters of Python; doubling it would double the output head, already a fifth of the demo's parameters."""
     holdout: float = Field(default=0.05, gt=0, lt=1)
     """Share of the files held out of training, tokenizer included."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> CorpusSettings:
+        if "prose" in self.kinds and len(self.kinds) > 1:
+            raise ValueError("kinds: prose stands alone: it is taken from the code, so files held out would be known")
+        return self
 
 
 @dataclass(frozen=True)
@@ -106,31 +124,44 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def build_corpus(folder: str, settings: CorpusSettings | None = None, root: str | None = None) -> Corpus:
-    """Copy the text and train the tokenizer, under `folder`; reused if there with the same settings. About 3 s.
+    """Write the text and train the tokenizer, under `folder`; reused if there with the same settings. About 3 s.
 
     `folder` appears at one moment, complete. Raises: UserError if it holds something else, or a corpus of other
     settings."""
     settings = settings or CorpusSettings()
     if os.path.exists(folder):
         return load_corpus(folder, settings)
-    root = root or sysconfig.get_path("stdlib")
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    paths, train = stdlib_files(root), []
-    for path in paths:
-        with open(os.path.join(root, path), "rb") as source:
-            data = source.read()
-        target = os.path.join(partial, "text", path)
+    files, read, train = 0, 0, []
+    for name, data in _documents(settings.kinds, root):
+        files += 1
+        target = os.path.join(partial, "text", name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "wb") as copy:
             copy.write(data)
-        if not is_heldout(document_key(data), settings.holdout):
+        if read < _READ_BY_TOKENIZER and not is_heldout(document_key(data), settings.holdout):
+            read += len(data)
             train.append(data.decode("utf-8", errors="replace"))  # a few old sources are Latin-1
     train_tokenizer(train, settings.vocab_size).save_pretrained(os.path.join(partial, "tokenizer"))
     with open(os.path.join(partial, _RECORD), "w", encoding="utf-8") as file:
-        json.dump({"settings": settings.model_dump(), "files": len(paths)}, file, indent=1)
+        json.dump({"settings": settings.model_dump(mode="json"), "files": files}, file, indent=1)
     os.rename(partial, folder)
     return load_corpus(folder, settings)
+
+
+def _documents(kinds: tuple[Kind, ...], root: str | None) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file of the text."""
+    library, root = stdlib_files(root), root or sysconfig.get_path("stdlib")
+    for kind in kinds:
+        if kind == "prose":
+            yield from ((f"prose/{name}", text.encode()) for name, text in prose_documents(library, root))
+            continue
+        for package, folder, names in sources(library, root):
+            if (package == "python") == (kind == "code"):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as source:
+                        yield name if kind == "code" else f"packages/{package}/{name}", source.read()
 
 
 def load_corpus(folder: str, settings: CorpusSettings) -> Corpus:
@@ -140,9 +171,9 @@ def load_corpus(folder: str, settings: CorpusSettings) -> Corpus:
             record = json.load(file)
     except OSError as error:
         raise UserError(f"{folder}: exists but is not a corpus (no {_RECORD}); remove it or name another") from error
-    if record["settings"] != settings.model_dump():
+    if CorpusSettings.model_validate(record["settings"]) != settings:
         raise UserError(
-            f"{folder}: made with {record['settings']}, asked for {settings.model_dump()}; "
+            f"{folder}: made with {record['settings']}, asked for {settings.model_dump(mode='json')}; "
             "remove it or name another folder"
         )
     return Corpus(folder, record["files"], settings.holdout)

@@ -15,6 +15,7 @@ import yaml
 
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.comparison.settings import ComparisonConfig
+from lesa_ray.comparison.study import StudyConfig as BasesConfig
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.settings import FleetConfig
@@ -49,6 +50,9 @@ SHIPPED: dict[str, type[Settings]] = {
     "layerwise_study": StudyConfig,
     "layerwise_study_small": StudyConfig,
     "pretrain": TrainConfig,
+    "study_cluster": BasesConfig,
+    "study_gpu": BasesConfig,
+    "study_small": BasesConfig,
     "tokenize": TokenizeConfig,
 }
 

@@ -12,6 +12,7 @@ from lesa_ray import UserError
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.documents import Row
 from lesa_ray.training.tokenizer import load_tokenizer
+from pipelines import prose
 from pipelines.studies import texts
 from tests.training import styles
 
@@ -41,11 +42,11 @@ class Thing:
 
 def test_prose_is_documentation_without_code() -> None:
     seen: set[str] = {"No paragraph of it."}
-    said = texts.prose(ast.parse(SOURCE), seen)
+    said = prose.prose(ast.parse(SOURCE), seen)
     parts = said.split("\n\n")
     assert parts[0] == "What this module is for."
     assert sorted(parts[1:]) == ["A thing.", "Nothing else is said of it.", "Twice a number, whatever it is.", "no"]
-    assert texts.prose(ast.parse(SOURCE + 'def more():\n    "More of it."\n'), seen) == "More of it."
+    assert prose.prose(ast.parse(SOURCE + 'def more():\n    "More of it."\n'), seen) == "More of it."
 
 
 def test_an_answer_is_a_whole_function_without_its_documentation() -> None:
@@ -60,7 +61,7 @@ def test_an_answer_is_a_whole_function_without_its_documentation() -> None:
 def test_a_folder_of_texts_that_a_tokenizer_without_a_template_can_be_fine_tuned_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "PACKAGES", ("yaml", "not_installed_at_all"))
+    monkeypatch.setattr(prose, "PACKAGES", ("yaml", "not_installed_at_all"))
     monkeypatch.setattr(texts, "stdlib_files", lambda: ["json/__init__.py", "bisect.py", "this.py"])
     styles.gpt2().save_pretrained(tmp_path / "base")
     out = str(tmp_path / "texts")

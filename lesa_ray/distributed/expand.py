@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,24 +63,24 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
     _reach(config.out, lambda: claim(expansion, state))
     try:
-        rehearsal = _start_rehearsal(expansion)
-        records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
-        units = [unit for unit in expansion.units if unit.name not in records]
-        if units and expansion.job.zero_init:
-            listener.phase("trying on a miniature that the function is kept", 0)
-            rehearsal()  # before work that may take hours
-        runner = runner or _default_runner(bool(units), storage, listener)
-        if units:
-            listener.phase(
-                f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units))
-            )
-            records.update(runner.run_units(expansion, units, listener))
-        shards = missing_shards(expansion)
-        listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))
-        runner.write_shards(expansion, shards, listener)
-        rehearsal()  # a copy of bytes takes no longer than the miniature, so it did not wait for it
-        manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
-        finish(expansion, manifest, model_card(expansion, manifest))
+        with _rehearsing(expansion) as rehearsal:
+            records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
+            units = [unit for unit in expansion.units if unit.name not in records]
+            if units and expansion.job.zero_init:
+                listener.phase("trying on a miniature that the function is kept", 0)
+                rehearsal()  # before work that may take hours
+            runner = runner or _default_runner(bool(units), storage, listener)
+            if units:
+                listener.phase(
+                    f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units))
+                )
+                records.update(runner.run_units(expansion, units, listener))
+            shards = missing_shards(expansion)
+            listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))
+            runner.write_shards(expansion, shards, listener)
+            rehearsal()  # a copy of bytes takes no longer than the miniature, so it did not wait for it
+            manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
+            finish(expansion, manifest, model_card(expansion, manifest))
     except UserError:
         abandon(expansion)
         raise
@@ -90,14 +91,16 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
     return _expanded(expansion, manifest, begin, runner, resumed=state == "resume")
 
 
-def _start_rehearsal(expansion: Expansion) -> Callable[[], None]:
-    """Begin trying on a miniature that the function is kept, if that is promised; calling the result waits for it."""
+@contextmanager
+def _rehearsing(expansion: Expansion) -> Iterator[Callable[[], None]]:
+    """Try on a miniature, beside what is done within, that the function is kept, if that is promised; calling what is
+    yielded waits for the verdict. The end waits, too: transformers patches itself while a model is made, so a thread
+    that is still at it when the caller loads a model would leave him one whose weights are not tied."""
     if not expansion.job.zero_init:
-        return lambda: None
-    pool = ThreadPoolExecutor(1)
-    verdict = pool.submit(rehearse, expansion)
-    pool.shutdown(wait=False)
-    return verdict.result
+        yield lambda: None
+        return
+    with ThreadPoolExecutor(1, "rehearsal") as pool:
+        yield pool.submit(rehearse, expansion).result
 
 
 def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:

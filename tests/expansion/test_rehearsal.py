@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from lesa_ray import ExpandConfig, UserError
+from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint import residual
 from lesa_ray.expansion.prepare import Expansion, prepare
 from lesa_ray.expansion.rehearsal import rehearse
+from lesa_ray.expansion.runner import InlineRunner
 from tests import families
 
 Bases = Callable[[str], str]
@@ -31,6 +33,19 @@ def test_families_that_keep_their_function_pass_and_leave_no_trace(family: str, 
     assert torch.equal(torch.get_rng_state(), state)
     assert not [p for p in set(Path(tempfile.gettempdir()).iterdir()) - before if p.name.startswith("lesa-ray-")]
     assert not (tmp_path / "out").exists()
+
+
+class _FullDisk(InlineRunner):
+    def write_shards(self, *given: object, **more: object) -> None:
+        raise OSError("the disk is full")
+
+
+def test_none_is_left_running_when_the_work_fails(bases: Bases, tmp_path: Path) -> None:
+    """It patches transformers for a while; a model that the caller then loads must have its weights tied."""
+    config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="llama-pro")
+    with pytest.raises(MachineError, match="the disk is full"):
+        expand(config, runner=_FullDisk())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rehearsal")]
 
 
 def test_a_norm_after_the_addition_is_noticed(bases: Bases, tmp_path: Path) -> None:

@@ -115,6 +115,34 @@ def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
     no_secrets(store.storage, log)
 
 
+@pytest.mark.timeout(200)
+def test_a_node_is_lost_while_lesa_works(
+    ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
+) -> None:
+    """Weight types are being learnt on both nodes when the raylet of one is killed: the same bytes as without."""
+    store = Store(f"{s3}/lost-node")
+    stages = {"expand": {"lesa": {"epochs": 400}, "shard_size": "1GB"}}  # seconds a weight type
+    settings = content(store.url, models, ("llama",), methods=["lesa"], stages=stages, name="lost-node")
+    fleet = ray_cluster.start("fleet", put("lost-node", settings), "--json")
+    assert fleet.stderr is not None
+    log = ""
+    for line in fleet.stderr:
+        log += line
+        if "% lesa: making" in line:  # some are learnt, others are not
+            ray_cluster.kill_a_node()
+            break
+    code, outcomes, rest = ended(fleet, timeout=150)
+    assert code == 0, log + rest
+    assert hows(outcomes) == {"made"}
+    assert "made in" not in log
+    config = ExpandConfig.model_validate(
+        {"base": str(models / "llama"), "out": str(tmp_path / "o"), "factor": 1.4, **stages["expand"]}
+    )
+    expand(config, runner=InlineRunner())
+    for path in (tmp_path / "o").glob("model*"):
+        assert store.folder(outcomes[0]["place"]).read(path.name) == path.read_bytes()
+
+
 @pytest.mark.thorough
 @pytest.mark.timeout(1500)
 def test_three_families_by_two_methods_through_all_stages(

@@ -1,0 +1,160 @@
+"""Job: which way to grow is worth it? The same comparison on several bases, and what they say together.
+
+    python -m pipelines.study --config pipelines/study_small.yaml      # two CPU cores
+    python -m pipelines.study --config pipelines/study_gpu.yaml        # one GPU, about an hour
+    lesa-ray submit -- python -m pipelines.study --config pipelines/study_cluster.yaml
+
+Bases that are not there yet are pre-trained first. Below `out`: `NAME/corpus/`, `NAME/blocks/`, `NAME/base/` for each
+of them, `results.json`; the comparisons lie in the artifact store. What is there is reused, what was interrupted goes
+on, and an arm that is added later is run alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lesa_ray.comparison.study import StudyBase, StudyConfig, to_json
+from lesa_ray.config import load_settings, validated
+from lesa_ray.errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from lesa_ray.training.tokens import TokenBlocks
+
+
+def run_study(config: StudyConfig) -> dict[str, Any]:
+    """Every base, every comparison; what results.json holds.
+
+    Raises: UserError for the first setting that is wrong; MachineError, after which the same call goes on."""
+    from lesa_ray.checkpoint.storage import Storage
+    from lesa_ray.comparison.collect import Collector
+    from lesa_ray.comparison.graph import build
+    from lesa_ray.distributed.compare import run_comparison
+    from lesa_ray.fleet.settings import absolute
+    from lesa_ray.report.terminal import log_line
+    from lesa_ray.store.catalog import Store
+
+    out = Storage(config.out)
+    store = absolute(config.store or out.within("store").url)
+    made = [(base, *make_base(config, base)) for base in config.bases]
+    comparisons, places = {}, {}
+    for base, checkpoint, blocks in made:
+        chosen = config.comparison(base, absolute(checkpoint), store, None if blocks is None else absolute(blocks))
+        comparison = build(chosen, f"study {config.name}, base {base.name}")
+
+        def say(stage: str, text: str, name: str = chosen.name) -> None:
+            log_line(f"{name} {stage}".strip(), text)
+
+        content, outcomes = run_comparison(comparison, say)
+        if lost := [one for one in outcomes if one.how in ("failed", "skipped")]:
+            raise MachineError(f"{chosen.name}: {len(lost)} stages are missing, {lost[0].id} for one: {lost[0].why}")
+        comparisons[base.name] = content
+        places[base.name] = Collector(comparison, Store(store, chosen.lease)).storage.url
+    results = to_json(config, comparisons, places)
+    out.write("results.json", (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def make_base(config: StudyConfig, base: StudyBase) -> tuple[str, str | None]:
+    """A base's checkpoint, and its token blocks (None where its comparison tokenizes)."""
+    if base.checkpoint is not None:
+        return base.checkpoint, None
+    from lesa_ray.checkpoint.storage import Storage
+    from lesa_ray.distributed.train import pretrain
+    from lesa_ray.report.terminal import console, progress_lines
+    from lesa_ray.report.training import training_lines
+    from lesa_ray.training.train_settings import TrainConfig
+
+    folder = Storage(config.out).within(base.name)
+    blocks = _blocks(config, base)
+    assert base.architecture is not None
+    given = {
+        **config.train, **base.train, "data": blocks.url, "out": folder.within("base").url,
+        "architecture": {"vocab_size": blocks.vocab_size, **base.architecture},
+    }  # fmt: skip
+    settings = validated(TrainConfig, given, f"study {config.name}: base {base.name}: train")
+    with progress_lines(f"pretrain {settings.out}") as listener:
+        trained = pretrain(settings, listener)
+    console.print(training_lines(trained), highlight=False)
+    return settings.out, blocks.url
+
+
+def _blocks(config: StudyConfig, base: StudyBase) -> TokenBlocks:
+    """A base's own token blocks."""
+    from lesa_ray.checkpoint.storage import Storage
+    from lesa_ray.distributed.tokenize import tokenize
+    from lesa_ray.report.terminal import progress_lines
+    from lesa_ray.training.data_settings import TokenizeConfig
+
+    folder, data, tokenizer, more = Storage(config.out).within(base.name), base.data, base.tokenizer, config.tokenize
+    where = f"study {config.name}: base {base.name}"
+    if base.corpus:
+        if "://" in config.out:
+            raise UserError(f"{where}: corpus: is made in a folder only; set out to one, or name data")
+        from pipelines.corpus import CorpusSettings, build_corpus
+
+        os.makedirs(folder.url, exist_ok=True)
+        chosen = validated(CorpusSettings, {"kinds": base.corpus, "vocab_size": config.vocab_size}, where)
+        corpus = build_corpus(os.path.join(folder.url, "corpus"), chosen)
+        data, tokenizer = (corpus.text_folder,), corpus.tokenizer_folder
+        more = {**more, "holdout": corpus.holdout}
+    given = {**more, "data": data, "tokenizer": tokenizer, "out": folder.within("blocks").url}
+    settings = validated(TokenizeConfig, given, f"{where}: tokenize")
+    with progress_lines(f"tokenize {settings.out}") as listener:
+        return tokenize(settings, listener).blocks
+
+
+def table(results: dict[str, Any]) -> Table:
+    """A line an arm, the best first; controls in italics."""
+    found = results["verdict"]
+    shown = Table(title=f"final held-out loss, nats a token, less that of {found['yardstick']}; ± 95 % over the seeds")
+    shown.add_column("arm")
+    bases = results["comparisons"]
+    for name in ("mean", *bases):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for arm in found["arms"]:
+        cells = []
+        for base in bases:
+            one = arm["bases"].get(base)
+            half = "" if one is None or one["half"] is None else f" ±{one['half']:.4f}"
+            cells.append("–" if one is None else f"{one['difference']:+.4f}{half}")
+        shown.add_row(
+            arm["name"], f"{arm['difference']:+.4f}", *cells, style="italic" if arm["control"] else None
+        )  # fmt: skip
+    return shown
+
+
+def main(
+    config: Annotated[str, typer.Option(help="YAML file with the study's settings; flags win.")],
+    out: Annotated[str | None, typer.Option(help="Where everything goes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")] = False,
+) -> None:
+    """Make the bases, grow each in every way, train all on the same data, and say what came out."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: waiting threads sleep
+    from lesa_ray.cli_options import print_json, results_apart
+    from lesa_ray.report.terminal import console
+
+    try:
+        with results_apart():
+            results = run_study(load_settings(StudyConfig, config, out=out))
+    except (UserError, MachineError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt:
+        print("study: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(results)
+        return
+    console.print(table(results))
+    for line in results["reading"]:
+        console.print(line, highlight=False)
+    console.print(f"lesa-ray report {' '.join(results['comparisons'].values())} --out DIR   # the page")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""A study over several bases: what it takes, what it concludes, and that it runs from nothing to results.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_rel
+
+from lesa_ray import UserError
+from lesa_ray.comparison.study import StudyConfig, reading, verdict
+from lesa_ray.config import load_settings
+from pipelines import corpus, prose, study
+from tests import families
+from tests.training import styles
+
+ARMS: dict[str, Any] = {"arms": [{"method": "llama-pro"}], "tokens": 256}
+BASES: dict[str, Any] = {"bases": [{"name": "a", "checkpoint": "c", "data": "d"}]}
+
+
+def comparison(losses: dict[str, list[float]], start: float = 2.0) -> dict[str, Any]:
+    """The parts of a `comparison.json` that count; names in capitals are controls."""
+    return {
+        "base": {"loss": start},
+        "machine": {"device": "CPU"},
+        "arms": [
+            {
+                "name": name,
+                "control": name.isupper(),
+                "runs": [{"seed": s, "final_loss": v, "loss_before": start + 0.5} for s, v in enumerate(values)],
+            }
+            for name, values in losses.items()
+        ],
+    }
+
+
+def test_an_arm_is_better_only_if_it_is_so_on_every_base() -> None:
+    one = comparison({"x": [1.0, 1.1, 1.2], "y": [1.1, 1.21, 1.3], "z": [0.7, 0.9, 0.7], "COPY": [1.5, 1.6, 1.7]})
+    two = comparison({"x": [2.0, 2.1, 2.2], "y": [2.1, 2.2, 2.31], "z": [2.6, 2.4, 2.8], "COPY": [2.5, 2.6, 2.7]})
+    found = verdict({"one": one, "two": two})
+    assert (found.yardstick, found.best, found.incomplete) == ("COPY", "x", ())
+    assert found.alike == ("z",)  # better on the first, worse on the second
+    x = found.arms[0]
+    assert x.difference == pytest.approx(-0.5)
+    assert x.bases["two"].before == pytest.approx(0.5)
+    y = next(arm for arm in found.arms if arm.name == "y").bases["one"]
+    interval = ttest_rel([1.1, 1.21, 1.3], [1.5, 1.6, 1.7]).confidence_interval(0.95)
+    assert y.half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+    assert y.difference == pytest.approx((interval.high + interval.low) / 2)
+    told = " ".join(reading(found))
+    assert "x ends lowest of the methods, -0.5000 nats from the best control, COPY, in the mean over 2 bases" in told
+    assert "not told apart from it on every base: z." in told
+    assert "does not beat on every base: none." in told
+
+
+def test_what_is_not_there_on_every_base_is_told_and_does_not_count() -> None:
+    one = comparison({"x": [1.0, 1.1], "y": [0.1, 0.2], "COPY": [1.5, 1.6]})
+    two = comparison({"x": [2.0, 2.1], "y": [], "COPY": [1.9, 2.0]})
+    found = verdict({"one": one, "two": two})
+    assert (found.best, found.incomplete, found.alike) == ("x", ("y",), ("COPY",))
+    assert reading(found)[-1] == "Without results on every base: y."
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"compare": {**ARMS, "store": "s"}}, "compare.store: the study gives it"),
+        ({"compare": {"arms": []}}, "compare.tokens: Field required"),
+        ({"bases": [{"name": "a", "data": "d"}]}, "a: give checkpoint or architecture"),
+        ({"bases": [{"name": "a", "checkpoint": "c"}]}, "a: give corpus or data"),
+        ({"bases": [{"name": "a", "checkpoint": "c", "corpus": "code"}]}, "corpus and train are for a base"),
+        ({"bases": [{"name": "a", "architecture": {}, "data": "d"}]}, "a: tokenizer: a model that is"),
+        ({"bases": [*BASES["bases"], *BASES["bases"]]}, "bases: a is there twice"),
+        ({"train": {"out": "o"}}, "train.out: the study gives it"),
+    ],
+)
+def test_settings_that_make_no_study(given: dict[str, Any], says: str) -> None:
+    settings = {"name": "s", "out": "o", **BASES, "compare": ARMS, **given}
+    with pytest.raises(UserError, match=says):
+        load_settings(StudyConfig, None, **settings)
+
+
+def test_a_corpus_of_prose_and_one_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prose, "PACKAGES", ("yaml", "not_installed_at_all"))
+    library = tmp_path / "library"
+    library.mkdir()
+    for number in range(corpus.FEWEST_FILES):
+        (library / f"m{number}.py").write_text(f'"""{f"What number {number} is for. " * 30}"""\nx = {number}\n')
+    settings = corpus.CorpusSettings(kinds=("prose",), vocab_size=300)
+    made = corpus.build_corpus(str(tmp_path / "prose"), settings, str(library))
+    texts = [path.read_text() for path in Path(made.text_folder).rglob("*.txt")]
+    assert made.files == len(texts) >= corpus.FEWEST_FILES
+    assert not any("x = " in text for text in texts)
+    assert any(text.startswith("What number 7 is for.") for text in texts)
+    settings = corpus.CorpusSettings(kinds=("packages",), vocab_size=300)
+    made = corpus.build_corpus(str(tmp_path / "packages"), settings, str(library))
+    names = {path.relative_to(made.text_folder).as_posix() for path in Path(made.text_folder).rglob("*.py")}
+    assert "packages/yaml/__init__.py" in names
+    assert not any(name.startswith("m") for name in names)
+    with pytest.raises(ValueError, match="prose stands alone"):
+        corpus.CorpusSettings(kinds=("code", "prose"))
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
+def test_from_nothing_to_results(tmp_path: Path) -> None:
+    """One base that is pre-trained here, one that is there; two arms, one of them a control."""
+    families.make("llama", tmp_path / "llama", vocab_size=512)
+    styles.STYLES["llama3"]().save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("".join(f"The café opens at nine, says line {i}.\n" for i in range(400)))
+    text = {"data": str(tmp_path / "text.txt")}
+    scratch = json.loads((tmp_path / "llama" / "config.json").read_text())
+    training = {"batch": 2, "precision": "fp32", "cpus_per_worker": 1, "eval_rows": 4}
+    off = dict.fromkeys(("base_same_compute", "random_zero_output", "plain_copies"), False)
+    given = {
+        "name": "tiny",
+        "out": str(tmp_path / "out"),
+        "bases": [
+            {"name": "there", "checkpoint": str(tmp_path / "llama"), **text},
+            {"name": "made", "architecture": scratch, "tokenizer": str(tmp_path / "llama"), **text},
+        ],
+        "tokenize": {"seq_len": 32, "holdout": 0.2},
+        "train": {**training, "steps": 2},
+        "compare": {"arms": [{"method": "llama-pro"}], "tokens": 128, "seeds": [0], "controls": off,
+                    "expand": {"factor": 1.4}, "pretrain": training},
+    }  # fmt: skip
+    config = load_settings(StudyConfig, None, **given)
+    results = study.run_study(config)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {arm["name"] for arm in results["verdict"]["arms"]} == {"llama-pro", "base, same tokens"}
+    assert all(arm["bases"].keys() == {"there", "made"} for arm in results["verdict"]["arms"])
+    assert study.run_study(config) == results  # at once
