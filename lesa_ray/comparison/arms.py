@@ -15,6 +15,7 @@ from typing import Any
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.config import ExpandConfig, flat
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.auto import AUTO
 from lesa_ray.expansion.plan import BY_IMPORTANCE, POSITIONS
 from lesa_ray.expansion.registry import METHODS
 
@@ -120,6 +121,8 @@ def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:
         method, train, pretrain = point.pop("method"), point.pop("train", None), point.pop("pretrain", None) or {}
         if not isinstance(method, str) or not isinstance(pretrain, dict):
             raise UserError(f"{where}: arms: {name}: method must be a name, and pretrain a mapping")
+        if method == AUTO:
+            raise UserError(f"{where}: arms: {name}: auto is a choice between the other methods; name those")
         arms.append(Arm(name, method, point, pretrain if train is None else {**pretrain, "train": train}))
     return arms
 

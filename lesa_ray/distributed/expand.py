@@ -54,6 +54,8 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
     check_out(config.base, config.out)
     listener.phase("reading the headers of the base", 0)
     expansion = prepare(config)
+    if expansion.chosen is not None:
+        listener.phase(f"auto: {expansion.job.method.name}, since {expansion.chosen}", 0)
     storage = Storage(config.out)
     state = _reach(config.out, lambda: out_state(expansion))
     if state == "done":
@@ -71,9 +73,8 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
                 rehearsal()  # before work that may take hours
             runner = runner or _default_runner(bool(units), storage, listener)
             if units:
-                listener.phase(
-                    f"{config.method}: making {len(expansion.job.plan.slots)} layers", sum(map(weight_of, units))
-                )
+                job = expansion.job
+                listener.phase(f"{job.method.name}: making {len(job.plan.slots)} layers", sum(map(weight_of, units)))
                 records.update(runner.run_units(expansion, units, listener))
             shards = missing_shards(expansion)
             listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))

@@ -35,8 +35,9 @@ from lesa_ray.errors import MachineError, UserError
 
 DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start`, `ray dashboard` and `kubectl port-forward` put a cluster's dashboard on this machine."""
-_ATTEMPTS = 30  # to reach a cluster again while following a job, which goes on meanwhile
+_ATTEMPTS = 30  # to hand in a job, and to reach a cluster again while following one, which goes on meanwhile
 _PAUSE_SECONDS = 2.0
+_NO_AGENT = "No available agent"  # of Ray's answer (python/ray/dashboard/modules/job/job_head.py)
 _PACKAGES = ("lesa_ray", "pipelines")
 _IGNORE_FILES = (".gitignore", ".rayignore")
 
@@ -63,7 +64,8 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
         client = JobSubmissionClient(url)
         _check_versions(client, where)
         with packaged(command) as (folder, entrypoint):
-            job = client.submit_job(
+            job = _submitted(
+                client,
                 entrypoint=shlex.join(entrypoint),
                 runtime_env={
                     "working_dir": folder,
@@ -179,6 +181,20 @@ class _Log:
                 sys.stdout.write(new)
                 sys.stdout.flush()
                 self.shown = position
+
+
+def _submitted(client: JobSubmissionClient, **job: Any) -> str:
+    """A job's name. On a cluster that has just begun, or is busy, Ray answers for a while that no agent takes jobs."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error) or attempt + 1 == _ATTEMPTS:
+                raise
+        if attempt == 0:
+            _say("the cluster takes no jobs yet; waiting")
+        time.sleep(_PAUSE_SECONDS)
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextlib.contextmanager

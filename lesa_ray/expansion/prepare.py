@@ -19,6 +19,7 @@ from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, TensorEntry, ope
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, header_bytes, plan_shards
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.auto import AUTO, first_possible
 from lesa_ray.expansion.importance import read_importance
 from lesa_ray.expansion.method import Copy, Job, Unit, Zero, check_settings, make_job
 from lesa_ray.expansion.methods.slots import vectors_unit
@@ -43,6 +44,8 @@ class Expansion:
     """config.json of the result."""
     importance: str | None = None
     """SHA-256 of the analysis.json from which the position follows."""
+    chosen: str | None = None
+    """Why `--method auto` took the method; None where the method was named."""
 
     @property
     def parameters(self) -> int:
@@ -92,6 +95,9 @@ class Expansion:
 
 def prepare(config: ExpandConfig) -> Expansion:
     """Decide and lay out an expansion from the headers of its base. Raises: UserError."""
+    if config.method == AUTO:
+        choice, expansion = first_possible(config, prepare)
+        return replace(expansion, chosen=choice.reason)
     limit = shard_limit(config.shard_size)
     method = get_method(config.method)
     check_settings(config, method)

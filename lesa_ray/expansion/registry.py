@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.auto import AUTO
 from lesa_ray.expansion.method import Method
 from lesa_ray.expansion.methods.aligned_lesa import AlignedLesa
 from lesa_ray.expansion.methods.avg_deus import AvgDeus
@@ -33,5 +34,5 @@ METHODS: dict[str, Method] = {
 def get_method(name: str) -> Method:
     """The method of that name. Raises: UserError that lists the names there are."""
     if name not in METHODS:
-        raise UserError(f"--method {name}: unknown; use one of {', '.join(METHODS)}")
+        raise UserError(f"--method {name}: unknown; use one of {', '.join(METHODS)}, or {AUTO}")
     return METHODS[name]

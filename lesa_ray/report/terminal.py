@@ -77,6 +77,8 @@ def show_expansion(expansion: Expansion) -> None:
         f"\n[bold]{job.method.name}[/]: {job.plan.base_layers} → {job.plan.layers} layers"
         + (f" ({job.method.paper})" if job.method.paper else "")
     )
+    if expansion.chosen is not None:
+        console.print(f"chosen by auto: {expansion.chosen}", highlight=False)
     console.print(plan_picture(job.plan, copies=job.method.copies, width=console.width))
     table = Table.grid(padding=(0, 2))
     scaled = "not zeroed" if job.output_scale == 1 else f"output projections × {job.output_scale:g}"
@@ -133,6 +135,7 @@ def describe(expansion: Expansion) -> dict[str, Any]:
         },
         "plan": {
             "method": job.method.name,
+            "chosen": expansion.chosen,
             "layers": job.plan.layers,
             "outputs": [
                 {"old": o.id} if isinstance(o, Old) else {"new": o.id, "lower": o.lower, "upper": o.upper}

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lesa_ray import ExpandConfig, expand
 from lesa_ray.expansion.runner import InlineRunner
+from lesa_ray.store.catalog import Store
+from tests.comparison.test_compare_runs import settings_of
 
 BIN = Path(sys.executable).parent
 SECRET = "sesame-4711-open"
@@ -66,7 +69,7 @@ def head() -> Iterator[tuple[str, Path, str]]:
         finally:
             server.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
             try:
-                server.wait(timeout=20)
+                server.wait(timeout=60)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(server.pid, signal.SIGKILL)
@@ -107,3 +110,31 @@ def test_a_job_from_another_folder(
     written = b"".join(path.read_bytes() for path in logs.rglob("*") if path.is_file() and path.stat().st_size < 2**24)
     assert b"pipelines.expand" in written
     assert SECRET.encode() not in written + (done.stdout + done.stderr).encode()
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_comparisons_fleets_and_benchmarks_are_jobs_too(
+    head: tuple[str, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _, _ = head
+    monkeypatch.chdir(tmp_path)
+    comparison = settings_of(tmp_path)
+    fleet = {
+        "name": "few", "store": comparison["store"], "families": [{"name": "llama", "checkpoint": comparison["base"]}],
+        "methods": ["solar"], "factor": 1.4, "stages": {"expand": {}},
+    }  # fmt: skip
+    for name, settings in (("comparison", comparison), ("fleet", fleet)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+
+    def submit(*words: str) -> str:
+        command = [str(BIN / "lesa-ray"), "submit", "--address", url, "--", "python", "-m", *words]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert re.search(r"llama-pro +7 .* 1 of 1", submit("pipelines.compare", "comparison.yaml"))
+    assert Store(comparison["store"]).finished()
+    assert "expand/llama-solar-x1.4: made in" in submit("pipelines.fleet", "fleet.yaml")
+    assert "405B" in submit("pipelines.benchmark.simulate")

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import ray
 
-from lesa_ray import cli
+from lesa_ray import MachineError, cli
+from lesa_ray.distributed import submit as jobs
 
 Submit = Callable[..., tuple[int, str]]
+HERE = {"/api/v0/cluster_metadata": {"data": {"pythonVersion": platform.python_version()}}}
 OURS = {"/api/version": {"ray_version": ray.__version__}, "/api/v0/cluster_metadata": {"data": {"pythonVersion": "?"}}}
 
 
@@ -40,22 +42,30 @@ def submit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def dashboard() -> Iterator[Callable[[dict[str, Any], int], str]]:
-    """A server that answers as the dashboard of some other cluster: `dashboard(answers, status)` is its address."""
+    """A server that answers as the dashboard of some other cluster: `dashboard(answers, status)` is its address.
+
+    `refusals`: what it says to a job before it takes it; without them none must be submitted."""
     servers = []
 
-    def start(answers: dict[str, Any], status: int = 200) -> str:
+    def start(answers: dict[str, Any], status: int = 200, refusals: list[tuple[int, str]] | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = json.dumps(answers.get(self.path)).encode()
-                self.send_response(status if self.path in answers else 404)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                known = self.path in answers or (refusals is not None and "/packages/" in self.path)
+                self.answer(status if known else 404, json.dumps(answers.get(self.path)))
 
             def do_POST(self) -> None:
-                pytest.fail("a job was submitted")
+                if refusals is None:
+                    pytest.fail("a job was submitted")
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.answer(*(refusals.pop(0) if refusals else (200, '{"submission_id": "a-job", "job_id": "1"}')))
 
             do_PUT = do_POST
+
+            def answer(self, status: int, text: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -98,6 +108,22 @@ def test_no_cluster_there_and_no_password_shown(submit: Submit) -> None:
     assert code == 1
     assert f"cluster http://127.0.0.1:{port}: no job was started" in line
     assert "hidden" not in line
+
+
+def test_a_cluster_that_takes_no_jobs_yet_is_waited_for(
+    dashboard: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's words, by Ray's client: three refusals, then a job."""
+    address = dashboard(OURS | HERE, 200, [(500, "No available agent to submit job, please try again later.")] * 3)
+    monkeypatch.setattr(jobs, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    assert jobs.submit(["python", "x.py"], address, wait=False) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "a-job\n"
+    assert shown.err.count("takes no jobs yet") == 1
+    address = dashboard(OURS | HERE, 200, [(500, "no room")])
+    with pytest.raises(MachineError, match="no room"):
+        jobs.submit(["python", "x.py"], address, wait=False)
 
 
 def test_something_else_is_there(submit: Submit, dashboard: Callable[..., str]) -> None:

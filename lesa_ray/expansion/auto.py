@@ -1,0 +1,55 @@
+"""`--method auto`: what measurements favour, of what the base can have, and why.
+
+Decides
+- The order is that of `pipelines/study_small.yaml` (README, Measured): several small bases, three seeds each. It says
+  nothing certain of models a thousand times larger; `pipelines/study_cluster.yaml` asks them.
+- The first choice that the base can have is taken. Settings that the user gave stay; LESA's own are refused, since
+  whether LESA is taken at all is not known beforehand.
+- The result is the same, byte for byte, as if the method had been named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lesa_ray.config import ExpandConfig, LesaSettings
+from lesa_ray.errors import UserError
+
+AUTO = "auto"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its settings, and the measurement that speaks for it."""
+
+    method: str
+    reason: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of `ExpandConfig`, where the user does not give them."""
+
+
+CHOICES: tuple[Choice, ...] = ()
+"""The best first. The last is taken by every base that can be grown at all."""
+
+
+def first_possible(config: ExpandConfig, attempt: Callable[[ExpandConfig], Result]) -> tuple[Choice, Result]:
+    """The first choice for which `attempt` (of the settings with that method) raises no UserError, and its result.
+
+    Raises: UserError for settings that only a named method can have, or that of the last attempt."""
+    given = config.model_fields_set
+    if "variants" in given or (config.lesa != LesaSettings() and "lesa" in given):
+        raise UserError("--method auto: decides LESA's settings itself; leave out lesa and variants, or name a method")
+    for choice in CHOICES:
+        own = {name: value for name, value in choice.settings.items() if name not in given}
+        if "output_scale" in given:
+            own.pop("zero_init", None)
+        try:
+            chosen = {**config.model_dump(exclude_unset=True), **own, "method": choice.method}
+            return choice, attempt(ExpandConfig.model_validate(chosen))
+        except UserError:
+            if choice is CHOICES[-1]:
+                raise
+    raise AssertionError("there are choices")
