@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,32 +24,35 @@ from lesa_ray.config import load_settings, validated
 from lesa_ray.errors import MachineError, UserError
 
 if TYPE_CHECKING:
+    from lesa_ray.comparison.settings import ComparisonConfig
     from lesa_ray.training.tokens import TokenBlocks
+    from lesa_ray.training.train_settings import TrainConfig
 
 
 def run_study(config: StudyConfig) -> dict[str, Any]:
     """Every base, every comparison; what results.json holds.
 
-    Raises: UserError for the first setting that is wrong; MachineError, after which the same call goes on."""
+    Raises: UserError for the first setting that is wrong, before anything is trained; MachineError, after which the
+    same call goes on."""
     from lesa_ray.checkpoint.storage import Storage
     from lesa_ray.comparison.collect import Collector
     from lesa_ray.comparison.graph import build
     from lesa_ray.distributed.compare import run_comparison
-    from lesa_ray.fleet.settings import absolute
     from lesa_ray.report.terminal import log_line
     from lesa_ray.store.catalog import Store
 
-    out = Storage(config.out)
-    store = absolute(config.store or out.within("store").url)
-    made = [(base, *make_base(config, base)) for base in config.bases]
+    out, store = Storage(config.out), store_of(config)
+    blocks = {base.name: _blocks(config, base) for base in config.bases if base.checkpoint is None}
+    for base in config.bases:
+        _check_arms(config, base, blocks.get(base.name))
     comparisons, places = {}, {}
-    for base, checkpoint, blocks in made:
-        chosen = config.comparison(base, absolute(checkpoint), store, None if blocks is None else absolute(blocks))
-        comparison = build(chosen, f"study {config.name}, base {base.name}")
+    for base, checkpoint in [(base, make_base(config, base, blocks.get(base.name))) for base in config.bases]:
+        chosen = comparison_of(config, base, checkpoint, blocks.get(base.name))
 
         def say(stage: str, text: str, name: str = chosen.name) -> None:
             log_line(f"{name} {stage}".strip(), text)
 
+        comparison = build(chosen, _where(config, base))
         content, outcomes = run_comparison(comparison, say)
         if lost := [one for one in outcomes if one.how in ("failed", "skipped")]:
             raise MachineError(f"{chosen.name}: {len(lost)} stages are missing, {lost[0].id} for one: {lost[0].why}")
@@ -59,28 +63,77 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     return results
 
 
-def make_base(config: StudyConfig, base: StudyBase) -> tuple[str, str | None]:
-    """A base's checkpoint, and its token blocks (None where its comparison tokenizes)."""
-    if base.checkpoint is not None:
-        return base.checkpoint, None
+def store_of(config: StudyConfig) -> str:
+    """The artifact store of the comparisons."""
     from lesa_ray.checkpoint.storage import Storage
+    from lesa_ray.fleet.settings import absolute
+
+    return absolute(config.store or Storage(config.out).within("store").url)
+
+
+def comparison_of(
+    config: StudyConfig, base: StudyBase, checkpoint: str, blocks: TokenBlocks | None
+) -> ComparisonConfig:
+    """The comparison on one base."""
+    from lesa_ray.fleet.settings import absolute
+
+    place = None if blocks is None else absolute(blocks.url)
+    return config.comparison(base, absolute(checkpoint), store_of(config), place)
+
+
+def _where(config: StudyConfig, base: StudyBase) -> str:
+    return f"study {config.name}, base {base.name}"
+
+
+def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None) -> None:
+    """Try every arm on a base: one that is there, or one of random weights, since none is trained yet.
+
+    Raises: UserError."""
+    from lesa_ray.comparison.graph import build
+
+    if blocks is None:
+        assert base.checkpoint is not None
+        build(comparison_of(config, base, base.checkpoint, None), _where(config, base))
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lesa_ray.expansion.miniature import quiet_transformers
+
+    given = dict(_train_config(config, base, blocks).architecture or {})
+    with tempfile.TemporaryDirectory(prefix="lesa-ray-study-") as folder, quiet_transformers():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        build(comparison_of(config, base, folder, blocks), _where(config, base))
+
+
+def _train_config(config: StudyConfig, base: StudyBase, blocks: TokenBlocks) -> TrainConfig:
+    """How a base is pre-trained. Raises: UserError."""
+    from lesa_ray.checkpoint.storage import Storage
+    from lesa_ray.training.train_settings import TrainConfig
+
+    assert base.architecture is not None
+    given = {
+        **config.train, **base.train, "data": blocks.url, "out": Storage(config.out).within(f"{base.name}/base").url,
+        "architecture": {"vocab_size": blocks.vocab_size, **base.architecture},
+    }  # fmt: skip
+    return validated(TrainConfig, given, f"{_where(config, base)}: train")
+
+
+def make_base(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None) -> str:
+    """A base's checkpoint."""
+    if blocks is None:
+        assert base.checkpoint is not None
+        return base.checkpoint
     from lesa_ray.distributed.train import pretrain
     from lesa_ray.report.terminal import console, progress_lines
     from lesa_ray.report.training import training_lines
-    from lesa_ray.training.train_settings import TrainConfig
 
-    folder = Storage(config.out).within(base.name)
-    blocks = _blocks(config, base)
-    assert base.architecture is not None
-    given = {
-        **config.train, **base.train, "data": blocks.url, "out": folder.within("base").url,
-        "architecture": {"vocab_size": blocks.vocab_size, **base.architecture},
-    }  # fmt: skip
-    settings = validated(TrainConfig, given, f"study {config.name}: base {base.name}: train")
+    settings = _train_config(config, base, blocks)
     with progress_lines(f"pretrain {settings.out}") as listener:
         trained = pretrain(settings, listener)
     console.print(training_lines(trained), highlight=False)
-    return settings.out, blocks.url
+    return settings.out
 
 
 def _blocks(config: StudyConfig, base: StudyBase) -> TokenBlocks:
@@ -91,7 +144,7 @@ def _blocks(config: StudyConfig, base: StudyBase) -> TokenBlocks:
     from lesa_ray.training.data_settings import TokenizeConfig
 
     folder, data, tokenizer, more = Storage(config.out).within(base.name), base.data, base.tokenizer, config.tokenize
-    where = f"study {config.name}: base {base.name}"
+    where = _where(config, base)
     if base.corpus:
         if "://" in config.out:
             raise UserError(f"{where}: corpus: is made in a folder only; set out to one, or name data")

@@ -11,7 +11,8 @@ import yaml
 from lesa_ray import ExpandConfig, UserError
 from lesa_ray.comparison.graph import Comparison, PlannedArm, build
 from lesa_ray.comparison.settings import ComparisonConfig
-from lesa_ray.config import validated
+from lesa_ray.comparison.study import StudyConfig
+from lesa_ray.config import load_settings, validated
 from lesa_ray.training.train_settings import TrainConfig
 from tests import families
 from tests.training import styles
@@ -19,6 +20,7 @@ from tests.training.blocks import make_blocks
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 STUDIES = [PIPELINES / "compare.yaml", *sorted((PIPELINES / "studies").glob("*.yaml"))]
+SEVERAL_BASES = sorted(PIPELINES.glob("study_*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +225,14 @@ def test_every_shipped_comparison_fits_together(path: Path, stand_ins: Path) -> 
     assert len(comparison.stages) <= chains + 2
     for stage in comparison.stages:  # what each command will be given
         stage.settings("out", dict.fromkeys(stage.needs, "s3://bucket/x"))
+
+
+@pytest.mark.parametrize("path", SEVERAL_BASES, ids=lambda path: path.stem)
+def test_every_shipped_study_fits_together(path: Path, stand_ins: Path) -> None:
+    config = load_settings(StudyConfig, str(path))
+    base = config.bases[0].model_copy(update={"data": (str(stand_ins / "text.txt"),)})
+    place, store = str(stand_ins / "base-8"), str(stand_ins / "store")
+    blocks = None if base.checkpoint else str(stand_ins / "blocks")
+    comparison = build(config.comparison(base, place, store, blocks), path.name)
+    assert comparison.notes == ()
+    assert {"lesa", "solar", "mean-aligned zero-init", "aligned-lesa ridge", "copy"} < planned(comparison).keys()
