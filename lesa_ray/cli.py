@@ -55,6 +55,13 @@ ZeroInit = Annotated[
 Vectors = Annotated[
     str | None, typer.Option(help="New norms and biases: lower, mean or first. [default: as published]")
 ]
+NewWidth = Annotated[
+    str | None,
+    typer.Option(
+        help="New layers' FFN and query heads over their neighbours': 0.5, or 0.5,1.0 from the lowest to the highest. "
+        "Llama alone. [default: 1]"
+    ),
+]
 Recipe = Annotated[str | None, typer.Option(help="paper or released-code, where the two differ. [default: paper]")]
 Svd = Annotated[str | None, typer.Option(help="lesa: auto, exact, gram, randomized or none. [default: auto]")]
 Rank = Annotated[int | None, typer.Option(help="lesa: singular directions kept. [default: all]")]
@@ -86,6 +93,7 @@ def expand(
     importance: Importance = None,
     zero_init: ZeroInit = None,
     vectors: Vectors = None,
+    new_width: NewWidth = None,
     recipe: Recipe = None,
     svd: Svd = None,
     rank: Rank = None,
@@ -117,6 +125,7 @@ def expand(
         importance=importance,
         zero_init=zero_init,
         vectors=vectors,
+        new_width=new_width,
         recipe=recipe,
         lesa=_given(
             svd=svd, rank=rank, predictor=predictor, share_experts=share_experts, epochs=epochs, holdout=holdout
@@ -177,6 +186,7 @@ def inspect(
     position: Position = None,
     importance: Importance = None,
     zero_init: ZeroInit = None,
+    new_width: NewWidth = None,
     recipe: Recipe = None,
     svd: Svd = None,
     rank: Rank = None,
@@ -208,6 +218,7 @@ def inspect(
         position=position,
         importance=importance,
         zero_init=zero_init,
+        new_width=new_width,
         recipe=recipe,
         lesa=_given(
             svd=svd, rank=rank, predictor=predictor, share_experts=share_experts, epochs=epochs, holdout=holdout

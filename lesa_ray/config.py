@@ -25,10 +25,23 @@ Recipe = Literal["paper", "released-code"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 
+def numbers(value: object) -> object:
+    """`0.5,1.0` is two."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    return tuple(piece for part in parts for piece in str(part).split(",") if piece.strip())
+
+
 def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _knots(value: object) -> object:
+    return (value,) if isinstance(value, int | float) else numbers(value)
+
+
+NewWidth = Annotated[float, Field(gt=0, le=64)]
 Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """A field of several strings; one alone may be given as it is."""
 
@@ -128,6 +141,11 @@ class ExpandConfig(Settings):
     SkipInit (arXiv 2002.10444) and ReZero (arXiv 2003.04887). None: as `zero_init` says."""
     vectors: VectorRule | None = None
     """Where the 1-D tensors (norms, biases) of a new layer come from; None: as published."""
+    new_width: Annotated[tuple[NewWidth, ...], BeforeValidator(_knots)] | None = None
+    """How wide new layers are, FFN and query heads, over the old ones they lie between: one factor for all, or several,
+    `0.5,1.0`, spread evenly from the lowest new layer to the highest with straight lines between (`expansion.widths`).
+    A base that is not layer-wise scaled becomes one, for which it has to be a Llama. None: as wide as their
+    neighbours."""
     recipe: Recipe = "paper"
     """Where a paper and its released code differ: the paper's choice, or the code's."""
     lesa: LesaSettings = LesaSettings()

@@ -6,7 +6,7 @@ that the same expansion gives the same bytes anywhere. Training reads from it wh
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from lesa_ray.checkpoint.storage import Storage
 
@@ -40,6 +40,9 @@ class Manifest(TypedDict):
     """What the method's paper trains afterwards: `new_layers`, or everything."""
     new_layers: list[int]
     parameters: dict[str, int]
+    widths: NotRequired[dict[str, Any]]
+    """Where layers differ in width: the rule, and for each new layer (by index) what was kept of its neurons and
+    heads, numbered as in layers padded to the widest, and by which tensors' norms. Widths are in config.json."""
     fit: dict[str, Any]
     """What the units reported, by unit; for lesa the quality of each weight type's predictor."""
 

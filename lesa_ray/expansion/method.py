@@ -8,6 +8,7 @@ decided here, in `Job.content`, not in one: positions, the rule for vectors, and
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.config import ExpandConfig, LesaSettings
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.plan import New, Plan, between, gaps_by_importance, target_layers
+from lesa_ray.expansion.widths import Widths
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +75,8 @@ class Unit:
     """Left before what it makes, in this order."""
     reads: int = 0
     """Rough bytes read; 0: twice what it writes."""
+    sized: bool = False
+    """Whether what it makes has the slots' own widths (`Job.widths`), not the widest layer's."""
 
     @property
     def file(self) -> str:
@@ -111,6 +115,9 @@ class Job:
     output_scale: float = 1.0
     """What new layers' output projections are multiplied by in the result, if they are not zero. Later slots are made
     from them as they were."""
+    widths: Widths | None = None
+    """Where layers differ in width: `anatomy` then has the widest layer's shapes. None: all layers are alike, or whole
+    layers are copied."""
 
     @cached_property
     def zeroed(self) -> frozenset[str]:
@@ -127,6 +134,10 @@ class Job:
         """Slots from which later slots are made, so that all their tensors are needed, zeroed ones too."""
         used = {n for slot in self.plan.slots for n in (slot.lower, slot.upper) if n is not None}
         return frozenset(n for n in used if n >= self.plan.base_layers)
+
+    def slot(self, layer: int) -> New:
+        """The slot of that id."""
+        return self.plan.slots[layer - self.plan.base_layers]
 
     def content(self, slot: New, weight_type: WeightType) -> Copy | Zero | Made:
         """What a tensor of a new layer is in the result."""
@@ -147,6 +158,26 @@ class Job:
         if isinstance(self.content(slot, weight_type), Made):
             return True
         return slot.id in self.neighbours and isinstance(self.substance(slot, weight_type), Made)
+
+    def is_there(self, slot: New, weight_type: WeightType) -> bool:
+        """Whether this tensor of a slot can be read when all units are done, zeroed ones as they were before."""
+        return isinstance(self.substance(slot, weight_type), Copy) or self.must_make(slot, weight_type)
+
+    def resizes(self, slot: New, weight_type: WeightType) -> bool:
+        """Whether this tensor of the result is cut or widened after the method has made it."""
+        changes = self.widths is not None and self.widths.changes(slot.id, weight_type.name)
+        return changes and not isinstance(self.content(slot, weight_type), Zero)
+
+    def shape(self, slot: New, weight_type: WeightType) -> tuple[int, ...]:
+        """A tensor's shape in the result."""
+        return weight_type.shape if self.widths is None else self.widths.shape(weight_type, self.widths.of(slot.id))
+
+    def share(self, layer: int, weight_type: str) -> float:
+        """How much of a layer's tensor, as a method reads it, is not padding: 1 where layers are alike."""
+        if self.widths is None or layer >= self.plan.base_layers:
+            return 1.0
+        padded = self.anatomy.types[weight_type]
+        return math.prod(self.widths.shape(padded, self.widths.of(layer))) / math.prod(padded.shape)
 
     def makes(self, slots: tuple[New, ...], types: tuple[WeightType, ...]) -> tuple[tuple[int, str], ...]:
         return tuple((slot.id, t.name) for slot in slots for t in types if self.must_make(slot, t))
@@ -172,6 +203,8 @@ class Method(ABC):
     """Whether what it makes depends on the seed."""
     predicts: ClassVar[bool] = False
     """Whether it trains predictors, so that the settings under `lesa`, and variants, are its."""
+    pads: ClassVar[bool] = True
+    """Whether it can work on layers that differ in width, padded with zero neurons and heads."""
     averages_vectors: ClassVar[bool] = False
     """Whether its units make the means of vectors (`vectors: mean`) themselves."""
 

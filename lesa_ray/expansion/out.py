@@ -18,6 +18,7 @@ from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.expansion.widths import RULE
 from lesa_ray.layerwise.folder import write_code
 
 RUN_FILE = f"{WORK_DIR}/run.json"
@@ -118,7 +119,8 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
                 neighbours=[index_of[source] for source in sources],
             )
         )
-    return Manifest(
+    sized = {unit.name: index_of[unit.makes[0][0]] for unit in expansion.units if unit.sized}
+    manifest = Manifest(
         format=FORMAT,
         fingerprint=expansion.fingerprint,
         base=job.config.base,
@@ -131,8 +133,12 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
         train=job.method.trains,
         new_layers=[layer["index"] for layer in layers if layer["kind"] != "old"],
         parameters={"base": expansion.checkpoint.parameters, "result": expansion.parameters},
-        fit={name: report for name, report in sorted(_by_fit(reports).items()) if report},
+        fit={name: report for name, report in sorted(_by_fit(reports).items()) if report and name not in sized},
     )
+    if job.widths is not None:
+        kept = {str(index): reports[name] for name, index in sorted(sized.items(), key=lambda item: item[1])}
+        manifest["widths"] = {"rule": RULE, "multiple": job.widths.multiple, "new": kept}
+    return manifest
 
 
 def _by_fit(reports: dict[str, Any]) -> dict[str, Any]:

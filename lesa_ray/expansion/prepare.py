@@ -22,10 +22,14 @@ from lesa_ray.errors import UserError
 from lesa_ray.expansion.auto import AUTO, first_possible
 from lesa_ray.expansion.importance import read_importance
 from lesa_ray.expansion.method import Copy, Job, Unit, Zero, check_settings, make_job
+from lesa_ray.expansion.methods.resizing import resizing_units
 from lesa_ray.expansion.methods.slots import vectors_unit
 from lesa_ray.expansion.plan import New, Old
 from lesa_ray.expansion.registry import get_method
+from lesa_ray.expansion.widths import plan_widths
 from lesa_ray.expansion.workbench import made_name, result_dtype, unit_tensors, units_storage
+from lesa_ray.layerwise.conversion import as_layerwise, require_convertible, with_layer_widths
+from lesa_ray.layerwise.names import MODEL_TYPE
 from lesa_ray.sizes import parse_size
 
 _PLACEMENT_SETTINGS = {"base", "out", "gpus_per_task", "memory_budget", "importance"}
@@ -102,23 +106,28 @@ def prepare(config: ExpandConfig) -> Expansion:
     method = get_method(config.method)
     check_settings(config, method)
     checkpoint = open_checkpoint(config.base)
-    anatomy = read_anatomy(checkpoint, alike=not method.copies)
+    if config.new_width is not None:
+        require_convertible(checkpoint.config, config.base)
+    may_differ = method.copies or (method.pads and checkpoint.config.get("model_type") == MODEL_TYPE)
+    anatomy = read_anatomy(checkpoint, alike=not may_differ)
     for variant in config.variants:
-        _check_variant(config.base, anatomy, variant)
+        _check_variant(checkpoint, anatomy, variant, alike=not may_differ)
     importance = read_importance(config, checkpoint, anatomy)
     job = make_job(config, anatomy, method, importance.influence if importance is not None else None)
+    job = _with_widths(job, checkpoint)
     _check_supported(job)
     _check_vectors(job, checkpoint)
     units = list(method.units(job))
     if (vectors := vectors_unit(job)) is not None:
         units.append(vectors)
+    units.extend(resizing_units(job, units))
     groups = [_old_tensors(job, checkpoint), _new_tensors(job, checkpoint, units)]
     return Expansion(
         job=job,
         checkpoint=checkpoint,
         units=tuple(units),
         shards=tuple(plan_shards(groups, limit)),
-        config=deeper_config(checkpoint.config, job.plan.origins, anatomy.layers, config.base, config.dtype),
+        config=_result_config(job, checkpoint),
         importance=importance.digest if importance is not None else None,
     )
 
@@ -144,8 +153,31 @@ def shard_limit(text: str) -> int:
         raise UserError(f"--shard-size {text}: {error}") from None
 
 
-def _check_variant(base: str, anatomy: Anatomy, variant: str) -> None:
-    other = read_anatomy(open_checkpoint(variant))
+def _with_widths(job: Job, checkpoint: Checkpoint) -> Job:
+    """The job with the widths of its layers, if they differ or are to."""
+    factors = job.config.new_width
+    if factors is None and (job.method.copies or job.anatomy.family != MODEL_TYPE):
+        return job
+    widths = plan_widths(checkpoint, job.anatomy, job.plan, factors)
+    if widths.are_even:
+        return job
+    return replace(job, widths=widths, anatomy=replace(job.anatomy, types=widths.padded_types(job.anatomy.types)))
+
+
+def _result_config(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of the result."""
+    base, layers = job.config.base, job.plan.base_layers
+    raw = checkpoint.config if job.widths is None else as_layerwise(checkpoint.config, base, layers)
+    config = deeper_config(raw, job.plan.origins, layers, base, job.config.dtype)
+    if job.widths is None:
+        return config
+    widths = [job.widths.of(output.id) for output in job.plan.outputs]
+    return with_layer_widths(config, [width.neurons for width in widths], [width.heads for width in widths])
+
+
+def _check_variant(checkpoint: Checkpoint, anatomy: Anatomy, variant: str, *, alike: bool) -> None:
+    base, opened = checkpoint.base, open_checkpoint(variant)
+    other = read_anatomy(opened, alike=alike)
     mine = {name: t.shape for name, t in anatomy.types.items()}
     theirs = {name: t.shape for name, t in other.types.items()}
     if other.layers != anatomy.layers:
@@ -156,6 +188,10 @@ def _check_variant(base: str, anatomy: Anatomy, variant: str) -> None:
             raise UserError(f"--variants {variant}: {name} is {found}, in BASE {base} it is {expected}")
     if other.stack != anatomy.stack:
         raise UserError(f"--variants {variant}: names its layers {other.stack}*, BASE {base} {anatomy.stack}*")
+    for name in () if alike else (anatomy.name(layer, t) for layer in range(anatomy.layers) for t in mine):
+        found, expected = (list(one.tensors[name].shape) for one in (opened, checkpoint))
+        if found != expected:
+            raise UserError(f"--variants {variant}: {name} is {found}, in BASE {base} it is {expected}")
 
 
 def _check_supported(job: Job) -> None:
@@ -179,7 +215,7 @@ def _check_supported(job: Job) -> None:
 
 def _check_vectors(job: Job, checkpoint: Checkpoint) -> None:
     """Raises: UserError if vectors are to come from layers in which they have another length."""
-    if job.vectors == "lower":
+    if job.vectors == "lower" or job.widths is not None:
         return
     for weight_type in job.anatomy.vectors:
         for layer in range(job.anatomy.layers):
@@ -221,14 +257,16 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
             name = job.anatomy.name(index, weight_type.name)
             content = job.content(output, weight_type)
             scale = job.output_scale if weight_type.name in job.scaled else 1.0
-            if isinstance(content, Copy):
+            sized = job.resizes(output, weight_type)
+            if isinstance(content, Copy) and not sized:
                 entry = checkpoint.tensors[job.anatomy.name(content.layer, weight_type.name)]
                 tensors.append(_copied(job, checkpoint, entry, name, check=False, scale=scale))
                 continue
-            source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name)]
+            source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name, sized=sized)]
             source = source and replace(source, scale=scale)
-            # where layers differ (copies alone then) a new one has the shapes of the layer it comes from
-            shape = checkpoint.tensors[job.anatomy.name(job.plan.origin(output.lower), weight_type.name)].shape
+            shape = job.shape(output, weight_type)
+            if job.widths is None:  # where layers differ, whole ones are copied: shapes of the layer it comes from
+                shape = checkpoint.tensors[job.anatomy.name(job.plan.origin(output.lower), weight_type.name)].shape
             tensors.append(OutTensor(name, result_dtype(job, weight_type.dtype), shape, source))
     return tensors
 

@@ -4,7 +4,8 @@ Names alone can mislead: an output projection under an unexpected name, or a nor
 function is silently lost. So before a method that promises to keep it touches a checkpoint, a model of the same class
 and settings but two layers, a small vocabulary and narrow feed-forward is made with random weights, expanded by the
 code that expands the real one, loaded, and the logits before and after are compared: they must be equal to the last
-bit. It costs 5 to 10 s, most of it the import of transformers, and no weight of the base is read."""
+bit. Where new layers have widths of their own, so have the miniature's, so that its change of class is tried too. It
+costs 5 to 10 s, most of it the import of transformers, and no weight of the base is read."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from lesa_ray.errors import UserError
 from lesa_ray.expansion.miniature import miniature, quiet_transformers, shake
 from lesa_ray.expansion.out import finish, make_manifest
 from lesa_ray.expansion.prepare import Expansion, prepare
+from lesa_ray.expansion.workbench import run_unit
 
 _LAYERS = 2
+_WIDTHS = (0.5, 2.0)
+"""Of the miniature's new layers, where those of the real model get widths of their own: one is cut, one widened."""
 
 
 def rehearse(expansion: Expansion) -> None:
@@ -37,7 +41,7 @@ def rehearse(expansion: Expansion) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, quiet_transformers():
         try:
-            difference = _difference(full, folder)
+            difference = _difference(full, folder, None if job.config.new_width is None else _WIDTHS)
         except UserError:
             raise
         except Exception as error:  # a miniature of an unusual architecture can fail in ways of its own
@@ -52,7 +56,7 @@ def rehearse(expansion: Expansion) -> None:
         )
 
 
-def _difference(full: dict[str, Any], folder: str) -> float:
+def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] | None) -> float:
     """Largest difference of the miniature's outputs before and after; NaN counts as infinite."""
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -70,11 +74,13 @@ def _difference(full: dict[str, Any], folder: str) -> float:
         before = model(tokens)[0]
     model.save_pretrained(base)
     del model
-    small = prepare(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * _LAYERS))
+    small = prepare(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * _LAYERS, new_width=new_width))
+    for unit in small.units:
+        run_unit(small.job, unit, small.made_in, small.checkpoint, out)
     for shard in small.shards:
         write_shard(Storage(out), shard)
-    finish(small, make_manifest(small, {}), card="")
-    deeper = _model_class(full).from_pretrained(out, local_files_only=True).eval()
+    finish(small, make_manifest(small, {unit.name: {} for unit in small.units}), card="")
+    deeper = _model_class(small.config).from_pretrained(out, local_files_only=True).eval()
     with torch.no_grad():
         after = deeper(tokens)[0]
     worst = (before - after).abs().max().item()

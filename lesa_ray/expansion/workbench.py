@@ -19,6 +19,7 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
 from lesa_ray.expansion.memory import default_budget, return_freed_memory
 from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
+from lesa_ray.expansion.methods.resizing import run_resizing
 from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
 
 if TYPE_CHECKING:
@@ -32,17 +33,19 @@ def units_storage(out: str) -> Storage:
     return Storage(f"{Storage(out).url}/{UNITS_DIR}")
 
 
-def made_name(slot: int, weight_type: str) -> str:
-    """The name of a slot's tensor in its unit's file."""
-    return f"{slot}.{weight_type}"
+def made_name(slot: int, weight_type: str, *, sized: bool = False) -> str:
+    """The name of a slot's tensor in its unit's file; `sized`: in the slot's own width."""
+    return f"{slot}.{weight_type}" + (".sized" if sized else "")
 
 
 def unit_tensors(job: Job, unit: Unit) -> tuple[OutTensor, ...]:
-    """What a unit's file holds, in order: in the base's shapes, in the dtype of the result."""
+    """What a unit's file holds, in order: in the base's shapes or the slots' own, in the dtype of the result."""
     planned = [OutTensor(kept.name, "F64", kept.shape, None) for kept in unit.keeps]
     for slot, name in unit.makes:
         weight_type = job.anatomy.types[name]
-        planned.append(OutTensor(made_name(slot, name), result_dtype(job, weight_type.dtype), weight_type.shape, None))
+        shape = job.shape(job.slot(slot), weight_type) if unit.sized else weight_type.shape
+        file_name = made_name(slot, name, sized=unit.sized)
+        planned.append(OutTensor(file_name, result_dtype(job, weight_type.dtype), shape, None))
     return tuple(planned)
 
 
@@ -89,10 +92,12 @@ def run_unit(
     storage = units_storage(out)
     with storage.create(unit.file) as file:
         writer = TensorFileWriter(file, unit_tensors(job, unit))
-        tensors = _Bench(job, checkpoint, storage, units, writer)
+        tensors = _Bench(job, checkpoint, storage, units, writer, sized=unit.sized)
         if unit.name == VECTORS_UNIT:
             report: dict[str, Any] = {}
             run_vectors(unit, job, tensors)
+        elif unit.sized:
+            report = run_resizing(unit, job, tensors)
         else:
             context = RunContext(
                 device=device,
@@ -111,9 +116,17 @@ class _Bench:
     """Implements `lesa_ray.expansion.method.Tensors` on files."""
 
     def __init__(
-        self, job: Job, checkpoint: Checkpoint, storage: Storage, units: dict[str, str], writer: TensorFileWriter
+        self,
+        job: Job,
+        checkpoint: Checkpoint,
+        storage: Storage,
+        units: dict[str, str],
+        writer: TensorFileWriter,
+        *,
+        sized: bool,
     ) -> None:
         self._job, self._checkpoint, self._storage, self._units, self._writer = job, checkpoint, storage, units, writer
+        self._sized = sized
         self._variants: dict[int, Checkpoint] = {}
         self._made: dict[str, dict[str, TensorEntry]] = {}
 
@@ -124,17 +137,18 @@ class _Bench:
         elif layer < self._job.plan.base_layers:
             tensor = self._checkpoint.read(name)
         else:
-            slot = self._job.plan.slots[layer - self._job.plan.base_layers]
-            substance = self._job.substance(slot, self._job.anatomy.types[weight_type])
+            substance = self._job.substance(self._job.slot(layer), self._job.anatomy.types[weight_type])
             if isinstance(substance, Copy):
                 return self.read(substance.layer, weight_type)
             tensor = self._read_made(made_name(layer, weight_type))
         assert_finite(tensor, name if variant is None else f"{name} of {self._job.config.variants[variant]}")
+        if self._job.widths is not None and layer < self._job.plan.base_layers:
+            tensor = self._job.widths.padded(weight_type, layer, tensor)
         return tensor.T.contiguous() if self._job.anatomy.types[weight_type].transposed else tensor
 
     def write(self, slot: int, weight_type: str, tensor: torch.Tensor) -> None:
         stored = tensor.T if self._job.anatomy.types[weight_type].transposed else tensor
-        self._writer.write(made_name(slot, weight_type), stored)
+        self._writer.write(made_name(slot, weight_type, sized=self._sized), stored)
 
     def keep(self, name: str, tensor: torch.Tensor) -> None:
         self._writer.write(name, tensor)
@@ -148,7 +162,7 @@ class _Bench:
     def _variant(self, index: int) -> Checkpoint:
         if index not in self._variants:
             self._variants[index] = open_checkpoint(self._job.config.variants[index])
-            read_anatomy(self._variants[index])
+            read_anatomy(self._variants[index], alike=self._job.widths is None)
         return self._variants[index]
 
     def _read_made(self, name: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from lesa_ray.config import Recipe, Settings
+from lesa_ray.config import Recipe, Settings, numbers
 from lesa_ray.layerwise.budget import Frame, Sizes, Solved, solve
 from lesa_ray.layerwise.names import AUTO_MAP, MODEL_CLASS, MODEL_TYPE
 from lesa_ray.layerwise.profiles import PRESETS, PROFILES, Preset, Profile, ProfileName
@@ -76,11 +76,7 @@ class LayerwiseConfig(Settings):
     @field_validator("alpha", "beta", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
-        """`0.5,1.0` is two."""
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            return value
-        return tuple(piece for part in parts for piece in str(part).split(",") if piece.strip())
+        return numbers(value)
 
     @model_validator(mode="before")
     @classmethod

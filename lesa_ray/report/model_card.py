@@ -31,8 +31,26 @@ def model_card(expansion: Expansion, manifest: Manifest) -> str:
         else "The new layers change what the model computes: measure it before you use it."
         + ("" if job.output_scale == 1 else f" Their output projections are multiplied by {job.output_scale:g}."),
         "",
+        *_widths(expansion),
         f"New layers: {', '.join(map(str, manifest['new_layers']))}. `expansion.json` says where each layer comes from"
         + (" and how well each weight type was predicted." if manifest["fit"] else "."),
         "",
     ]
     return "\n".join(lines)
+
+
+def _widths(expansion: Expansion) -> list[str]:
+    """What to know of a model whose new layers have widths of their own."""
+    family, now = expansion.job.anatomy.family, expansion.config.get("model_type")
+    if expansion.job.widths is None:
+        return []
+    told = (
+        "Its layers differ in width: `config.json` has the FFN width and the query heads of each, `expansion.json` "
+        "what was kept of the new ones."
+    )
+    if family != now:
+        told += (
+            f" Such layers need a class of their own, so it is no longer {family} but {now}. The code is beside the "
+            "weights: load it with `trust_remote_code=True`."
+        )
+    return [told, ""]

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lesa_ray.checkpoint.manifest import Manifest
-from lesa_ray.expansion.plan import Old, Plan
+from lesa_ray.expansion.plan import New, Old, Plan
 from lesa_ray.expansion.prepare import Expansion
 
 console = Console(stderr=True)
@@ -84,10 +84,24 @@ def show_expansion(expansion: Expansion) -> None:
     scaled = "not zeroed" if job.output_scale == 1 else f"output projections × {job.output_scale:g}"
     table.add_row("new layers", "all output projections zero: the function is kept" if job.zero_init else scaled)
     table.add_row("norms, biases", {"lower": "lower neighbour's", "first": "layer 0's"}.get(job.vectors, job.vectors))
+    if job.widths is not None:
+        slots = [job.widths.of(output.id) for output in job.plan.outputs if isinstance(output, New)]
+        table.add_row("new FFN widths", ", ".join(f"{width.neurons:,}" for width in slots))
+        table.add_row("new query heads", ", ".join(str(width.heads) for width in slots))
+    if (change := class_change(expansion)) is not None:
+        table.add_row("class", change)
     table.add_row(
         "result", f"{count(expansion.parameters)} parameters, {size(expansion.nbytes)}, {len(expansion.shards)} file(s)"
     )
     console.print(table)
+
+
+def class_change(expansion: Expansion) -> str | None:
+    """What the result's class is, if it is not the base's."""
+    before, after = expansion.job.anatomy.family, expansion.config.get("model_type")
+    if expansion.job.widths is None or before == after:
+        return None
+    return f"{before} → {after}, for layers of several widths; loads elsewhere with trust_remote_code=True"
 
 
 def show_base(expansion: Expansion) -> None:
@@ -146,10 +160,24 @@ def describe(expansion: Expansion) -> dict[str, Any]:
             "vectors": job.vectors,
         },
         "result": {
+            **_described_widths(expansion),
             "parameters": expansion.parameters,
             "bytes": expansion.nbytes,
             "files": [shard.file for shard in expansion.shards],
         },
+    }
+
+
+def _described_widths(expansion: Expansion) -> dict[str, Any]:
+    """Family and widths of the result's layers, where they differ."""
+    widths = expansion.job.widths
+    if widths is None:
+        return {}
+    layers = [widths.of(output.id) for output in expansion.job.plan.outputs]
+    return {
+        "family": expansion.config["model_type"],
+        "ffn": [width.neurons for width in layers],
+        "heads": [width.heads for width in layers],
     }
 
 

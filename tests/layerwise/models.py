@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.expansion.miniature import shake
+from lesa_ray.layerwise.folder import write_code
 from lesa_ray.layerwise.settings import LayerwiseConfig, architecture
 from lesa_ray.training.model import build
 
@@ -31,3 +35,11 @@ def random_model(raw: dict[str, Any], seed: int = 0) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         shake(model)
     return model.eval()
+
+
+def write_checkpoint(folder: Path, raw: dict[str, Any], model: PreTrainedModel | None = None) -> str:
+    """A checkpoint as an export leaves it, by default of random weights."""
+    (model or random_model(raw)).save_pretrained(folder)
+    Storage(str(folder)).write("config.json", json.dumps({**raw, "dtype": "float32"}).encode())
+    write_code(Storage(str(folder)), raw)
+    return str(folder)

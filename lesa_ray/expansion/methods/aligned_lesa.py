@@ -52,6 +52,7 @@ class AlignedLesa(Method):
     vectors = "lower"
     minimum_layers = 3
     predicts = True
+    pads = False
 
     def units(self, job: Job) -> list[Unit]:
         blocks = self._blocks(job)

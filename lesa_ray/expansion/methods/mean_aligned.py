@@ -28,6 +28,7 @@ class MeanAligned(Method):
     zero_init = False
     vectors = "mean"
     draws = False
+    pads = False
     averages_vectors = True
 
     def units(self, job: Job) -> list[Unit]:

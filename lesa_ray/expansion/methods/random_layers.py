@@ -8,6 +8,7 @@ each tensor has a seed of its own, so that the same seed gives the same bytes in
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
@@ -32,8 +33,12 @@ class RandomLayers(Method):
         slots = {slot.id: slot for slot in job.plan.slots}
         for done, (slot_id, name) in enumerate(unit.makes):
             slot = slots[slot_id]
-            near = [tensors.read(layer, name).float() for layer in (slot.lower, slot.upper) if layer is not None]
-            size = sum(float(weight.std(correction=0)) for weight in near) / len(near)
+            layers = [layer for layer in (slot.lower, slot.upper) if layer is not None]
+            near = [tensors.read(layer, name).float() for layer in layers]
+            size = sum(
+                float(weight.std(correction=0)) / math.sqrt(job.share(layer, name))
+                for layer, weight in zip(layers, near, strict=True)
+            ) / len(near)
             noise = torch.randn(near[0].shape, generator=generator_for(job.config.seed, "random", slot_id, name))
             tensors.write(slot_id, name, noise.mul_(size))
             if context.progress:

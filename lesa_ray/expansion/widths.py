@@ -1,0 +1,268 @@
+"""Layers that differ in width: the one rule by which every method works on them, and new layers get a width.
+
+A layer's private side, between what reads the residual stream and what writes into it, are its FFN neurons and its
+query heads, which lie in groups that share a KV head. Where layers differ there, or new layers are to be narrower or
+wider than old ones (`new_width`):
+
+1. Pad. Layers are read as if all were as wide as the widest: with zero neurons, and zero query heads at the end of each
+   group. The function of a layer stays what it is. The method runs on these as on even layers.
+2. Width. A slot's is interpolated linearly, by its place, between the nearest old layers below and above it, times its
+   `new_width`: FFN neurons to a multiple that the base itself uses, query heads to a multiple of the KV heads, both by
+   the rounding of `layerwise.profiles`. KV heads stay: the groups are what layers have in common.
+3. Cut. Of the method's result the neurons of largest norm are kept, and of each group the heads: input and output
+   weights together, in the order they had. An output projection that nobody makes, as it will be zero, does not count.
+4. Add. What is still missing to the slot's width gets output weights of zero, so that the function stays, and input
+   weights drawn at random, as large as those kept. Zeros on both sides would never learn: each side's gradient is
+   proportional to the other. Copies of kept neurons would, but their output weights get the gradient of the ones they
+   are copies of, so that at first nothing new is learnt.
+
+Methods that copy whole layers keep the copied layer's width unless `new_width` is given. Methods that match neurons one
+to one are left out, as are bases whose layers differ in KV heads. Magnitude as a measure of importance is the simplest
+there is (Li et al., arXiv 1608.08710, section 3.1); it needs no data. Padding costs the method the widest layer's time
+for each layer, cutting two more readings of the private side of a slot; one tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
+from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.errors import UserError
+from lesa_ray.expansion.plan import New, Old, Plan
+from lesa_ray.layerwise.profiles import make_divisible
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Side = Literal["neurons", "heads"]
+SIDES: tuple[Side, ...] = ("neurons", "heads")
+PRIVATE: dict[str, tuple[Side, int]] = {
+    "self_attn.q_proj.weight": ("heads", 0),
+    "self_attn.q_proj.bias": ("heads", 0),
+    "self_attn.o_proj.weight": ("heads", 1),
+    "mlp.gate_proj.weight": ("neurons", 0),
+    "mlp.gate_proj.bias": ("neurons", 0),
+    "mlp.up_proj.weight": ("neurons", 0),
+    "mlp.up_proj.bias": ("neurons", 0),
+    "mlp.down_proj.weight": ("neurons", 1),
+}
+"""Weight types with a private side of varying width, and the axis it is: 0 what reads, 1 what writes."""
+RULE = (
+    "layers padded to the widest; a new layer's width interpolated between the old layers around it, times new_width; "
+    "neurons, and heads within their group, of largest norm kept; added ones: output weights zero, input weights random"
+)
+"""The rule in a line, for the manifest."""
+_LARGEST_MULTIPLE = 256  # of FFN widths, as layerwise.budget's
+_FINEST = 16
+"""Where all layers are alike one width says little of its multiple (64 of 64): it is at most a sixteenth then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """How wide one layer is."""
+
+    neurons: int
+    """Of the FFN."""
+    heads: int
+    """Query heads."""
+
+    def __getitem__(self, side: Side) -> int:
+        return self.neurons if side == "neurons" else self.heads
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths of all layers, decided. Picklable."""
+
+    base: tuple[Width, ...]
+    slots: tuple[Width, ...]
+    """By id, from the number of base layers on."""
+    kv_heads: int
+    head_dim: int
+    multiple: int
+    """Of the slots' neurons."""
+
+    @cached_property
+    def widest(self) -> Width:
+        """Of the base: what layers are padded to and methods work at."""
+        return Width(max(width.neurons for width in self.base), max(width.heads for width in self.base))
+
+    @property
+    def are_even(self) -> bool:
+        """Whether all layers, the new ones too, have one width."""
+        return len({*self.base, *self.slots}) == 1
+
+    def of(self, layer: int) -> Width:
+        """A layer's width, by id."""
+        return self.base[layer] if layer < len(self.base) else self.slots[layer - len(self.base)]
+
+    def changes(self, slot: int, weight_type: str) -> bool:
+        """Whether a slot's tensor differs in width, or may hold padding, when the method has made it."""
+        if weight_type not in PRIVATE:
+            return False
+        side = PRIVATE[weight_type][0]
+        return len({width[side] for width in (*self.base, self.of(slot))}) > 1
+
+    def shape(self, weight_type: WeightType, width: Width) -> tuple[int, ...]:
+        """A weight type's shape in a layer of that width."""
+        if weight_type.name not in PRIVATE:
+            return weight_type.shape
+        side, axis = PRIVATE[weight_type.name]
+        size = width.neurons if side == "neurons" else width.heads * self.head_dim
+        return (*weight_type.shape[:axis], size, *weight_type.shape[axis + 1 :])
+
+    def padded_types(self, types: Mapping[str, WeightType]) -> dict[str, WeightType]:
+        """The weight types as wide as the widest layer's."""
+        return {name: replace(one, shape=self.shape(one, self.widest)) for name, one in types.items()}
+
+    def padded(self, weight_type: str, layer: int, tensor: Tensor) -> Tensor:
+        """A base layer's tensor as wide as the widest layer's."""
+        own = self.base[layer]
+        if weight_type not in PRIVATE or own[PRIVATE[weight_type][0]] == self.widest[PRIVATE[weight_type][0]]:
+            return tensor
+        side, axis = PRIVATE[weight_type]
+        members = self.members(side, own)
+        every = [[*range(members)] + [-1] * (self.members(side, self.widest) - members)] * self.groups(side)
+        return taken(tensor, axis, every, members, self.size(side))
+
+    def groups(self, side: Side) -> int:
+        """How many groups a side has whose members stay among themselves."""
+        return 1 if side == "neurons" else self.kv_heads
+
+    def size(self, side: Side) -> int:
+        """Rows or columns of one neuron or head."""
+        return 1 if side == "neurons" else self.head_dim
+
+    def members(self, side: Side, width: Width) -> int:
+        """Neurons or heads of one group."""
+        return width[side] // self.groups(side)
+
+
+def plan_widths(checkpoint: Checkpoint, anatomy: Anatomy, plan: Plan, factors: Sequence[float] | None) -> Widths:
+    """The widths of a base's layers, by the shapes of its tensors, and of a plan's slots.
+
+    factors: `new_width`. Raises: UserError if layers differ in KV heads, or there are more factors than slots.
+    """
+    config, base = checkpoint.config, checkpoint.base
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+    def rows(layer: int, name: str) -> int:
+        return checkpoint.tensors[anatomy.name(layer, name)].shape[0]
+
+    layers = range(anatomy.layers)
+    kv_heads = sorted({rows(layer, "self_attn.k_proj.weight") // head_dim for layer in layers})
+    if len(kv_heads) > 1:
+        raise UserError(
+            f"BASE {base}: layers are not alike: they have {kv_heads[0]} to {kv_heads[-1]} KV heads, and no sound way "
+            "to mix such is known; whole layers can be copied by llama-pro and solar"
+        )
+    widths = tuple(
+        Width(rows(layer, "mlp.gate_proj.weight"), rows(layer, "self_attn.q_proj.weight") // head_dim)
+        for layer in layers
+    )
+    multiple = base_multiple([width.neurons for width in widths])
+    slots = slot_widths(plan, widths, factors or (1.0,), multiple, kv_heads[0])
+    return Widths(widths, slots, kv_heads[0], head_dim, multiple)
+
+
+def base_multiple(neurons: Sequence[int]) -> int:
+    """The largest power of two, 256 at most, that divides all FFN widths; where they are one, a sixteenth at most."""
+    common = math.gcd(*neurons, _LARGEST_MULTIPLE)
+    while len(set(neurons)) == 1 and common > 1 and common * _FINEST > neurons[0]:
+        common //= 2
+    return common
+
+
+def slot_widths(
+    plan: Plan, base: Sequence[Width], factors: Sequence[float], multiple: int, kv_heads: int
+) -> tuple[Width, ...]:
+    """The width of each slot of a plan, by id. Raises: UserError if there are more factors than slots."""
+    places = {output.id: place for place, output in enumerate(plan.outputs)}
+    upwards = [output for output in plan.outputs if isinstance(output, New)]
+    if len(factors) > len(upwards):
+        raise UserError(
+            f"--new-width {','.join(f'{factor:g}' for factor in factors)}: {len(factors)} values for {len(upwards)} "
+            "new layers; give one, or at most as many as there are new layers"
+        )
+    found: dict[int, Width] = {}
+    for slot, factor in zip(upwards, interpolated(factors, len(upwards)), strict=True):
+        below = plan.origin(slot.lower)
+        above = next((o.id for o in plan.outputs[places[slot.id] :] if isinstance(o, Old)), below)
+        if slot.upper is None:  # it lies between no two, and has what it is a copy of
+            above, share = below, 0.0
+        else:
+            share = (places[slot.id] - places[below]) / (places[above] - places[below])
+
+        def between(side: Side, low: Width, high: Width, share: float = share) -> float:
+            return low[side] + (high[side] - low[side]) * share
+
+        neurons, heads = (factor * between(side, base[below], base[above]) for side in SIDES)
+        found[slot.id] = Width(make_divisible(neurons, multiple), make_divisible(heads, kv_heads))
+    return tuple(found[slot.id] for slot in plan.slots)
+
+
+def interpolated(knots: Sequence[float], count: int) -> list[float]:
+    """`count` values on the straight lines between knots that are spread evenly from the first to the last."""
+    values = []
+    for at in range(count):
+        place = at * (len(knots) - 1) / (count - 1) if count > 1 else 0.0
+        low = min(int(place), max(len(knots) - 2, 0))
+        high = min(low + 1, len(knots) - 1)
+        values.append(knots[low] + (knots[high] - knots[low]) * (place - low))
+    return values
+
+
+def squares(tensor: Tensor, axis: int, groups: int, size: int) -> Tensor:
+    """The squared norm of each neuron or head in one tensor: (groups, members), float64."""
+    import torch
+
+    from lesa_ray.lesa.streams import working_dtype
+
+    others = [other for other in range(tensor.ndim) if other != axis]
+    norms = torch.linalg.vector_norm(tensor, dim=others, dtype=working_dtype(tensor.dtype)) if others else tensor.abs()
+    return norms.double().square().reshape(groups, -1, size).sum(2)
+
+
+def chosen(norms: Tensor, wanted: int) -> list[list[int]]:
+    """Of each group the members of largest norm, in their order; −1 for what is missing, as zeros are not chosen.
+
+    norms: (groups, members). Of equal ones the first is chosen.
+    """
+    best = norms.argsort(dim=1, descending=True, stable=True)[:, :wanted]
+    found = []
+    for row, sizes in zip(best.tolist(), norms.gather(1, best).tolist(), strict=True):
+        kept = sorted(at for at, size in zip(row, sizes, strict=True) if size > 0)
+        found.append(kept + [-1] * (wanted - len(kept)))
+    return found
+
+
+def taken(
+    tensor: Tensor, axis: int, choice: Sequence[Sequence[int]], members: int, size: int, noise: Generator | None = None
+) -> Tensor:
+    """A tensor with the chosen members along `axis`; −1 stands for zeros or, with `noise`, for normal numbers of the
+    root mean square of the others.
+
+    members: of each group in `tensor`; size: rows or columns of one.
+    """
+    import torch
+
+    picked = torch.tensor([[group * members + at if at >= 0 else -1 for at in row] for group, row in enumerate(choice)])
+    source = (picked.reshape(-1, 1) * size + torch.arange(size)).reshape(-1)
+    is_kept = (picked >= 0).reshape(-1, 1).expand(-1, size).reshape(-1)
+    kept = tensor.index_select(axis, source[is_kept])
+    if bool(is_kept.all()):
+        return kept
+    shape = list(tensor.shape)
+    shape[axis] = len(source)
+    result = tensor.new_zeros(shape).index_copy_(axis, is_kept.nonzero().reshape(-1), kept)
+    if noise is not None and kept.numel():
+        shape[axis] = len(source) - kept.shape[axis]
+        scale = float(torch.linalg.vector_norm(kept, dtype=torch.float32)) / math.sqrt(kept.numel())
+        drawn = (torch.randn(shape, generator=noise) * scale).to(tensor.dtype)
+        result.index_copy_(axis, (~is_kept).nonzero().reshape(-1), drawn)
+    return result
