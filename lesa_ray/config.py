@@ -141,7 +141,7 @@ class ExpandConfig(Settings):
     SkipInit (arXiv 2002.10444) and ReZero (arXiv 2003.04887). None: as `zero_init` says."""
     vectors: VectorRule | None = None
     """Where the 1-D tensors (norms, biases) of a new layer come from; None: as published."""
-    new_width: Annotated[tuple[NewWidth, ...], BeforeValidator(_knots)] | None = None
+    new_width: Annotated[tuple[NewWidth, ...], BeforeValidator(_knots), Field(min_length=1)] | None = None
     """How wide new layers are, FFN and query heads, over the old ones they lie between: one factor for all, or several,
     `0.5,1.0`, spread evenly from the lowest new layer to the highest with straight lines between (`expansion.widths`).
     A base that is not layer-wise scaled becomes one, for which it has to be a Llama. None: as wide as their

@@ -23,7 +23,7 @@ _OWN = ("label", "train", "pretrain")
 _NOT_AN_ARMS = ("base", "out", "seed")
 _TRAINING_OF_ALL = ("steps", "tokens", "epochs", "seed", "eval_every")
 """Settings of training that would make arms unequal."""
-_SIZE = ("factor", "layers", "position", "importance")
+_SIZE = ("factor", "layers", "position", "importance", "new_width")
 _EITHER = (("factor", "layers"), ("zero_init", "output_scale"))
 """Settings that stand for one another: an arm's own puts both of the common ones aside."""
 _SLUG = 60

@@ -12,14 +12,17 @@ wider than old ones (`new_width`):
 3. Cut. Of the method's result the neurons of largest norm are kept, and of each group the heads: input and output
    weights together, in the order they had. An output projection that nobody makes, as it will be zero, does not count.
 4. Add. What is still missing to the slot's width gets output weights of zero, so that the function stays, and input
-   weights drawn at random, as large as those kept. Zeros on both sides would never learn: each side's gradient is
-   proportional to the other. Copies of kept neurons would, but their output weights get the gradient of the ones they
-   are copies of, so that at first nothing new is learnt.
+   weights drawn at random, as large as those kept. Of the first gradient of the added output weights, over the old
+   ones', on the demo's base (512 → 1,024 neurons): 0.24; drawn a tenth as large: 0.002; zero on both sides: 0, and it
+   stays there; copies of the old neurons: 1.00, but it is the originals' gradient (cosine 1.000), so that nothing new
+   is learnt at first: its directions number 19 (participation ratio of its singular values), the random ones' 35. In
+   held-out loss 25 steps showed no difference between the four.
 
 Methods that copy whole layers keep the copied layer's width unless `new_width` is given. Methods that match neurons one
-to one are left out, as are bases whose layers differ in KV heads. Magnitude as a measure of importance is the simplest
-there is (Li et al., arXiv 1608.08710, section 3.1); it needs no data. Padding costs the method the widest layer's time
-for each layer, cutting two more readings of the private side of a slot; one tensor is in memory at a time.
+to one are left out, as are bases whose layers differ in KV heads. Magnitude is the simplest measure of importance there
+is (Li et al., arXiv 1608.08710, section 3, for filters): it needs no data, but it also sees how a neuron's scale is
+split between its two sides, which the function does not show. Padding costs the method the widest layer's time for each
+layer, cutting two more readings of a slot's private side; one tensor is in memory at a time.
 """
 
 from __future__ import annotations

@@ -43,3 +43,11 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], model: PreTrainedModel |
     Storage(str(folder)).write("config.json", json.dumps({**raw, "dtype": "float32"}).encode())
     write_code(Storage(str(folder)), raw)
     return str(folder)
+
+
+def loaded(folder: str) -> PreTrainedModel:
+    """A checkpoint, asserting that its names and shapes are exactly the model's; in eval mode."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+    ready: PreTrainedModel = model.eval()
+    return ready

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.expansion.prepare import prepare as laid_out
@@ -19,18 +18,11 @@ from lesa_ray.report import terminal
 from lesa_ray.training.run import prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.families import logits, tokens
-from tests.layerwise.models import random_model, small_architecture
+from tests.layerwise.models import loaded, random_model, small_architecture
 from tests.training.blocks import make_blocks
 
 Grow = Callable[..., Expanded]
 LISTS = ("intermediate_sizes", "num_attention_heads_per_layer", "num_key_value_heads_per_layer")
-
-
-def loaded(folder: str) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(found.values()), found
-    ready: PreTrainedModel = model.eval()
-    return ready
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lesa_ray import Expanded
 from lesa_ray.layerwise.configuration_layerwise_llama import LayerwiseLlamaConfig
 from lesa_ray.layerwise.modeling_layerwise_llama import LayerwiseLlamaForCausalLM
 from lesa_ray.training.flops import step_flops
@@ -109,31 +111,39 @@ import json, sys
 sys.modules["lesa_ray"] = None  # an import of it fails
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.tensor(json.loads(sys.argv[2]))
-with torch.no_grad():
-    logits = model(input_ids=ids).logits
-    made = model.generate(ids, max_new_tokens=4, do_sample=False)
-kind = type(model)
-torch.save({"logits": logits, "made": made, "class": kind.__name__, "module": kind.__module__}, sys.argv[3])
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder, out in zip(sys.argv[2::2], sys.argv[3::2]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        made = model.generate(ids, max_new_tokens=4, do_sample=False)
+    kind = type(model)
+    torch.save({"logits": logits, "made": made, "class": kind.__name__, "module": kind.__module__}, out)
 """
 
 
-def test_it_loads_in_a_fresh_process_that_has_only_the_folder(layerwise_folder: str, tmp_path: Path) -> None:
+def test_it_loads_in_a_fresh_process_that_has_only_the_folder(
+    layerwise_folder: str, bases: Callable[[str], str], grow: Callable[..., Expanded], tmp_path: Path
+) -> None:
+    """A model made so, and an ordinary Llama whose new layers are narrower."""
     ids = tokens(1, 12)
+    narrower = grow(bases("llama"), method="copy", layers=6, new_width=0.5).out
+    folders = {layerwise_folder: str(tmp_path / "one.pt"), narrower: str(tmp_path / "two.pt")}
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    pairs = [name for pair in folders.items() for name in pair]
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, layerwise_folder, str(ids.tolist()), str(tmp_path / "found.pt")],
+        [sys.executable, "-c", ALONE, str(ids.tolist()), *pairs],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt")
-    assert found["class"] == "LayerwiseLlamaForCausalLM"
-    assert found["module"].startswith("transformers_modules.")
-    model = AutoModelForCausalLM.from_pretrained(layerwise_folder)
-    with torch.no_grad():
-        assert torch.equal(found["logits"], model(input_ids=ids).logits)
-        assert torch.equal(found["made"], model.generate(ids, max_new_tokens=4, do_sample=False))
+    for folder, left in folders.items():
+        found = torch.load(left)
+        assert found["class"] == "LayerwiseLlamaForCausalLM"
+        assert found["module"].startswith("transformers_modules.")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            assert torch.equal(found["logits"], model(input_ids=ids).logits)
+            assert torch.equal(found["made"], model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.checkpoint.storage import Storage
@@ -22,7 +21,7 @@ from lesa_ray.expansion.registry import METHODS
 from lesa_ray.layerwise.conversion import with_layer_widths
 from lesa_ray.report import terminal
 from tests.families import logits, tensors, tokens
-from tests.layerwise.models import random_model, small_architecture, write_checkpoint
+from tests.layerwise.models import loaded, random_model, small_architecture, write_checkpoint
 
 Grow = Callable[..., Expanded]
 WIDTHS, HEADS, KV_HEADS, HEAD = (64, 192, 128), (4, 8, 6), 2, 8
@@ -85,13 +84,6 @@ def _cut(layer: dict[str, torch.Tensor], width: int, heads: int) -> dict[str, to
 def layer_of(folder: str, layer: int) -> dict[str, torch.Tensor]:
     prefix = f"model.layers.{layer}."
     return {name.removeprefix(prefix): t for name, t in tensors(folder).items() if name.startswith(prefix)}
-
-
-def loaded(folder: str) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(found.values()), found
-    ready: PreTrainedModel = model.eval()
-    return ready
 
 
 @pytest.mark.parametrize("method", ["lesa", "avg-deus", "opt-deus", "random"])

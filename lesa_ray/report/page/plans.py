@@ -62,6 +62,8 @@ def how_expand(expansion: Expansion) -> str:
         value = settings.get(name)
         if value not in (None, "paper") and (name, value) != ("seed", 0):
             flags.append(f"--{name} {value}")
+    if settings.get("new_width"):
+        flags.append(f"--new-width {','.join(f'{width:g}' for width in settings['new_width'])}")
     if settings.get("zero_init") is not None:
         flags.append("--zero-init" if settings["zero_init"] else "--no-zero-init")
     defaults = LesaSettings().model_dump(mode="json")

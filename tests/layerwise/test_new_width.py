@@ -1,0 +1,211 @@
+"""New layers narrower or wider than the old ones of an ordinary model, which becomes a layer-wise scaled one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lesa_ray import ExpandConfig, Expanded, UserError
+from lesa_ray.cli import app
+from lesa_ray.config import load_settings
+from lesa_ray.expansion.prepare import prepare
+from lesa_ray.layerwise.conversion import as_layerwise
+from lesa_ray.layerwise.names import CODE_FILES, MODEL_TYPE
+from lesa_ray.report import terminal
+from tests import families
+from tests.families import layer_tensors, logits, tensors, tokens
+from tests.layerwise.models import loaded
+
+Grow = Callable[..., Expanded]
+Bases = Callable[[str], str]
+SHORT: dict[str, Any] = {"epochs": 1, "ridge_yardstick": False}
+FFN = 96
+"""Of the tiny families; with 4 query heads, 2 KV heads of 16."""
+
+
+EVERY = ["lesa", "avg-deus", "opt-deus", "llama-pro", "solar", "copy", "random", "mean-aligned"]
+
+
+def config_of(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(folder, "config.json").read_text())
+    return found
+
+
+def widths_of(folder: str) -> list[tuple[int, int]]:
+    raw = config_of(folder)
+    return list(zip(raw["intermediate_sizes"], raw["num_attention_heads_per_layer"], strict=True))
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_narrower_and_wider_layers_of_every_kind_of_method(method: str, bases: Bases, grow: Grow) -> None:
+    base = bases("llama")
+    settings = {"lesa": SHORT} if method == "lesa" else {}
+    result = grow(base, method=method, layers=7, new_width="0.5,2", zero_init=True, **settings)
+    new = result.manifest["new_layers"]
+    assert [widths_of(result.out)[layer] for layer in new] == [(48, 2), (192, 8)]
+    assert {widths_of(result.out)[layer] for layer in range(7) if layer not in new} == {(FFN, 4)}
+    model = loaded(result.out)
+    assert torch.equal(logits(model, tokens()), logits(families.load_strict(base, "llama"), tokens()))
+    assert model.generate(tokens(1, 8), max_new_tokens=4, do_sample=False, eos_token_id=-1).shape == (1, 12)
+    assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
+    for record in result.manifest["layers"]:
+        if record["kind"] == "old":
+            old = layer_tensors(base, "llama", record["base_layers"][0])
+            now = layer_tensors(result.out, "llama", record["index"])
+            assert all(torch.equal(old[name], now[name]) for name in old | now)
+
+
+def test_a_narrower_copy_keeps_the_largest_neurons_and_heads(bases: Bases, grow: Grow) -> None:
+    base = bases("llama")
+    result = grow(base, method="copy", position="2", new_width=0.5)
+    old, new = layer_tensors(base, "llama", 2), layer_tensors(result.out, "llama", 3)
+    squares = sum((old[f"mlp.{name}_proj.weight"].double() ** 2).sum(1) for name in ("gate", "up"))
+    squares = squares + (old["mlp.down_proj.weight"].double() ** 2).sum(0)
+    kept = squares.topk(FFN // 2).indices.sort().values
+    assert torch.equal(new["mlp.up_proj.weight"], old["mlp.up_proj.weight"][kept])
+    assert torch.equal(new["mlp.down_proj.weight"], old["mlp.down_proj.weight"][:, kept])
+    query, output = old["self_attn.q_proj.weight"].double(), old["self_attn.o_proj.weight"].double()
+    heads = (query**2).sum(1) + (output**2).sum(0)
+    of_group = heads.reshape(2, 2, 16).sum(2).argmax(1).tolist()
+    rows = torch.cat([torch.arange(16) + 16 * (2 * group + head) for group, head in enumerate(of_group)])
+    assert torch.equal(new["self_attn.q_proj.weight"], old["self_attn.q_proj.weight"][rows])
+    assert torch.equal(new["self_attn.o_proj.weight"], old["self_attn.o_proj.weight"][:, rows])
+    assert torch.equal(new["self_attn.k_proj.weight"], old["self_attn.k_proj.weight"])
+    record = result.manifest["widths"]["new"]["3"]["heads"]
+    assert record["kept"] == ",".join(str(2 * group + head) for group, head in enumerate(of_group)).replace(
+        "1,2", "1-2"
+    )
+
+
+def test_a_wider_copy_computes_what_the_copy_computes(bases: Bases, grow: Grow) -> None:
+    plain, wide = (grow(bases("llama"), method="copy", position="1,3", **more) for more in ({}, {"new_width": 1.5}))
+    assert [widths_of(wide.out)[layer] for layer in (2, 5)] == [(144, 6)] * 2
+    torch.testing.assert_close(logits(loaded(wide.out), tokens()), logits(loaded(plain.out), tokens()))
+    again = grow(bases("llama"), method="copy", position="1,3", new_width=1.5)
+    one, two = ({path.name: path.read_bytes() for path in Path(r.out).iterdir()} for r in (wide, again))
+    assert one == two
+
+
+def test_what_is_added_learns(bases: Bases, grow: Grow) -> None:
+    """The gradient reaches the output weights of added neurons and heads, each its own, and is not far from others'."""
+    result = grow(bases("llama"), method="copy", position="2", new_width=2)
+    model = loaded(result.out)
+    ids = tokens(4, 32)
+    model(input_ids=ids, labels=ids).loss.backward()
+    layer = model.model.layers[3]
+    in_heads = [*range(32, 64), *range(96, 128)]  # the last two of each group of four
+    for matrix, added in ((layer.mlp.down_proj, [*range(FFN, 2 * FFN)]), (layer.self_attn.o_proj, in_heads)):
+        gradient = matrix.weight.grad
+        assert not matrix.weight[:, added].any()
+        sizes = gradient[:, added].norm(dim=0)
+        assert float(sizes.min()) > 0
+        assert 0.1 < float(sizes.mean() / gradient.norm(dim=0).mean()) < 10
+        assert int(torch.linalg.matrix_rank(gradient[:, added])) == gradient.shape[0], "they do not all learn the same"
+    for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        assert not matrix.weight.grad[FFN:].any(), "their output weights are zero until the first step"
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral"])
+def test_other_llamas(family: str, bases: Bases, grow: Grow) -> None:
+    result = grow(bases(family), method="llama-pro", layers=6, new_width=0.5)
+    model = loaded(result.out)
+    assert type(model).__name__ == "LayerwiseLlamaForCausalLM"
+    assert torch.equal(logits(model, tokens()), logits(families.load_strict(bases(family), family), tokens()))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"rope_theta": 1e6, "sliding_window": None, "num_key_value_heads": 8}),
+        ("llama", {"rope_theta": 5e5, "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}}),
+        ("llama", {"num_attention_heads": 8, "head_dim": 24, "attention_bias": True, "rms_norm_eps": 1e-5}),
+    ],
+)  # fmt: skip
+def test_the_class_computes_the_same_from_older_and_shorter_configurations(name: str, changes: dict[str, Any]) -> None:
+    """Keys left to a class's defaults, and the names they had before transformers 5."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw: dict[str, Any] = {
+        "model_type": name, "vocab_size": 128, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 8, **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    before = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw)).eval()
+    after = AutoModelForCausalLM.from_config(AutoConfig.for_model(**as_layerwise(raw, "here", 2))).eval()
+    after.load_state_dict(before.state_dict())
+    ids = tokens(2, 32)
+    assert torch.equal(logits(before, ids), logits(after, ids))
+
+
+def test_the_folder_says_what_it_is(bases: Bases, grow: Grow) -> None:
+    """That its code loads it where the package is not: test_layerwise_model.py."""
+    result = grow(bases("llama"), method="avg-deus", layers=6, new_width=0.5)
+    assert {*CODE_FILES} <= {path.name for path in Path(result.out).iterdir()}
+    assert config_of(result.out)["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    card = Path(result.out, "README.md").read_text()
+    assert "no longer llama but layerwise_llama" in card
+    assert "trust_remote_code=True" in card
+
+
+def test_new_layers_as_wide_as_the_old_ones_change_nothing(bases: Bases, grow: Grow) -> None:
+    plain, same = (grow(bases("llama"), method="avg-deus", layers=7, **more) for more in ({}, {"new_width": "1,1.0"}))
+    assert config_of(plain.out) == config_of(same.out)
+    assert config_of(same.out)["model_type"] == "llama"
+    one, two = tensors(plain.out), tensors(same.out)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("0", "options: new_width: Input should be greater than 0"),
+        ("-0.5", "options: new_width: Input should be greater than 0"),
+        ("0.5,nan", "options: new_width: Input should be"),
+        ("1000", "options: new_width: Input should be less than or equal to 64"),
+        ("half", "options: new_width: Input should be a valid number"),
+        ("", "options: new_width: Value should have at least 1 item"),
+    ],
+)
+def test_widths_that_are_none_are_refused(value: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        load_settings(ExpandConfig, None, base="a", out="b", new_width=value)
+    assert "\n" not in str(refused.value)
+
+
+def test_more_values_than_new_layers_and_other_architectures_are_refused(bases: Bases, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+
+    def refused(family: str, *more: str) -> str:
+        result = CliRunner().invoke(app, ["expand", bases(family), out, "--dry-run", "--method", "copy", *more])
+        assert result.exit_code != 0
+        assert isinstance(result.exception, UserError)
+        return str(result.exception)
+
+    assert refused("llama", "--layers", "7", "--new-width", "1,2,3").startswith("--new-width 1,2,3: 3 values for 2 new")
+    for family in ("qwen2", "gpt2", "gemma2"):
+        told = refused(family, "--new-width", "0.5")
+        assert f": {family} is not; leave it out" in told
+        assert "\n" not in told
+    sliding = families.make("mistral", tmp_path / "sliding", sliding_window=8)
+    with pytest.raises(UserError, match=r"this one's window slides \(sliding_window in config.json\)"):
+        prepare(ExpandConfig(base=sliding, out=out, new_width=(0.5,)))
+    assert not Path(out).exists()
+
+
+def test_the_plan_says_that_the_class_changes(bases: Bases, tmp_path: Path) -> None:
+    laid_out = prepare(ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), layers=7, new_width=(0.5, 1.0)))
+    described = terminal.describe(laid_out)["result"]
+    assert described["family"] == MODEL_TYPE
+    assert (described["ffn"], described["heads"]) == ([96, 96, 96, 48, 96, 96, 96], [4, 4, 4, 2, 4, 4, 4])
+    change = terminal.class_change(laid_out)
+    assert change is not None
+    assert change.startswith("llama → layerwise_llama")
