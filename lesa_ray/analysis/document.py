@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lesa_ray.analysis.subject import Subject
-from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
 
 VERSION = 1
 """Of analysis.json."""
@@ -22,7 +21,6 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
 
     Numbers are rounded to six digits, beyond which they depend on threads and libraries."""
     checkpoint, anatomy = subject.checkpoint, subject.anatomy
-    manifest = read_manifest(checkpoint.storage) if MANIFEST_FILE in checkpoint.files else None
     types: dict[str, dict[str, Any]] = {}
     fit: dict[str, dict[str, Any]] = {}
     for name in subject.types:
@@ -47,7 +45,7 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
         "family": anatomy.family,
         "layers": anatomy.layers,
         "hidden_size": next((checkpoint.config[key] for key in _WIDTHS if key in checkpoint.config), None),
-        "new_layers": manifest["new_layers"] if manifest is not None else [],
+        "new_layers": subject.new_layers,
         "created_with": _versions(),
         "settings": subject.config.model_dump(mode="json", exclude={"out"}),
         "matched_missing": subject.why_not_matched,

@@ -1,13 +1,17 @@
 """How like neighbouring layers are once their neurons and heads are matched, and how like a random layer would be.
 
 One piece of work is a block (attention or MLP) over all layers: matrices of a block move together, so they are matched
-together (`lesa.matched`). Three consecutive layers are held at a time. Beside every figure stands that of a random
+together (`lesa.matched`). Three layers are held at a time. Beside every figure stands that of a random
 layer matched in the same way; what does not exceed it is chance.
+
+Of a grown model old layers alone are scored: neighbours that are both old, and for candidates each old layer between
+the old ones below and above it. A new layer is what some method made of its neighbours: a copy is a copy, and LESA's
+have hardly more than one direction, so neither its likeness nor chance beside it says anything of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +30,13 @@ class BlockFigures:
     """By weight type of one block."""
 
     neighbours: dict[str, list[float | None]]
-    """Cosine of layers i and i+1 after the best matching (L−1)."""
+    """Cosine of layers i and i+1 after the best matching (L−1); None where one of them is new, or zero."""
     chance: dict[str, list[float | None]]
-    """The same of layer i and a random layer with its second moments on the residual side."""
+    """The same of layer i and a random layer like layer i+1 (`lesa.matched.random_like`)."""
     candidates: dict[str, dict[str, dict[str, float | None]]]
     """Means over `TRIPLES` middle layers of cosine and R² of a candidate to the true layer after the best matching:
-    copies of the `lower` and `upper` neighbour, their `mean` and `aligned mean`, and `random`. Empty below 3 layers."""
+    copies of the `lower` and `upper` neighbour, their `mean` and `aligned mean`, and `random`. Empty below three old
+    layers."""
 
 
 def match_block(
@@ -40,28 +45,35 @@ def match_block(
     block: Block,
     seed: int,
     *,
+    new: Collection[int] = (),
     device: str = "cpu",
     progress: Callable[[str, float], None] = lambda phase, share: None,
 ) -> BlockFigures:
-    """load: layer → the block's matrices (out_features, in_features) by weight type, each layer once, in order."""
+    """load: layer → the block's matrices (out_features, in_features) by weight type, each old layer once, in order.
+    new: layers that were put in."""
     neighbours: dict[str, list[float | None]] = {name: [] for name in block.matrices}
     chance: dict[str, list[float | None]] = {name: [] for name in block.matrices}
     triples: list[dict[str, MatchScore]] = []
-    middles = set(evenly(range(1, layers - 1), TRIPLES))
-    lower: Layer | None = None
-    below: Layer | None = None
+    old = [layer for layer in range(layers) if layer not in new]
+    middles = set(evenly(old[1:-1], TRIPLES))
+    before: list[tuple[int, Layer]] = []  # the old layers that came last, two at most
     for i in range(layers):
         progress("matching layers", i / layers)
-        above = load(i)
-        if below is not None:
-            pair = neighbour_scores(below, above, block, seed=seed_for(seed, "neighbours", i), device=device)
-            for name in block.matrices:
-                neighbours[name].append(pair["neighbour"].matched_types[name].cosine)
-                chance[name].append(pair["random"].matched_types[name].cosine)
-        if lower is not None and below is not None and i - 1 in middles:
-            one = matched_scores(lower, below, above, block, seed=seed_for(seed, "triple", i), device=device)
+        above = None if i in new else load(i)
+        scores: dict[str, MatchScore] = {}
+        if above is not None and before and before[-1][0] == i - 1:
+            of_pair = seed_for(seed, "neighbours", i)
+            scores = neighbour_scores(before[-1][1], above, block, seed=of_pair, device=device)
+        for name in block.matrices if i else ():
+            neighbours[name].append(scores["neighbour"].matched_types[name].cosine if scores else None)
+            chance[name].append(scores["random"].matched_types[name].cosine if scores else None)
+        if above is None:
+            continue
+        if len(before) == 2 and before[1][0] in middles:
+            (_, lower), (_, true) = before
+            one = matched_scores(lower, true, above, block, seed=seed_for(seed, "triple", i), device=device)
             triples.append(one)
-        lower, below = below, above
+        before = [*before[-1:], (i, above)]
     return BlockFigures(neighbours, chance, {name: _candidates(triples, name) for name in block.matrices})
 
 

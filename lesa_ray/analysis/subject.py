@@ -25,6 +25,7 @@ from lesa_ray.analysis.weight_type import DIRECTIONS, analyse_type
 from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
 from lesa_ray.checkpoint.blocks import Block, read_blocks
 from lesa_ray.checkpoint.finite import assert_finite
+from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, open_checkpoint
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
@@ -55,6 +56,12 @@ class Subject:
             kind = _EXPERT.sub("experts.*.", weight_type.name) if weight_type.is_expert else weight_type.name
             kinds[kind] = (*kinds.get(kind, ()), weight_type)
         return kinds
+
+    @cached_property
+    def new_layers(self) -> list[int]:
+        """Layers that `expansion.json` calls new, where there is one."""
+        manifest = read_manifest(self.checkpoint.storage) if MANIFEST_FILE in self.checkpoint.files else None
+        return manifest["new_layers"] if manifest is not None else []
 
     @property
     def is_small(self) -> bool:
@@ -207,4 +214,4 @@ def work_on_block(
         return {name: subject.read(layer, subject.anatomy.types[name]) for name in block.matrices}
 
     layers, seed = subject.anatomy.layers, subject.config.seed
-    return asdict(match_block(load, layers, block, seed, device=device, progress=progress))
+    return asdict(match_block(load, layers, block, seed, new=subject.new_layers, device=device, progress=progress))

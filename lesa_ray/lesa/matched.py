@@ -2,9 +2,9 @@
 
 Cosine and R² of weights mean little between layers whose neurons and heads are in orders of their own, so a candidate
 is first moved to where it is most like the true block, without changing its function (`lesa_ray.lesa.alignment`). That
-lifts the figures of any candidate, a random one's too: on a small real encoder to a cosine of 0.13 for plain noise and
-0.17 for noise with the true layer's covariance on the residual side, where copies of a neighbour had 0.25. So a random
-block is always scored beside, matched in the same way, and only the excess over it counts.
+lifts the figures of any candidate, a random one's too, all the more where few rows lie in a wide stream. So a random
+block is always scored beside, matched in the same way (`random_like` the layers that the candidate comes from), and
+only the excess over it counts.
 
 R² = 1 − ‖W − Ŵ‖²/‖W‖², over all matrices of the block as one long vector, and for each matrix: 0 is predicting zero.
 Biases and norms are not scored.
@@ -12,7 +12,7 @@ Biases and norms are not scored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,8 @@ def matched_scores(
     lower, true, upper: the matrices of `block` in layers i−1, i, i+1, (out_features, in_features), any float type.
     predicted: further candidates by name, made without a look at `true`.
     Returns scores by name: `lower` and `upper` (a copy of that neighbour), `mean` (number by number), `aligned mean`
-    (the mean after `upper` was moved to `lower`), those of `predicted`, and `random` (see `random_like`), which the
-    others have to exceed.
+    (the mean after `upper` was moved to `lower`), those of `predicted`, and `random` (`random_like` both neighbours),
+    which the others have to exceed.
     """
     moved = move(upper, block, align(lower, upper, block, device=device, exact=exact))
     candidates: dict[str, Layer] = {
@@ -74,7 +74,7 @@ def matched_scores(
         "mean": _mean(lower, upper, block),
         "aligned mean": _mean(lower, moved, block),
         **(predicted or {}),
-        "random": random_like(true, block, seed),
+        "random": random_like([lower, upper], block, seed),
     }
     return {name: match(candidate, true, block, device=device, exact=exact) for name, candidate in candidates.items()}
 
@@ -82,10 +82,11 @@ def matched_scores(
 def neighbour_scores(
     below: Layer, above: Layer, block: Block, *, seed: int = 0, device: str = "cpu", exact: int = EXACT
 ) -> dict[str, MatchScore]:
-    """How like two layers are: `neighbour`, the one above moved to the one below, and `random`, chance."""
+    """How like two layers are: `neighbour`, the one above moved to the one below, and `random`, one that is
+    `random_like` the one above."""
     return {
         "neighbour": match(above, below, block, device=device, exact=exact),
-        "random": match(random_like(below, block, seed), below, block, device=device, exact=exact),
+        "random": match(random_like([above], block, seed), below, block, device=device, exact=exact),
     }
 
 
@@ -116,20 +117,50 @@ def likeness(candidate: Layer, true: Layer, names: Iterable[str]) -> Likeness:
 
 
 @torch.no_grad()
-def random_like(layer: Layer, block: Block, seed: int) -> dict[str, Tensor]:
-    """Random matrices with the second moments that `layer`'s have on the residual side, in float32 (float64 if they
-    are): each neuron or head row is a random sum of all of them, so nothing is left of any one. Seeded per matrix."""
+def random_like(layers: Sequence[Layer], block: Block, seed: int) -> dict[str, Tensor]:
+    """A layer as `layers` could have been, by chance: in float32 (float64 if they are), seeded per matrix.
+
+    Rows (neurons, dimensions of heads) are drawn anew from the distribution that those of `layers` come from, as far as
+    its second moments tell: which directions of the residual stream they use, and how much. To be given the layers that
+    a candidate was made from, never the one it is compared with. Then what the candidate has above it is owed to its
+    rows being those of the true layer; what both have, to the directions that layers share.
+
+    The distribution is estimated, not copied. With n rows in d dimensions their own second moments S have rank n at
+    most, so mixtures of the rows lie in the space of these very rows; where one head has all of them, a random layer
+    mixed from a layer is that layer up to a turn and scores 0.85 = 8/3π. So what of S cannot be told from noise is left
+    out: S → (1−λ)·S + λ·diag(S), with λ of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional
+    covariance matrices", 2004) once all channels have one size. A draw from it is √(1−λ) times a mixture of the rows
+    and √λ times noise of each channel's size.
+    """
     made = {}
     for name in block.matrices:
-        part, weight = block.parts[name], layer[name]
-        rows = rows_first(part, weight).to(working_dtype(weight.dtype))
+        part = block.parts[name]
+        dtype = working_dtype(layers[0][name].dtype)
+        rows = torch.cat([rows_first(part, layer[name]).to("cpu", dtype) for layer in layers])
+        size = rows.square().mean(dim=0).sqrt()
+        given_up = shrinkage(rows / size.clamp_min(torch.finfo(size.dtype).tiny))
+        kept = ((1 - given_up) / len(rows)) ** 0.5
         generator = generator_for(seed, "random layer", name)
-        mixed = torch.empty_like(rows)
-        for some in row_blocks(len(rows)):
-            noise = torch.randn(some.stop - some.start, len(rows), generator=generator, dtype=rows.dtype)
-            mixed[some] = (noise @ rows.cpu()) / len(rows) ** 0.5
-        made[name] = (mixed.T if part in ("o", "down") else mixed).contiguous()
+        drawn = torch.empty_like(rows[: len(rows) // len(layers)])
+        for some in row_blocks(len(drawn)):
+            count = some.stop - some.start
+            mixing = torch.randn(count, len(rows), generator=generator, dtype=dtype)
+            noise = torch.randn(count, len(size), generator=generator, dtype=dtype)
+            drawn[some] = kept * (mixing @ rows) + given_up**0.5 * size * noise
+        made[name] = (drawn.T if part in ("o", "down") else drawn).contiguous()
     return made
+
+
+def shrinkage(rows: Tensor) -> float:
+    """Ledoit's and Wolf's λ, 0 … 1: how much of the second moments of rows (n, d), mean zero, is to be given up for a
+    multiple of the identity. 1 where there is nothing to tell from noise."""
+    n, d = rows.shape
+    small = rows if n < d else rows.T  # n²‖S‖² is the square norm of either Gram matrix
+    energy = sum(float((small[some] @ small.T).double().square().sum()) for some in row_blocks(len(small)))
+    lengths = rows.square().sum(dim=1).double()
+    off_target = energy - float(lengths.sum()) ** 2 / d
+    noise = float(lengths.square().sum()) - energy / n
+    return min(1.0, max(0.0, noise / off_target)) if off_target > 0 else 1.0
 
 
 def _mean(lower: Layer, upper: Layer, block: Block) -> dict[str, Tensor]:

@@ -75,6 +75,8 @@ def _neighbours_caption(report: dict[str, Any]) -> str:
     text = "cosine: of a layer and the next, number by number"
     if report["matched_missing"] is None:
         text += "; matched: after neurons and heads were matched; by chance: a random layer, matched in the same way"
+        if report["new_layers"]:
+            text += "; both between old layers only"
     else:
         text += f"; not matched: {report['matched_missing']}"
     if _is_fitted(report):

@@ -5,8 +5,8 @@
 A layer of a real pretrained model is removed, the model is grown at that gap by every arm, and what comes is scored
 against the layer that was there: cosine and R² of all matrices of a block, after the best matching of neurons and heads
 (`lesa_ray.lesa.matched`). Nothing of the true layer has been seen by then. Matching lifts any candidate, so two random
-layers stand beside: normal weights of the neighbours' size, and weights with the true layer's own covariance on the
-residual side (`chance`); only what exceeds them counts. Works unit after unit in this process.
+layers stand beside: normal weights of the neighbours' size (`random`), and weights whose rows are drawn from the
+distribution of the neighbours' rows (`chance`); only what exceeds them counts. Works unit after unit in this process.
 
 It says how near a start is to a trained layer, not how well it trains: that is for `lesa-ray compare`."""
 
@@ -110,17 +110,18 @@ def _one_layer(
     from lesa_ray.lesa.alignment import Layer
     from lesa_ray.lesa.matched import match, random_like
 
-    def read(source: Checkpoint) -> Layer:
-        return {t.name: source.read(anatomy.name(layer, t.name)) for t in anatomy.matrices}
+    def read(source: Checkpoint, index: int) -> Layer:
+        return {t.name: source.read(anatomy.name(index, t.name)) for t in anatomy.matrices}
 
     def note(name: str, candidate: Layer, block: str) -> None:
         found = match(candidate, true, blocks[block]).matched
         scores[name][block].append((found.cosine, found.r2))
 
-    rest, true = os.path.join(folder, "rest"), read(checkpoint)
+    rest, true = os.path.join(folder, "rest"), read(checkpoint, layer)
     without_layer(checkpoint, anatomy, layer, rest)
+    neighbours = [read(checkpoint, index) for index in (layer - 1, layer + 1)]
     for block in blocks:
-        note(CHANCE, random_like(true, blocks[block], seed=layer), block)
+        note(CHANCE, random_like(neighbours, blocks[block], seed=layer), block)
     for at, (name, settings) in enumerate(arms.items()):
         console.print(f"layer {layer}: {name}", highlight=False)
         given = {"position": str(layer - 1), "zero_init": False, **settings}
@@ -128,7 +129,7 @@ def _one_layer(
             given["lesa"] = {"holdout": 0.0, **settings.get("lesa", {})}
         out = os.path.join(folder, str(at))
         expand(ExpandConfig.model_validate({"base": rest, "out": out, **given}), runner=InlineRunner())
-        made = read(open_checkpoint(out))
+        made = read(open_checkpoint(out), layer)
         for block in blocks:
             note(name, made, block)
 

@@ -73,3 +73,15 @@ def test_two_layers_have_no_one_between(blocks: tuple[Attention, Mlp, dict[str, 
     figures = match_block([layer, layer].__getitem__, 2, mlp, seed=0)
     assert all(found == {} for found in figures.candidates.values())
     assert all(values == pytest.approx([1.0]) for values in figures.neighbours.values())
+
+
+def test_new_layers_are_not_scored(blocks: tuple[Attention, Mlp, dict[str, torch.Tensor]]) -> None:
+    _, mlp, layer = blocks
+    figures = match_block(([layer] * 6).__getitem__, 6, mlp, seed=0, new=[4])
+    for name in mlp.matrices:
+        for values in (figures.neighbours[name], figures.chance[name]):
+            assert [value is None for value in values] == [False, False, False, True, True]
+        assert figures.candidates[name]["lower"] == pytest.approx({"cosine": 1.0, "r2": 1.0})
+    figures = match_block({0: layer, 2: layer, 4: layer}.__getitem__, 5, mlp, seed=0, new=[1, 3])
+    assert all(values == [None] * 4 for values in figures.neighbours.values())
+    assert all(found["upper"]["cosine"] == pytest.approx(1) for found in figures.candidates.values())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import ledoit_wolf_shrinkage
 
+from lesa_ray.checkpoint.blocks import Block
 from lesa_ray.lesa.alignment import Layer, move
-from lesa_ray.lesa.matched import likeness, match, matched_scores, neighbour_scores, random_like
+from lesa_ray.lesa.matched import likeness, match, matched_scores, neighbour_scores, random_like, shrinkage
 from tests.lesa.moves import attention, mlp, random_layer, random_map
 
 BLOCKS = {"mlp": mlp(48), "attention": attention(8, 4, 6)}
@@ -72,7 +74,7 @@ def test_random_layers_have_the_second_moments_of_the_residual_side() -> None:
     layer = random_layer(block, 4, seed=0)
     mixing = torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     layer = {n: (mixing @ w if n == "down" else w @ mixing.T).bfloat16() for n, w in layer.items()}
-    made = random_like(layer, block, seed=0)
+    made = random_like([layer, layer], block, seed=0)
     for n, weight in made.items():
         assert weight.dtype == torch.float32
         assert weight.shape == layer[n].shape
@@ -80,3 +82,48 @@ def test_random_layers_have_the_second_moments_of_the_residual_side() -> None:
         moments, wanted = rows.T @ rows, true.T @ true
         assert float((moments - wanted).norm() / wanted.norm()) < 0.1
         assert abs(float((rows * true).sum() / rows.norm() / true.norm())) < 0.05
+
+
+@pytest.mark.parametrize("name", ["a head of few rows", "heads", "neurons"])
+def test_chance_is_what_a_layer_without_anything_in_common_reaches(name: str) -> None:
+    """Two layers drawn from one distribution, which is far from even; more channels than rows."""
+    block = {"a head of few rows": attention(1, 1, 8, "any"), "heads": attention(4, 2, 8), "neurons": mlp(32)}[name]
+    size = torch.logspace(0, -1, 64, dtype=torch.float64)
+    found = []
+    for seed in range(3):
+        turn = torch.linalg.qr(random_layer(mlp(64), 64, 100 + seed)["gate"]).Q * size
+        below, above = (
+            {n: turn.T @ w if block.parts[n] in ("o", "down") else w @ turn for n, w in layer.items()}
+            for layer in (random_layer(block, 64, 10 * seed + k) for k in range(2))
+        )
+        scores = neighbour_scores(below, above, block, seed=seed)
+        mixed = match(mixture(below, block, seed), below, block)
+        found.append([score.matched.cosine or 0.0 for score in (scores["neighbour"], scores["random"], mixed)])
+        noise = random_layer(block, 64, 50 + seed)
+        related = move({n: w + 0.02 * noise[n] for n, w in below.items()}, block, random_map(block, seed))
+        scores = neighbour_scores(below, related, block, seed=seed)
+        assert (scores["neighbour"].matched.cosine or 0) > (scores["random"].matched.cosine or 1) + 0.2
+    neighbour, random, mixed = np.mean(found, axis=0)
+    assert abs(neighbour - random) < 0.03
+    assert mixed > neighbour + 0.03, "mixed from the true layer's own rows it would be no chance"
+
+
+def mixture(layer: Layer, block: Block, seed: int) -> Layer:
+    """Rows mixed from the rows of `layer`."""
+    made = {}
+    for n in block.matrices:
+        outward = block.parts[n] in ("o", "down")
+        rows = layer[n].T if outward else layer[n]
+        mixed = random_layer(mlp(len(rows)), len(rows), seed)["gate"] @ rows
+        made[n] = mixed.T if outward else mixed
+    return made
+
+
+@pytest.mark.parametrize("rows", [5, 30, 200])
+def test_shrinkage_is_ledoits_and_wolfs(rows: int) -> None:
+    draw = np.random.default_rng(rows)
+    for sizes in (np.ones(30), np.logspace(0, -2, 30)):
+        x = draw.standard_normal((rows, 30)) * sizes
+        expected = ledoit_wolf_shrinkage(x, assume_centered=True)
+        assert shrinkage(torch.from_numpy(x)) == pytest.approx(expected, rel=1e-10)
+    assert shrinkage(torch.zeros(rows, 30)) == 1.0
