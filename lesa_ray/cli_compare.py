@@ -46,7 +46,7 @@ def compare(
     if dry_run:
         from lesa_ray.fleet.state import look_at_all
 
-        for note in comparison.notes:
+        for note in (*comparison.notes, *comparison.remarks):
             console.print(note, highlight=False)
         show_standings(look_at_all(store, comparison.stages), as_json)
         return

@@ -18,6 +18,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.expansion.auto import AUTO
 from lesa_ray.expansion.plan import BY_IMPORTANCE, POSITIONS
 from lesa_ray.expansion.registry import METHODS
+from lesa_ray.training.train_settings import INSERTION
 
 _OWN = ("label", "train", "pretrain")
 _NOT_AN_ARMS = ("base", "out", "seed")
@@ -156,7 +157,7 @@ def _controls(config: ComparisonConfig, reference: Arm) -> list[Arm]:
     own = {name: reference.expand[name] for name in _SIZE if name in reference.expand}
     position = position_of(reference.method, settings)
     placed = {**own, "position": position} if "position" in settings or position in POSITIONS else own
-    base = {**reference.pretrain, "train": "all"}
+    base = {name: value for name, value in reference.pretrain.items() if name not in INSERTION} | {"train": "all"}
     found = []
     if chosen.base_same_tokens:
         found.append(Arm("base, same tokens", None, pretrain=base))

@@ -80,6 +80,7 @@ class Collector:
             "machine": dict(machine) if machine is not None else self._earlier().get("machine") or {},
             "lesa_ray": code_version(),
             "notes": list(comparison.notes),
+            "remarks": list(comparison.remarks),
             "arms": arms,
             "reached": _all_reached(arms, config.losses),
         }
@@ -157,6 +158,7 @@ class Collector:
             "trained_parameters": facts.trained_parameters,
             "flops_per_token": facts.flops_per_token,
             "tokens": planned.tokens,
+            "inserted_tokens": planned.inserted_tokens,
             "runs": [self._run(arm.name, run, standings) for run in planned.runs],
         }
 

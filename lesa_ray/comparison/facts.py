@@ -15,6 +15,7 @@ from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
 from lesa_ray.store.identity import canonical
+from lesa_ray.training.train_settings import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,17 @@ class FactFinder:
         """The base as it is. Raises: UserError if `train` names nothing of it."""
         return self._of(self._base.config, train, None, f"base {self._base.base}")
 
-    def of_expansion(self, config: ExpandConfig, train: tuple[str, ...], where: str) -> Facts:
+    def of_expansion(self, config: ExpandConfig, training: TrainConfig, where: str) -> Facts:
         """The base grown. Raises: UserError, which begins with `where`, for settings that do not suit the base."""
         from lesa_ray.expansion.out import make_manifest
         from lesa_ray.expansion.prepare import prepare
+        from lesa_ray.training.insertion import plan_insertion
 
         try:
             expansion = prepare(config)
             manifest = make_manifest(expansion, {})
-            return self._of(expansion.config, train, manifest, "the grown base")
+            plan_insertion(training, manifest, 1, "the grown base")
+            return self._of(expansion.config, training.train, manifest, "the grown base")
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 

@@ -10,7 +10,7 @@ their stages: the expansions of a method that draws no random numbers are one fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,8 +25,9 @@ from lesa_ray.fleet.settings import Amount
 from lesa_ray.fleet.stages import Options, Source, Stage, StageBuilder, merged
 from lesa_ray.store.identity import canonical
 from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.insertion import ramp_steps
 from lesa_ray.training.tokens import open_blocks
-from lesa_ray.training.train_settings import TrainConfig
+from lesa_ray.training.train_settings import INSERTION, TrainConfig
 
 _EVALUATIONS = 20
 """Points of a curve beside its first, where `eval_every` does not say."""
@@ -57,6 +58,8 @@ class PlannedArm:
     facts: Facts
     position: str | None
     tokens: int
+    inserted_tokens: int | None
+    """Tokens until all its new layers are in, where they come in gradually; losses until then are the gated model's."""
     settings: dict[str, Any]
     runs: tuple[PlannedRun, ...]
 
@@ -73,6 +76,8 @@ class Comparison:
     reference: str
     notes: tuple[str, ...]
     """What was left out, and why."""
+    remarks: tuple[str, ...]
+    """What one has to know of the plan to read the result."""
     stages: tuple[Stage, ...]
     tokenize: str | None
     """The stage of the data; None where token blocks were given."""
@@ -118,7 +123,7 @@ class _Builder:
         tokenize = None if config.blocks is not None else _id(self._blocks)
         return Comparison(
             config, self._file, self._seq_len, finder.of_base(("all",)), tuple(planned), reference.name, tuple(notes),
-            stages, tokenize, _id(base_tasks),
+            tuple(_remarks(planned)), stages, tokenize, _id(base_tasks),
         )  # fmt: skip
 
     def _data(self) -> tuple[Source, int]:
@@ -133,16 +138,17 @@ class _Builder:
 
     def _facts(self, finder: FactFinder, arm: Arm) -> Facts:
         """Raises: UserError if the base cannot be grown or trained so."""
-        train = self._train_config(arm, 1).train
+        training = self._train_config(arm, 1)
         if arm.method is None:
-            return finder.of_base(train)
+            return finder.of_base(training.train)
         where = f"{self._where}: arm {arm.name}"
         given = {**expand_settings(self._config, arm), "base": self._base.given, "out": "out"}
-        return finder.of_expansion(validated(ExpandConfig, given, where), train, where)
+        return finder.of_expansion(validated(ExpandConfig, given, where), training, where)
 
     def _plan(self, arm: Arm, facts: Mapping[str, Facts]) -> PlannedArm:
         config, own = self._config, facts[arm.name]
-        a_step = self._train_config(arm, 1).batch * self._seq_len
+        training = self._train_config(arm, 1)
+        a_step = training.batch * self._seq_len
         steps = -(-config.tokens // a_step)
         if arm.compute_of is not None:
             steps = max(1, round(steps * facts[arm.compute_of].flops_per_token / own.flops_per_token))
@@ -161,7 +167,8 @@ class _Builder:
             settings["pretrain"] = dict(arm.pretrain)
         if arm.compute_of is not None:
             settings |= {"compute_of": arm.compute_of}
-        return PlannedArm(arm, own, position, tokens, settings, runs)
+        inserted = ramp_steps(training, steps) * a_step or None
+        return PlannedArm(arm, own, position, tokens, inserted, settings, runs)
 
     def _run(self, arm: Arm, seed: int, tokens: int) -> PlannedRun:
         config, last = self._config, self._base
@@ -172,14 +179,14 @@ class _Builder:
         train = self._train_config(arm, tokens)
         steps = -(-tokens // (train.batch * self._seq_len))
         every = config.eval_every or max(1, steps // _EVALUATIONS)
-        more = Options(merged(config.pretrain, arm.pretrain), f"{self._where}: pretrain", self._amount("pretrain"))
+        more = Options(self._training(arm), f"{self._where}: pretrain", self._amount("pretrain"))
         last = pretrain = self._stages.pretrain(
             label, more, last, self._blocks, tokens=tokens, seed=seed, eval_every=every
         )
         if config.finetune is not None:
             options = self._options("finetune")
             if arm.method is None:  # there is nothing new in it
-                options = replace(options, settings={**options.settings, "train": "all"})
+                options = replace(options, settings=_for_base(options.settings))
             last = finetune = self._stages.finetune(label, options, last, seed=seed)
         if config.tasks:
             evaluate = self._stages.evaluate(label, self._evaluation(), [last], None)
@@ -200,9 +207,13 @@ class _Builder:
 
     def _train_config(self, arm: Arm, tokens: int) -> TrainConfig:
         """An arm's settings of training. Raises: UserError."""
-        more = merged(self._config.pretrain, arm.pretrain)
-        given = {**more, "checkpoint": "checkpoint", "data": "data", "out": "out", "tokens": tokens}
+        given = {**self._training(arm), "checkpoint": "checkpoint", "data": "data", "out": "out", "tokens": tokens}
         return validated(TrainConfig, given, f"{self._where}: arm {arm.name}: pretrain")
+
+    def _training(self, arm: Arm) -> dict[str, Any]:
+        """All settings of `pretrain` that the file gives an arm."""
+        settings = merged(self._config.pretrain, arm.pretrain)
+        return _for_base(settings) if arm.method is None else settings
 
     def _evaluation(self) -> Options:
         options = self._options("evaluate")
@@ -216,6 +227,31 @@ class _Builder:
 
     def _amount(self, kind: Any) -> Amount | None:
         return self._config.resources.get(kind)
+
+
+def _for_base(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of training for the base itself: there is nothing new in it."""
+    return {**{name: value for name, value in settings.items() if name not in INSERTION}, "train": "all"}
+
+
+def _remarks(arms: Sequence[PlannedArm]) -> Iterator[str]:
+    """What one has to know of the plan to read the result."""
+    by_name = {one.arm.name: one for one in arms}
+    for one in arms:
+        reference = by_name.get(one.arm.compute_of or "")
+        twin = next((a for a in arms if a.arm.method is None and a is not one and a.tokens == one.tokens), None)
+        if reference is not None and twin is not None and dict(twin.arm.pretrain) == dict(one.arm.pretrain):
+            equal = reference.tokens * reference.facts.flops_per_token / one.facts.flops_per_token
+            yield (
+                f"“{twin.arm.name}” and “{one.arm.name}” are the same runs here: {reference.tokens:,} tokens of "
+                f"{reference.arm.name} take the FLOPs of {equal:,.0f} of the base, which is as many whole steps"
+            )
+    for one in arms:
+        if one.inserted_tokens is not None:
+            yield (
+                f"{one.arm.name}: its new layers come in over the first {one.inserted_tokens:,} tokens; until then its "
+                "loss is that of the model with gates, at first the base's own"
+            )
 
 
 def _id(source: Source | None) -> str | None:

@@ -244,6 +244,8 @@ def line(progress: Progress) -> str:
     parts = [f"step {progress.step:,}/{progress.steps:,}", f"loss {progress.loss:.4f}"]
     if progress.heldout_loss is not None:
         parts.append(f"held out {progress.heldout_loss:.4f}")
+    if progress.inserted < 1:
+        parts.append(f"{100 * progress.inserted:.0f} % inserted")
     parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.mfu is not None:
         parts.append(f"MFU {100 * progress.mfu:.1f} %")

@@ -21,7 +21,7 @@ from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_ident
 from lesa_ray.fleet.settings import Amount, absolute
 from lesa_ray.store.identity import Identity, code_version
 from lesa_ray.training.data_settings import TokenizeConfig
-from lesa_ray.training.train_settings import OPERATIONAL, FinetuneConfig, TrainConfig
+from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 
 CONFIGS: dict[str, type[Settings]] = {
     "tokenize": TokenizeConfig,
@@ -49,8 +49,6 @@ _PLACES: dict[str, frozenset[str]] = {
 _DO_NOT_COUNT: dict[str, frozenset[str]] = {
     "tokenize": frozenset(),
     "expand": frozenset({"gpus_per_task", "memory_budget"}),
-    "pretrain": frozenset(OPERATIONAL),
-    "finetune": frozenset(OPERATIONAL),
     "evaluate": frozenset({"gpus_per_task", "cpus_per_task", "batch_size"}),
 }
 
@@ -213,7 +211,8 @@ class StageBuilder:
         all_given = {**options.settings, **given}
         shown = {name: _placeholder(value) for name, value in all_given.items()}
         checked = validated(CONFIGS[kind], {**shown, "out": "out"}, options.where)
-        left_out = (_KNOWN[kind] - _COUNT.get(kind, frozenset())) | _DO_NOT_COUNT[kind] | _PLACES.get(kind, frozenset())
+        not_counted = checked.not_counted if isinstance(checked, TrainConfig) else _DO_NOT_COUNT[kind]
+        left_out = (_KNOWN[kind] - _COUNT.get(kind, frozenset())) | not_counted | _PLACES.get(kind, frozenset())
         settings = checked.model_dump(mode="json", exclude=set(left_out))
         if isinstance(checked, ExpandConfig) and not uses_lesa(checked.method):
             del settings["lesa"]

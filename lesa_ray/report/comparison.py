@@ -68,7 +68,7 @@ def reading(content: Mapping[str, Any]) -> list[str]:
     controls = [arm for arm in ranked if arm["control"]]
     if controls and not ranked[0]["control"]:
         lines.append(f"the best control is {controls[0]['name']}, {_loss(_rank(controls[0]))}")
-    return [*lines, *content["notes"]]
+    return [*lines, *content["remarks"], *content["notes"]]
 
 
 def _rank(arm: Mapping[str, Any]) -> float:

@@ -15,5 +15,6 @@ def training_lines(result: Trained) -> str:
     ]
     if result.heldout_before is not None and result.heldout_after is not None:
         change = result.heldout_after - result.heldout_before
-        lines.append(f"held-out loss {result.heldout_before:.4f} → {result.heldout_after:.4f} ({change:+.4f})")
+        without = "" if result.inserted_over is None else " (without the new layers)"
+        lines.append(f"held-out loss {result.heldout_before:.4f}{without} → {result.heldout_after:.4f} ({change:+.4f})")
     return "\n".join(lines)

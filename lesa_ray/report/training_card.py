@@ -19,6 +19,7 @@ _LABELS = {
     "learning_rate": "learning rate, peak",
     "schedule": "schedule",
     "precision": "precision",
+    "inserted": "new layers inserted",
     "heldout_loss_before": "held-out loss before",
     "heldout_loss": "held-out loss after",
 }

@@ -38,6 +38,8 @@ class Trained:
     heldout_after: float | None
     tokens_per_second: float
     """Median over the run."""
+    inserted_over: int | None
+    """Steps over which new layers came in; then `heldout_before` is without them."""
     reused: bool
     resumed: bool
 
@@ -101,6 +103,12 @@ def export_checkpoint(url: str, out: str, which: str) -> Exported:
         "heldout_before": rows.get(0, {}).get("heldout_loss"),
         "heldout_after": record.heldout_loss,
     }
+    if run.insertion is not None and record.step < run.insertion.steps:
+        inserted = run.insertion.share(record.step)
+        raise UserError(
+            f"RUN {url}: at step {record.step} new layers were {100 * inserted:.0f} % inserted; an exported checkpoint "
+            f"has no gates, so it would be another model; export one of step {run.insertion.steps} or later"
+        )
     return export(export_plan(run, record, out), facts(run, told))
 
 
@@ -113,7 +121,7 @@ def chosen(records: list[Record], which: str, url: str) -> Record:
     if which == "best":
         best = best_of(records)
         if best is None:
-            raise UserError(f"RUN {url}: none of its checkpoints was measured on held-out rows; give last or a step")
+            raise UserError(f"RUN {url}: none of its checkpoints has a held-out loss; give last or a step")
         return best
     found = [record for record in records if str(record.step) == which]
     if not found:
@@ -137,6 +145,7 @@ def facts(run: Run, content: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "precision": "bfloat16" if run.bf16 else "float32",
+        "inserted": None if run.insertion is None else f"{run.insertion}; the loss before is without them",
         "heldout_loss_before": content["heldout_before"],
         "heldout_loss": content["heldout_after"],
     }
@@ -165,4 +174,5 @@ def trained_result(run: Run, *, reused: bool = False, resumed: bool = False) -> 
     """What a finished run gave."""
     content = read_json(Storage(run.config.out), RESULT_FILE)
     assert content is not None
-    return Trained(out=run.config.out, **content, reused=reused, resumed=resumed)
+    inserted = None if run.insertion is None else run.insertion.steps
+    return Trained(out=run.config.out, **content, inserted_over=inserted, reused=reused, resumed=resumed)

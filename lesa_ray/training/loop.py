@@ -30,6 +30,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import own_peak_memory
 from lesa_ray.training.batches import IGNORED, Rows, cut, labelled, scored_tokens, step_rows, worker_share
 from lesa_ray.training.checkpoints import Saver
+from lesa_ray.training.gates import Gates
 from lesa_ray.training.schedule import learning_rate
 from lesa_ray.training.tokens import Split, TokenBlocks
 from lesa_ray.training.train_settings import TrainConfig
@@ -57,6 +58,8 @@ class Progress:
     tokens_per_second: float
     mfu: float | None
     seconds_left: float
+    inserted: float
+    """How far new layers are in (mean of their gates); below 1 losses are the gated model's."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,16 @@ class Trainer:
         steps: int,
         seq_len: int,
         scored: int | None = None,
+        gates: Gates | None = None,
     ) -> None:
-        """scored: tokens that are predicted in a step, over all workers, where it is always the same number."""
+        """scored: tokens that are predicted in a step, over all workers, where it is always the same number. gates:
+        of new layers that come in gradually."""
         self.model, self.optimizer, self.trained = model, optimizer, trained
         self.config, self.place, self.steps = config, place, steps
         share = -(-config.batch // place.workers)
         self.micro = min(config.micro_batch or max(1, _MICRO_TOKENS // seq_len), share)
         self._scored = scored
+        self.gates = gates
         self._loss_sum = torch.compile(token_losses) if config.compile else token_losses
 
     def losses(self, rows: Rows) -> torch.Tensor:
@@ -135,6 +141,8 @@ class Trainer:
 
         Returns the loss it began with, summed over this worker's tokens and divided by everybody's, and the norm of the
         gradient before clipping."""
+        if self.gates is not None:
+            self.gates.set(step + 1)
         count = self._scored or self._count(step, rows)
         total = torch.zeros((), dtype=torch.float64 if self.place.device.type == "cpu" else torch.float32,
                             device=self.place.device)  # fmt: skip
@@ -215,12 +223,12 @@ class Loop:
     def run(self, first: int) -> None:
         """Train from step `first` to the end. Raises: UserError if the loss is not a number."""
         trainer, config = self.trainer, self.trainer.config
-        steps, seq_len = trainer.steps, self.blocks.seq_len
+        steps, seq_len, gates = trainer.steps, self.blocks.seq_len, trainer.gates
         rows = min(config.eval_rows, self.blocks.heldout.rows)
         heldout = None
         if rows and first == 0:
             heldout = trainer.heldout_loss(self.blocks.heldout, rows)
-            self._write(0, {"heldout_loss": heldout})
+            self._write(0, {"heldout_loss": heldout, **self._inserted(0)})
         window: list[tuple[torch.Tensor, torch.Tensor]] = []
         begun = time.monotonic()
         for step, batch in Feed(self.blocks, config, trainer.place)(first, steps):
@@ -236,13 +244,14 @@ class Loop:
             self._tell_rows(done, losses, norms, seconds, heldout)
             if evaluate:
                 heldout = trainer.heldout_loss(self.blocks.heldout, rows)
-                self._write(done, {"heldout_loss": heldout})
+                self._write(done, {"heldout_loss": heldout, **self._inserted(done)})
             if self.metrics is not None:
                 self.metrics.flush(now=save)  # no row before a checkpoint can be lost
             self.saver.poll()
             if save:
                 tokens = done * config.batch * seq_len
-                self.saver.save(done, tokens, heldout if evaluate else None, trainer.trained, trainer.optimizer)
+                measured = evaluate and (gates is None or gates.are_open(done))  # of what is saved
+                self.saver.save(done, tokens, heldout if measured else None, trainer.trained, trainer.optimizer)
             begun = time.monotonic()
         self.saver.wait()
 
@@ -289,11 +298,18 @@ class Loop:
                 "gradient_norm": norm,
                 "learning_rate": learning_rate(first + index, trainer.steps, trainer.config),
                 "tokens": float((first + index + 1) * trainer.config.batch * self.blocks.seq_len),
+                **self._inserted(first + index + 1),
             }
             self._write(first + index + 1, values | (speed if first + index + 1 == done else {}))
         left = seconds * (trainer.steps - done)
         rate = speed["tokens_per_second"]
-        self.tell(Progress(done, trainer.steps, losses[-1], heldout, rate, speed.get("mfu"), left))
+        inserted = self._inserted(done).get("inserted", 1.0)
+        self.tell(Progress(done, trainer.steps, losses[-1], heldout, rate, speed.get("mfu"), left, inserted))
+
+    def _inserted(self, done: int) -> dict[str, float]:
+        """How far new layers are in, where they come in gradually: a loss of that row is the gated model's."""
+        gates = self.trainer.gates
+        return {} if gates is None else {"inserted": gates.insertion.share(done)}
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self.metrics is not None:

@@ -20,8 +20,9 @@ from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 from lesa_ray.training.conversion import Conversion, plan_conversions
+from lesa_ray.training.insertion import Insertion, plan_insertion
 from lesa_ray.training.tokens import TokenBlocks, open_blocks
-from lesa_ray.training.train_settings import OPERATIONAL, TrainConfig
+from lesa_ray.training.train_settings import TrainConfig
 
 RUN_FILE = "training/run.json"
 RESULT_FILE = "training/result.json"
@@ -50,6 +51,8 @@ class Run:
     bf16: bool
     parameters: int
     trained_parameters: int
+    insertion: Insertion | None
+    """How new layers come in; None if they are in at once."""
     identity: str
 
     @property
@@ -97,10 +100,11 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     bf16 = use_bf16(config, gpus)
     steps = total_steps(config, blocks.train, blocks.seq_len)
+    insertion = plan_insertion(config, manifest, steps, where)
     identity = identity_of(config, checkpoint, architecture, blocks, trained, steps, bf16)
     return Run(
         config, checkpoint, conversions, manifest, architecture, blocks, trained, lowest, steps, bf16,
-        sum(sizes.values()), sum(sizes[name] for name in trained), identity,
+        sum(sizes.values()), sum(sizes[name] for name in trained), insertion, identity,
     )  # fmt: skip
 
 
@@ -175,7 +179,7 @@ def identity_of(
     """The hash of everything that a result depends on."""
     named = {"checkpoint", "architecture", "data", "train", "steps", "tokens", "epochs", "precision"}
     content = {
-        "settings": config.model_dump(mode="json", exclude={*OPERATIONAL, *named}),
+        "settings": config.model_dump(mode="json", exclude=config.not_counted | named),
         "base": architecture if checkpoint is None else {"config": architecture, "shards": checkpoint.digests()},
         "data": blocks.digest,
         "trained": list(trained),
@@ -228,7 +232,7 @@ def _differences(record: dict[str, Any], run: Run) -> str:
 def summary(run: Run) -> dict[str, Any]:
     """What a person would compare two runs by."""
     shown = run.config.model_dump(
-        mode="json", exclude={*OPERATIONAL, "architecture", "train", "tokens", "epochs", "precision"}
+        mode="json", exclude=run.config.not_counted | {"architecture", "train", "tokens", "epochs", "precision"}
     )
     return {**shown, "steps": run.steps, "trained_parameters": run.trained_parameters, "bf16": run.bf16}
 

@@ -17,6 +17,7 @@ Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
 ScratchDtype = Literal["float32", "bfloat16"]
 LoggerName = Literal["mlflow", "wandb"]
+InsertOrder = Literal["together", "bottom", "top"]
 
 OPERATIONAL = (
     "out",
@@ -36,6 +37,8 @@ OPERATIONAL = (
     "retries",
 )
 """Settings that do not change what a run computes, rounding apart."""
+INSERTION = ("insert_over", "insert_order")
+"""Settings of how new layers come in."""
 
 
 class TrainConfig(Settings):
@@ -89,6 +92,12 @@ class TrainConfig(Settings):
     """Order of the data; and the initial weights from scratch."""
     dtype: ScratchDtype | None = None
     """From scratch: element type of the result, bfloat16 unless given. With a checkpoint it is the checkpoint's."""
+    insert_over: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps over which new layers come in, behind gates that open linearly from 0 (where the model is the
+    base, whatever the method) to 1; 0 has them in at once (Karras et al., arXiv 1710.10196; Masked Structural Growth,
+    arXiv 2305.02869)."""
+    insert_order: InsertOrder = "together"
+    """With `insert_over`: all new layers `together`, or one after another from the `bottom` or the `top`."""
     eval_rows: int = Field(default=256, ge=0)
     """Rows of the held-out split that the held-out loss is measured on (the first ones); 0 measures none."""
 
@@ -155,6 +164,10 @@ class TrainConfig(Settings):
             raise ValueError("dtype: the result has the checkpoint's; it is a choice only from scratch")
         if self.architecture is not None and self.train not in ((), ("all",)):
             raise ValueError("train: from scratch everything is trained")
+        if self.architecture is not None and self.insert_over:
+            raise ValueError("insert_over: from scratch no layer is new")
+        if self.insert_order != "together" and not self.insert_over:
+            raise ValueError(f"insert_order {self.insert_order}: layers are in at once; give insert_over too")
         low, high = self.worker_range
         if not 1 <= low <= high:
             raise ValueError(f"workers {low}-{high}: expected at least 1, and the fewest first")
@@ -165,6 +178,11 @@ class TrainConfig(Settings):
         if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than the whole run")
         return self
+
+    @property
+    def not_counted(self) -> set[str]:
+        """Names of the settings that do not change what this run computes."""
+        return {*OPERATIONAL, *(() if self.insert_over else INSERTION)}
 
     @property
     def worker_range(self) -> tuple[int, int]:

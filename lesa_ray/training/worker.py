@@ -1,6 +1,6 @@
 """What one worker does, from a process group to the last checkpoint. Knows nothing of Ray.
 
-build ▸ freeze ▸ shard ▸ load (or initialise) ▸ take up the last checkpoint ▸ loop
+build ▸ freeze ▸ gates of new layers ▸ shard ▸ load (or initialise) ▸ take up the last checkpoint ▸ loop
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from lesa_ray.training import checkpoints
 from lesa_ray.training.flops import peak_flops, step_flops
 from lesa_ray.training.freeze import freeze
+from lesa_ray.training.gates import Gates
 from lesa_ray.training.loop import Loop, Place, Progress, Trainer, make_optimizer
 from lesa_ray.training.metrics import MetricsLog
-from lesa_ray.training.model import build, initialise, load, shard, stored_types, trained_parameters
+from lesa_ray.training.model import build, initialise, layers_of, load, shard, stored_types, trained_parameters
 from lesa_ray.training.run import Run
 
 
@@ -29,6 +30,7 @@ def set_up(run: Run, device: torch.device, *, fresh: bool = False) -> tuple[Trai
     place = Place(dist.get_rank(), dist.get_world_size(), device)
     model = build(run.architecture, run.name)
     freeze(model, run.trained)
+    gates = None if run.insertion is None else Gates(layers_of(model), run.insertion, device)
     seq_len = run.blocks.seq_len
     flops = step_flops(model, tokens=config.batch * seq_len, seq_len=seq_len, lowest_layer=run.lowest)
     shard(
@@ -52,7 +54,7 @@ def set_up(run: Run, device: torch.device, *, fresh: bool = False) -> tuple[Trai
     if last is not None:
         checkpoints.load(config.out, last, trained, optimizer)
     scored = config.batch * (seq_len - 1) if run.blocks.kind == "text" else None
-    trainer = Trainer(model, trained, optimizer, config, place, run.steps, seq_len, scored)
+    trainer = Trainer(model, trained, optimizer, config, place, run.steps, seq_len, scored, gates)
     return trainer, last.step if last is not None else 0, flops
 
 

@@ -19,6 +19,7 @@ from tests.training import styles
 from tests.training.blocks import make_blocks
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
+CONTROLS = ("random, zero output projections", "copy")
 STUDIES = [PIPELINES / "compare.yaml", *sorted((PIPELINES / "studies").glob("*.yaml"))]
 SEVERAL_BASES = sorted(PIPELINES.glob("study_*.yaml"))
 
@@ -102,6 +103,43 @@ def test_the_control_of_equal_compute_takes_the_reference_s_flops(given: Path) -
     assert control.tokens > 120_000  # SOLAR trains seven layers where the base has five
 
 
+def test_controls_of_equal_tokens_and_compute_may_be_the_same_runs_and_that_is_said(given: Path) -> None:
+    """One step of a deeper model takes more than one step of the base, but less than one and a half."""
+    comparison = made(given, tokens=128, controls={"plain_copies": False})
+    arms = planned(comparison)
+    control, other = arms["base, same compute"], arms["base, same tokens"]
+    assert control.tokens == other.tokens == 128
+    assert len({digests(comparison)[arm.runs[0].pretrain] for arm in (control, other)}) == 1
+    equal = 128 * arms["lesa"].facts.flops_per_token / control.facts.flops_per_token
+    assert comparison.remarks == (
+        "“base, same tokens” and “base, same compute” are the same runs here: 128 tokens of lesa take the FLOPs of "
+        f"{equal:,.0f} of the base, which is as many whole steps",
+    )
+    assert made(given, tokens=100_000).remarks == ()
+
+
+def test_layers_come_in_gradually_where_some_are_new(given: Path) -> None:
+    at_once = {"insert_over": 0, "insert_order": "together"}
+    comparison = made(
+        given, arms=[{"method": "lesa"}, {"method": "solar", "pretrain": at_once}], reference="lesa", tokens=20_480,
+        pretrain={"batch": 4, "insert_over": 0.5, "insert_order": "top"},
+    )  # fmt: skip
+    arms, places = planned(comparison), dict.fromkeys([stage.id for stage in comparison.stages], "x")
+    stages = {stage.id: stage.settings("out", places) for stage in comparison.stages if stage.kind == "pretrain"}
+    told = {name: (arm.inserted_tokens, stages[arm.runs[0].pretrain]) for name, arm in arms.items()}
+    assert {name for name, (tokens, _) in told.items() if tokens} == {"lesa", *CONTROLS}
+    for tokens, settings in told.values():
+        assert isinstance(settings, TrainConfig)
+        assert (settings.insert_over, settings.insert_order) == ((0.5, "top") if tokens else (0, "together"))
+    assert arms["lesa"].inserted_tokens == arms["lesa"].tokens / 2
+    assert comparison.remarks[0] == (
+        f"lesa: its new layers come in over the first {arms['lesa'].tokens // 2:,} tokens; until then its loss is that "
+        "of the model with gates, at first the base's own"
+    )
+    with pytest.raises(UserError, match="insert_order top: layers are in at once; give insert_over too"):
+        made(given, pretrain={"insert_order": "top"})
+
+
 def test_what_a_change_touches(given: Path) -> None:
     before = digests(made(given))
 
@@ -155,7 +193,7 @@ def test_a_control_that_the_base_cannot_have_is_left_out_and_that_is_said(given:
     comparison = made(given, base=str(tmp_path / "base"), arms={"method": "llama-pro"}, expand={"factor": 2})
     assert list(planned(comparison)) == ["llama-pro", "base, same tokens", "base, same compute"]
     assert [note.split(":")[0] for note in comparison.notes] == [
-        "control random, zero output projections", "control copy"
+        f"control {name}" for name in CONTROLS
     ]  # fmt: skip
     assert all("needs two" in note or "needs at least 2 layers" in note for note in comparison.notes)
     with pytest.raises(UserError):

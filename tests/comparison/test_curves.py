@@ -69,7 +69,8 @@ def arm(name: str, losses: list[float | None], control: bool = False) -> dict[st
 
 
 def content(*arms: dict[str, Any]) -> dict[str, Any]:
-    return {"arms": list(arms), "reference": arms[0]["name"], "notes": ["control copy: left out"]}
+    notes = {"remarks": ["lesa: comes in slowly"], "notes": ["control copy: left out"]}
+    return {"arms": list(arms), "reference": arms[0]["name"], **notes}
 
 
 def test_final_losses_have_a_spread_where_there_are_several() -> None:
@@ -94,6 +95,7 @@ def test_what_the_table_says_is_what_was_measured() -> None:
         "ref.: lesa, with the same seed",
         "lesa ends lowest, before copy by 1.0000 (1.0000 to 1.0000 with 2 seeds)",
         "the best control is copy, 4.1000",
+        "lesa: comes in slowly",
         "control copy: left out",
     ]
     mixed = arm("copy", [2.9, 3.4], control=True)

@@ -24,7 +24,8 @@ from lesa_ray.report.page.measures import orderliness
 from lesa_ray.report.page.ranking import verdict
 from lesa_ray.report.page.render import render
 from lesa_ray.report.page.sections import make_sections
-from lesa_ray.report.page.sources import gather
+from lesa_ray.report.page.sources import Training, gather
+from lesa_ray.report.page.trained import training_figure
 from tests.report import page_samples as samples
 from tests.test_cli import run
 
@@ -79,7 +80,8 @@ def sections_of(*runs: str) -> tuple[str, list[str], dict[str, Figure]]:
     figures = {figure.name: figure for section in sections for figure in section.figures}
     verdicts = [sentence for _, one in material.comparisons for sentence in verdict(views(one))]
     tables = [" ".join(row) for section in sections for _, table in section.tables for row in table.rows]
-    said = [*verdicts, *(figure.see for figure in figures.values()), *tables]
+    texts = [text for section in sections for text in section.texts]
+    said = [*verdicts, *texts, *(figure.see for figure in figures.values()), *tables]
     return " ".join(said), missing, figures
 
 
@@ -166,6 +168,21 @@ def test_one_seed_is_no_finding(tmp_path: Path) -> None:
     assert "told apart" not in text
     assert any(line.startswith("A spread over seeds") for line in missing)
     assert any("analyze CHECKPOINT" in line for line in missing)
+
+
+def test_layers_that_come_in_slowly_are_named_where_their_losses_stand(tmp_path: Path) -> None:
+    content = samples.comparison(remarks=["lesa: its new layers come in over the first 400 tokens"])
+    content["arms"][0]["inserted_tokens"] = 400
+    rows = [{"step": step, "loss": 2.5, "tokens": 100.0 * step, "inserted": min(1.0, step / 4)} for step in (1, 2, 4)]
+    text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
+    assert "lesa: its new layers come in over the first 400 tokens." in text
+    assert "New layers of lesa come in during training, and are not yet in here." in text
+    assert "2.6700 (new layers not yet in)" in text
+    assert "new layers of lesa are all in only after 400 tokens" in figures["held-out-loss"].see
+    for known, says in ((rows, "New layers of run are all in after 400 tokens"), (rows[:2], "are not all in yet")):
+        figure = training_figure([Training("run", "run", known, {}, {})])
+        assert figure is not None
+        assert says in figure.see
 
 
 def test_arms_within_the_spread_are_not_told_apart(tmp_path: Path) -> None:

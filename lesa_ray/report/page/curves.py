@@ -88,6 +88,11 @@ def _curves_words(shown: list[ArmView], curves: dict[str, MeanCurve], cut: list[
         said.append("lines are means and bands go from the least to the largest of the seeds")
     else:
         said.append("with one seed there are no bands, so lines that are close say nothing")
+    said += [
+        f"new layers of {view.called} are all in only after {big(view.arm.inserted_tokens)} tokens"
+        for view in shown
+        if view.arm.inserted_tokens
+    ]
     if cut:
         said.append(
             f"{some(cut)} start above the frame" if len(cut) > 1 else f"{called(cut[0])} starts above the frame"

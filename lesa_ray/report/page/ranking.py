@@ -126,7 +126,7 @@ def _row(view: ArmView, final: Spread | None, best: ArmView | None) -> tuple[str
         "–" if final is None else spread_words(final),
         _to_best(view, best) if final is not None else _why_none(view),
         f"{len(view.finals)} of {len(arm.runs)}",
-        "–" if before is None else spread_words(before),
+        "–" if before is None else spread_words(before) + (" (new layers not yet in)" if arm.inserted_tokens else ""),
         "–" if arm.layers is None else str(arm.layers),
         "–" if arm.parameters is None else big(arm.parameters),
         "–" if trained is None else percent(trained),
@@ -235,6 +235,8 @@ def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         if len(kept) < len(gaps):
             see += f"; the furthest from it is {called(furthest)}, {signed(gaps[furthest])}"
         see += "."
+    if shut := [view.name for view, _ in rows if view.arm.inserted_tokens]:
+        see += f" New layers of {some(shut)} come in during training, and are not yet in here."
     return Figure(
         "loss-after-expansion",
         "Held-out loss right after expansion, before any training",

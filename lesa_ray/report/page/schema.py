@@ -78,6 +78,8 @@ class Arm(_Read):
     layers: int | None = None
     parameters: int | None = None
     trained_parameters: int | None = None
+    inserted_tokens: int | None = None
+    """Tokens until all new layers are in, where they come in gradually: losses until then are the gated model's."""
     runs: list[Trial] = Field(default_factory=list)
 
 
@@ -103,6 +105,9 @@ class Comparison(_Read):
     settings: dict[str, Any] = Field(default_factory=dict)
     lesa_ray: str | None = None
     notes: list[str] = Field(default_factory=list)
+    """What was left out."""
+    remarks: list[str] = Field(default_factory=list)
+    """What one has to know to read the result."""
     arms: list[Arm]
     reached: list[Reached] = Field(default_factory=list)
 

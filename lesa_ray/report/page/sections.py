@@ -69,7 +69,8 @@ def labels(analyses: Sequence[tuple[str, Analysis]]) -> list[tuple[str, Analysis
 
 def _comparison(comparison: Comparison, number: int, missing: list[str]) -> Section:
     arms = views(comparison)
-    section = Section(f"comparison-{number}", f"Comparison: {comparison.name}", [_setting(comparison)])
+    texts = [_setting(comparison), *(f"{remark}." for remark in comparison.remarks)]
+    section = Section(f"comparison-{number}", f"Comparison: {comparison.name}", texts)
     caption = "All arms, the lowest final held-out loss (nats a token, mean ± standard deviation) first"
     section.tables = [(caption, ranking.ranking_table(arms))]
     nothing = "no run has the figures for it"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lesa_ray.report.page.figure import Entry, Figure, Panel, plot_line, short_ticks
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.sources import Training
-from lesa_ray.report.page.words import listed, signed
+from lesa_ray.report.page.words import big, listed, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,7 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
         if said
         else ("The held-out loss was not measured twice, so what training changed is not known.")
     )
+    see += "".join(f" {text}" for run in shown if (text := _insertion_words(run)))
     panels = []
     if any(heldout[run.label][0] for run in shown):
         panels.append(_panel("held-out rows", {r.label: heldout[r.label] for r in shown}, strokes, marks=True))
@@ -47,6 +48,18 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
         how_train(shown[0]),
         tuple(panels),
         tuple(Entry(run.label, strokes[run.label]) for run in shown),
+    )
+
+
+def _insertion_words(run: Training) -> str | None:
+    """Until when the losses are those of the gated model; None where new layers did not come in gradually."""
+    tokens = _tokens(run)
+    known = [(row["step"], row["inserted"]) for row in run.rows if isinstance(row.get("inserted"), int | float)]
+    whole = next((tokens.get(step, step) for step, share in known if share == 1), None)
+    if whole is None:
+        return f"New layers of {run.label} are not all in yet: its losses are the gated model's." if known else None
+    return (
+        f"New layers of {run.label} are all in after {big(whole)} tokens: until then its losses are the gated model's."
     )
 
 
