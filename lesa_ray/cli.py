@@ -33,8 +33,8 @@ Base = Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging F
 Method = Annotated[
     str | None,
     typer.Option(
-        help="lesa, llama-pro, solar, opt-deus, avg-deus, aligned-lesa, mean-aligned; random, copy (controls). "
-        "[default: lesa]"
+        help="lesa, llama-pro, solar, opt-deus, avg-deus, aligned-lesa, mean-aligned; random, copy (controls); "
+        "auto: what measured best. [default: lesa]"
     ),
 ]
 Factor = Annotated[float | None, typer.Option(help="Layers afterwards over layers before. [default: 1.5]")]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,9 +30,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lesa_ray import ExpandConfig, Expanded, MachineError, UserError, expand
+from lesa_ray import ExpandConfig, Expanded, UserError, expand
 from lesa_ray.report import terminal
 from lesa_ray.training.train_settings import TrainConfig
+from pipelines.jobs import exits
 
 if TYPE_CHECKING:
     from lesa_ray.training.finish import Trained
@@ -359,14 +359,8 @@ def main(
     # so, and more than 5 s otherwise. Read when torch is imported, hence here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console.print(f"lesa-ray demo, everything goes to {out}/")
-    try:
+    with exits("demo"):
         run(out, minutes, steps, rows)
-    except (UserError, MachineError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt:
-        print("demo: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

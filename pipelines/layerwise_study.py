@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +19,10 @@ import typer
 from rich.table import Table
 
 from lesa_ray.config import load_settings
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import UserError
 from lesa_ray.layerwise.study import Row, StudyConfig, Summary, check_tokens, models_of, reading, summarise, to_json
 from lesa_ray.training.train_settings import TrainConfig
+from pipelines.jobs import exits
 
 if TYPE_CHECKING:
     from lesa_ray.training.finish import Trained
@@ -141,15 +141,8 @@ def main(
     from lesa_ray.cli_options import print_json, results_apart
     from lesa_ray.report.terminal import console
 
-    try:
-        with results_apart():
-            content = run_study(load_settings(StudyConfig, config, out=out, data=data), train_with_ray)
-    except (UserError, MachineError) as error:
-        print(f"layerwise_study: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt:
-        print("layerwise_study: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with exits("layerwise_study"), results_apart():
+        content = run_study(load_settings(StudyConfig, config, out=out, data=data), train_with_ray)
     if as_json:
         print_json(content)
         return

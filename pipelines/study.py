@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,7 @@ from rich.table import Table
 from lesa_ray.comparison.study import StudyBase, StudyConfig, to_json
 from lesa_ray.config import load_settings, validated
 from lesa_ray.errors import MachineError, UserError
+from pipelines.jobs import exits
 
 if TYPE_CHECKING:
     from lesa_ray.comparison.settings import ComparisonConfig
@@ -191,15 +191,8 @@ def main(
     from lesa_ray.cli_options import print_json, results_apart
     from lesa_ray.report.terminal import console
 
-    try:
-        with results_apart():
-            results = run_study(load_settings(StudyConfig, config, out=out))
-    except (UserError, MachineError) as error:
-        print(f"study: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt:
-        print("study: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with exits("study"), results_apart():
+        results = run_study(load_settings(StudyConfig, config, out=out))
     if as_json:
         print_json(results)
         return

@@ -14,15 +14,15 @@ import inspect
 import json
 import os
 import shutil
-import sys
 import sysconfig
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from lesa_ray import MachineError, UserError
+from lesa_ray import UserError
 from pipelines.corpus import stdlib_files
+from pipelines.jobs import exits
 from pipelines.prose import parsed, prose_documents
 
 LONGEST_ANSWER = 700
@@ -81,11 +81,8 @@ def main(
     tokenizer: Annotated[str, typer.Option(help="Whose tokenizer gets a chat template.")] = "demo/base",
 ) -> None:
     """Make prose and instructions out of what is installed."""
-    try:
+    with exits("texts"):
         documents, questions = make_texts(out, tokenizer)
-    except (UserError, MachineError) as error:
-        print(f"texts: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     print(f"{out}: {documents:,} documents of prose, {questions:,} instructions")
 
 

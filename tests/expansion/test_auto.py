@@ -1,0 +1,79 @@
+"""`--method auto` takes the first choice that a base can have, and is then no different from naming it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lesa_ray import ExpandConfig, UserError, cli
+from lesa_ray.comparison.arms import arms_of
+from lesa_ray.comparison.settings import ComparisonConfig
+from lesa_ray.config import LesaSettings
+from lesa_ray.expansion import auto
+from lesa_ray.expansion.auto import CHOICES, Choice
+from lesa_ray.expansion.prepare import prepare
+
+Bases = Callable[[str], str]
+RIDGE = LesaSettings(predictor="ridge")
+TRIED = (
+    Choice("aligned-lesa", "it won", {"zero_init": True, "lesa": RIDGE}),
+    Choice("llama-pro", "it came second"),
+)
+
+
+def settings(base: str, **more: Any) -> ExpandConfig:
+    return ExpandConfig(base=base, out="out", **more)
+
+
+def test_what_is_shipped_is_a_choice_for_every_base(bases: Bases) -> None:
+    first = CHOICES[0]
+    found = prepare(settings(bases("llama"), method="auto"))
+    named = prepare(settings(bases("llama"), method=first.method, **first.settings))
+    assert (found.fingerprint, found.chosen) == (named.fingerprint, first.reason)
+    assert named.chosen is None
+    for family in ("gpt2", "mixtral", "gpt_neox", "phi3"):
+        assert prepare(settings(bases(family), method="auto")).chosen
+
+
+def test_the_first_that_the_base_can_have_is_taken(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "CHOICES", TRIED)
+    llama, gpt2 = (prepare(settings(bases(family), method="auto", factor=1.4)) for family in ("llama", "gpt2"))
+    assert (llama.job.method.name, llama.job.zero_init, llama.job.config.lesa) == ("aligned-lesa", True, RIDGE)
+    assert (gpt2.job.method.name, gpt2.chosen) == ("llama-pro", "it came second")
+    assert llama.job.plan.layers == 7
+    small = prepare(settings(bases("llama"), method="auto", output_scale=0.5))
+    assert (small.job.zero_init, small.job.output_scale) == (False, 0.5)  # what was given stays
+
+
+def test_settings_that_no_base_can_have_are_an_error(bases: Bases) -> None:
+    with pytest.raises(UserError, match="--position 90"):
+        prepare(settings(bases("llama"), method="auto", position="90"))
+    for more in ({"lesa": LesaSettings(rank=3)}, {"variants": ("v",)}, {"recipe": "released-code"}):
+        with pytest.raises(UserError, match="--method auto: decides LESA's settings itself"):
+            prepare(settings(bases("llama"), method="auto", **more))
+    config = ComparisonConfig.model_validate(
+        {"name": "c", "store": "s", "base": "b", "blocks": "d", "tokens": 1, "arms": [{"method": ["lesa", "auto"]}]}
+    )
+    with pytest.raises(UserError, match="auto is a choice between the other methods"):
+        arms_of(config, "file")
+
+
+def test_inspect_says_what_was_chosen_and_why(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(auto, "CHOICES", TRIED)
+    for words in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["lesa-ray", "inspect", bases("gpt2"), "--method", "auto", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code in (0, None)
+        shown = capsys.readouterr().out
+        if words:
+            plan = json.loads(shown)["plan"]
+            assert (plan["method"], plan["chosen"]) == ("llama-pro", "it came second")
+        else:
+            assert "chosen by auto: it came second" in shown
