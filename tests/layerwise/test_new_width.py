@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lesa_ray import ExpandConfig, Expanded, UserError
@@ -61,8 +62,11 @@ def test_narrower_and_wider_layers_of_every_kind_of_method(method: str, bases: B
             assert all(torch.equal(old[name], now[name]) for name in old | now)
 
 
-def test_a_narrower_copy_keeps_the_largest_neurons_and_heads(bases: Bases, grow: Grow) -> None:
-    base = bases("llama")
+def test_a_narrower_copy_keeps_the_largest_neurons_and_heads(grow: Grow, tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    state["model.layers.2.self_attn.q_proj.weight"][32:] *= 3  # the second group's heads are the two largest of all
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     result = grow(base, method="copy", position="2", new_width=0.5)
     old, new = layer_tensors(base, "llama", 2), layer_tensors(result.out, "llama", 3)
     squares = sum((old[f"mlp.{name}_proj.weight"].double() ** 2).sum(1) for name in ("gate", "up"))
@@ -71,16 +75,16 @@ def test_a_narrower_copy_keeps_the_largest_neurons_and_heads(bases: Bases, grow:
     assert torch.equal(new["mlp.up_proj.weight"], old["mlp.up_proj.weight"][kept])
     assert torch.equal(new["mlp.down_proj.weight"], old["mlp.down_proj.weight"][:, kept])
     query, output = old["self_attn.q_proj.weight"].double(), old["self_attn.o_proj.weight"].double()
-    heads = (query**2).sum(1) + (output**2).sum(0)
-    of_group = heads.reshape(2, 2, 16).sum(2).argmax(1).tolist()
+    heads = ((query**2).sum(1) + (output**2).sum(0)).reshape(2, 2, 16).sum(2)
+    assert heads[1].min() > heads[0].max()
+    of_group = heads.argmax(1).tolist()
     rows = torch.cat([torch.arange(16) + 16 * (2 * group + head) for group, head in enumerate(of_group)])
     assert torch.equal(new["self_attn.q_proj.weight"], old["self_attn.q_proj.weight"][rows])
     assert torch.equal(new["self_attn.o_proj.weight"], old["self_attn.o_proj.weight"][:, rows])
     assert torch.equal(new["self_attn.k_proj.weight"], old["self_attn.k_proj.weight"])
     record = result.manifest["widths"]["new"]["3"]["heads"]
-    assert record["kept"] == ",".join(str(2 * group + head) for group, head in enumerate(of_group)).replace(
-        "1,2", "1-2"
-    )
+    first, second = of_group[0], 2 + of_group[1]
+    assert record["kept"] == (f"{first}-{second}" if second == first + 1 else f"{first},{second}")
 
 
 def test_a_wider_copy_computes_what_the_copy_computes(bases: Bases, grow: Grow) -> None:
@@ -209,3 +213,17 @@ def test_the_plan_says_that_the_class_changes(bases: Bases, tmp_path: Path) -> N
     change = terminal.class_change(laid_out)
     assert change is not None
     assert change.startswith("llama → layerwise_llama")
+
+
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_a_slot_is_cut_when_all_its_tensors_are_there(zero_init: bool, bases: Bases, tmp_path: Path) -> None:
+    config = ExpandConfig(
+        base=bases("llama"), out=str(tmp_path / "out"), layers=6, new_width=(0.5,), zero_init=zero_init
+    )
+    *fits, width = prepare(config).units
+    private = {"self_attn.q_proj.weight", "self_attn.o_proj.weight"} | {
+        f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")
+    }
+    zeroed = {"self_attn.o_proj.weight", "mlp.down_proj.weight"} if zero_init else set()
+    assert set(width.after) == private - zeroed == {name for _, name in width.makes}
+    assert {unit.name for unit in fits} >= set(width.after)

@@ -184,3 +184,15 @@ def test_inspect_shows_the_new_layers_widths(base: str, monkeypatch: pytest.Monk
         int(np.prod(tensor.shape)) for shard in laid_out.shards for tensor in shard.tensors
     )
     assert Storage(str(tmp_path / "out")).is_empty()
+
+
+def test_variants_must_differ_from_layer_to_layer_as_the_base_does(base: str, grow: Grow, tmp_path: Path) -> None:
+    settings = {"method": "lesa", "layers": 4, "lesa": SHORT}
+    same = write_checkpoint(tmp_path / "same", uneven(), random_model(uneven(), seed=1))
+    plain, result = (grow(base, **settings, variants=variants) for variants in ((), (same,)))
+    fit = result.manifest["fit"]["mlp.down_proj.weight"]
+    assert (fit["checkpoints"], fit["d2"]) == (2, max(WIDTHS))
+    assert not torch.equal(layer_of(plain.out, 2)["mlp.up_proj.weight"], layer_of(result.out, 2)["mlp.up_proj.weight"])
+    other = write_checkpoint(tmp_path / "other", with_layer_widths(uneven(), (64, 128, 192), HEADS))
+    with pytest.raises(UserError, match=r"^--variants .*: model.layers.1.mlp.down_proj.weight is \[64, 128\], in BASE"):
+        grow(base, **settings, variants=(other,))
