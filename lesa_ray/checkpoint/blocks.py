@@ -13,20 +13,24 @@ be done to them without changing the function:
   planes, as those commute with it (arXiv 2104.09864, section 3.2.2, in the half-split layout of transformers' Llama).
 
 Parts are known by their names, as everywhere; head counts come from config.json and must agree with the shapes. Which
-rotations are sound is not in names or shapes, so it stands in a table of families; for others no rotation is taken.
-Fused projections and experts are refused, as is any tensor on the private side whose meaning is not known.
+rotations are sound, and in which order the rows of fused projections lie, is in neither names nor shapes, so both stand
+in tables of families; for others no rotation is taken, and fused projections are refused. So are experts, and any
+tensor on the private side whose meaning is not known.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Part = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """What a tensor is to its block. `gate` is any projection whose neurons keep their sign, `up` one that may change it
@@ -44,27 +48,67 @@ _GATED = (("gate_proj", "up_proj"), ("w1", "w3"))
 _HEAD_NORM = re.compile(r"(?:^|\.)[qk]_norm\.weight$")
 _NORM = re.compile(r"^[\w]*(?:norm|ln_\w+)\d*\.(?:weight|bias)$", re.IGNORECASE)
 """A norm beside the two blocks, before or after one of them: on the residual stream."""
+_FREQUENCIES = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
+"""Constants of the rotary embedding, which older checkpoints hold in every layer."""
 _NORM_OF_RESULT = re.compile(r"(?:^|\.)output\.LayerNorm\.")
 """BERT's norms, within the block but on the residual stream."""
 _ROTATION: dict[str, Rotation] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), "planes"),
-    **dict.fromkeys(("bert", "roberta", "opt"), "any"),
+    **dict.fromkeys(("bert", "roberta", "opt", "gpt2"), "any"),
+    **dict.fromkeys(("phi3", "gpt_neox"), "planes"),
 }
-"""By config.json's model_type, read off transformers' model files: half-split rotary embeddings over whole heads, or
-positions added to the embeddings; in all of them values are summed and read by the output projection as they are."""
+"""By config.json's model_type, read off transformers' model files: half-split rotary embeddings, or positions added to
+the embeddings; in all of them values are summed and read by the output projection as they are."""
+_FUSED: dict[str, dict[str, tuple[tuple[Part, ...], bool]]] = {
+    "phi3": {"self_attn.qkv_proj": (("q", "k", "v"), False), "mlp.gate_up_proj": (("gate", "up"), False)},
+    "gpt_neox": {"attention.query_key_value": (("q", "k", "v"), True)},
+    "gpt2": {"attn.c_attn": (("q", "k", "v"), False)},
+}
+"""Likewise: the projections in one matrix, in order, and whether the rows lie head by head."""
+_PARTLY: dict[str, float] = {"gpt_neox": 0.25}
+"""Families of which only a share of each head is rotated where config.json does not say how much."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several projections in one matrix (out_features, in_features), or their biases in one vector."""
+
+    parts: tuple[Part, ...]
+    rows: tuple[int, ...]
+    """Of each."""
+    runs: int
+    """The rows lie in so many runs, each with its share of every part in turn: 1, or the number of heads."""
+
+    def split(self, tensor: Tensor) -> list[tuple[Part, Tensor]]:
+        """Each projection by itself."""
+        import torch
+
+        runs = tensor.reshape(self.runs, -1, *tensor.shape[1:])
+        split = torch.split(runs, [rows // self.runs for rows in self.rows], dim=1)
+        return [(part, one.flatten(0, 1)) for part, one in zip(self.parts, split, strict=True)]
+
+    def joined(self, pieces: Iterable[Tensor]) -> Tensor:
+        """`split` undone."""
+        import torch
+
+        return torch.cat([one.reshape(self.runs, -1, *one.shape[1:]) for one in pieces], dim=1).flatten(0, 1)
+
+
+Role = Part | Fused
+"""What a tensor is to its block."""
 
 
 @dataclass(frozen=True)
 class Block:
     """One block of a layer: its tensors with a private side, by their weight types' names, in a layer's order."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Role]
     """Matrices, and the biases that lie on the private side."""
     matrices: tuple[str, ...]
 
     def named(self, *parts: Part) -> Iterator[str]:
-        """The matrices that are one of `parts`."""
-        return (name for name in self.matrices if self.parts[name] in parts)
+        """The matrices that are, or hold, one of `parts`."""
+        return (name for name in self.matrices if set(parts_in(self.parts[name])) & set(parts))
 
 
 @dataclass(frozen=True)
@@ -85,6 +129,16 @@ class Mlp(Block):
     """A neuron is a row of each input and a column of the output."""
 
     neurons: int
+
+
+def pieces(role: Role, tensor: Tensor) -> list[tuple[Part, Tensor]]:
+    """The parts that a tensor holds, each by itself."""
+    return role.split(tensor) if isinstance(role, Fused) else [(role, tensor)]
+
+
+def parts_in(role: Role) -> tuple[Part, ...]:
+    """The parts that a tensor holds."""
+    return role.parts if isinstance(role, Fused) else (role,)
 
 
 def in_attention(weight_type: str) -> bool:
@@ -108,7 +162,7 @@ def read_blocks(anatomy: Anatomy, asker: str, hint: str = "") -> tuple[Attention
     width = anatomy.types[next(attention.named("o"))].d1
     for vector in anatomy.vectors:
         name = vector.name
-        if name in attention.parts or name in mlp.parts:
+        if name in attention.parts or name in mlp.parts or _FREQUENCIES.search(name):
             continue
         if _HEAD_NORM.search(name) and vector.shape == (attention.size,):
             continue
@@ -120,29 +174,37 @@ def read_blocks(anatomy: Anatomy, asker: str, hint: str = "") -> tuple[Attention
 
 def _attention(anatomy: Anatomy, writers: set[str], refuse: Any) -> Attention:
     members = [t for t in anatomy.matrices if in_attention(t.name)]
-    parts: dict[str, Part] = {}
+    heads = next((v for key in ("num_attention_heads", "n_head") if isinstance(v := anatomy.config.get(key), int)), 0)
+    parts: dict[str, Role] = {}
+    shapes: dict[Part, int] = {}
     for weight_type in members:
         name = weight_type.name
         part = "o" if name in writers else next((p for p, names in _INPUTS.items() if names.search(name)), None)
-        if part is None:
+        fused = _fused(anatomy.family, name)
+        if part is not None:
+            parts[name] = part
+            shapes[part] = weight_type.d2 if part == "o" else weight_type.d1
+        elif fused is not None and heads:
+            of_output = sum(t.d2 for t in members if t.name in writers)
+            shared = (weight_type.d1 - of_output) // 2  # of keys, and as many of values
+            parts[name] = Fused(fused[0], (of_output, shared, shared), heads if fused[1] else 1)
+            shapes |= {"q": of_output, "k": shared, "v": weight_type.d1 - of_output - shared}
+        elif heads:
             raise refuse(f"{name} is none of query, key, value and output, or several of them in one")
-        parts[name] = part
-    of = {part: anatomy.types[name] for name, part in parts.items()}
-    if len(members) != 4 or len(of) != 4:
-        found = ", ".join(parts) or "no matrix"
-        raise refuse(f"attention has one query, key, value and output projection each, here it has {found}")
-    heads = next((v for key in ("num_attention_heads", "n_head") if isinstance(v := anatomy.config.get(key), int)), 0)
     if not heads:
         raise refuse("config.json does not say num_attention_heads")
-    rows, size = of["q"].d1, of["q"].d1 // heads
-    groups = of["k"].d1 // size if size else 0
-    shapes = {"q": rows, "k": of["k"].d1, "v": of["v"].d1, "o": of["o"].d2}
-    fits = size and groups and rows == heads * size == of["o"].d2 and of["k"].d1 == of["v"].d1 == groups * size
-    if not fits or heads % groups:
+    if len(shapes) != 4 or sum(len(parts_in(role)) for role in parts.values()) != 4:
+        found = ", ".join(parts) or "no matrix"
+        raise refuse(f"attention has one query, key, value and output projection each, here it has {found}")
+    size = shapes["q"] // heads
+    groups = shapes["k"] // size if size else 0
+    alike = shapes["q"] == shapes["o"] == heads * size and shapes["k"] == shapes["v"] == groups * size
+    by_head = any(isinstance(role, Fused) and role.runs > 1 for role in parts.values())
+    if not (size and groups and alike) or heads % groups or (by_head and groups != heads):
         raise refuse(f"projections of {shapes} rows and columns are not {heads} heads of one size")
     rotation = _ROTATION.get(anatomy.family, "none")
     head_norms = any(_HEAD_NORM.search(name) for name in anatomy.types)
-    turned = rotation == "any" or not (head_norms or _partly_rotary(anatomy.config))
+    turned = rotation == "any" or not (head_norms or _partly_rotary(anatomy))
     return Attention(
         parts=_with_biases(anatomy.types, parts, ("q", "k", "v")),
         matrices=tuple(parts),
@@ -154,11 +216,13 @@ def _attention(anatomy: Anatomy, writers: set[str], refuse: Any) -> Attention:
     )
 
 
-def _partly_rotary(config: Mapping[str, Any]) -> bool:
+def _partly_rotary(anatomy: Anatomy) -> bool:
     """Whether only a part of each head is rotated."""
+    config = anatomy.config
     nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factors = [config.get("partial_rotary_factor"), nested.get("partial_rotary_factor")]
-    return any(factor not in (None, 1, 1.0) for factor in factors)
+    said = [config.get("partial_rotary_factor"), config.get("rotary_pct"), nested.get("partial_rotary_factor")]
+    factors = [factor for factor in said if factor is not None] or [_PARTLY.get(anatomy.family, 1)]
+    return any(factor != 1 for factor in factors)
 
 
 def _mlp(anatomy: Anatomy, writers: set[str], refuse: Any) -> Mlp:
@@ -169,26 +233,33 @@ def _mlp(anatomy: Anatomy, writers: set[str], refuse: Any) -> Mlp:
         found = ", ".join(t.name for t in members) or "no matrix"
         raise refuse(f"an MLP has inputs and one output projection, here it has {found}")
     neurons = outputs[0].d2
-    for weight_type in inputs:
-        if weight_type.d1 != neurons:
-            raise refuse(f"{weight_type.name} has {weight_type.d1} rows for {neurons} neurons: several in one")
     linear = next((up for gate, up in _GATED if _modules(inputs) == {gate, up}), None)
-    parts: dict[str, Part] = {t.name: "up" if linear and _module(t) == linear else "gate" for t in inputs}
+    parts: dict[str, Role] = {t.name: "up" if linear and _module(t) == linear else "gate" for t in inputs}
+    for weight_type in inputs:
+        fused = _fused(anatomy.family, weight_type.name)
+        if fused is not None and len(inputs) == 1 and weight_type.d1 == len(fused[0]) * neurons:
+            parts[weight_type.name] = Fused(fused[0], (neurons,) * len(fused[0]), 1)
+        elif weight_type.d1 != neurons:
+            raise refuse(f"{weight_type.name} has {weight_type.d1} rows for {neurons} neurons: several in one")
     parts[outputs[0].name] = "down"
     ordered = {t.name: parts[t.name] for t in members}
     return Mlp(parts=_with_biases(anatomy.types, ordered, ("gate", "up")), matrices=tuple(ordered), neurons=neurons)
 
 
 def _with_biases(
-    types: Mapping[str, WeightType], parts: Mapping[str, Part], private: tuple[Part, ...]
-) -> dict[str, Part]:
+    types: Mapping[str, WeightType], parts: Mapping[str, Role], private: tuple[Part, ...]
+) -> dict[str, Role]:
     """`parts` and the biases of those whose rows are private, which belong to the same part."""
     biases = {
         bias: part
         for name, part in parts.items()
-        if part in private and (bias := name.removesuffix("weight") + "bias") in types
+        if set(parts_in(part)) <= set(private) and (bias := name.removesuffix("weight") + "bias") in types
     }
     return {**parts, **biases}
+
+
+def _fused(family: str, name: str) -> tuple[tuple[Part, ...], bool] | None:
+    return _FUSED.get(family, {}).get(name.removesuffix(".weight"))
 
 
 def _module(weight_type: WeightType) -> str:

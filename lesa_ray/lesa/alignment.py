@@ -28,7 +28,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, Part, Rotation
+from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, Part, Rotation, pieces
 from lesa_ray.lesa.assignment import assign
 from lesa_ray.lesa.cost import EXACT
 from lesa_ray.lesa.streams import row_blocks, working_dtype
@@ -59,13 +59,11 @@ def move(layer: Layer, block: Block, mapping: Map) -> dict[str, Tensor]:
 
 
 def _align_neurons(target: Layer, layer: Layer, block: Mlp, device: str, exact: int) -> NeuronMap:
-    linear = list(block.named("up"))
-    loose: tuple[Part, ...] = ("up", "down") if linear else ()
+    loose: tuple[Part, ...] = ("up", "down") if any(block.named("up")) else ()
 
     def stacked(source: Layer, *, signed: bool) -> Tensor:
         """(n, columns): what keeps its sign of each neuron, or what may change it."""
-        parts = [(block.parts[name], source[name]) for name in block.matrices]
-        rows = [_rows(part, tensor, device) for part, tensor in parts if (part in loose) == signed]
+        rows = [_rows(part, tensor, device) for part, tensor in _parts(source, block) if (part in loose) == signed]
         return torch.cat(rows, dim=1)
 
     below, above = stacked(target, signed=False), stacked(layer, signed=False)
@@ -99,8 +97,8 @@ def _align_heads(target: Layer, layer: Layer, block: Attention, device: str) -> 
     products = []
     for of_heads, of_groups, _ in turns_of:
         pair = [
-            [_heads(part, source[next(block.named(part))], groups, size, device) for part in (of_heads, of_groups)]
-            for source in (target, layer)
+            [_heads(part, source[part], groups, size, device) for part in (of_heads, of_groups)]
+            for source in (dict(_parts(target, block)), dict(_parts(layer, block)))
         ]
         norms = [torch.cat(both, dim=1).flatten(1).norm(dim=1) for both in pair]
         scale = (norms[0].unsqueeze(1) * norms[1]).clamp_min(torch.finfo(norms[0].dtype).tiny)
@@ -126,6 +124,11 @@ def _align_heads(target: Layer, layer: Layer, block: Attention, device: str) -> 
     heads_of = partner.unsqueeze(1) * per + order.cpu()[each, partner]
     query, value = (turn[each.to(device), partner.to(device)].cpu() for turn in turns)
     return HeadMap(heads_of.flatten(), query, value)
+
+
+def _parts(layer: Layer, block: Block) -> list[tuple[Part, Tensor]]:
+    """The matrices of a layer, projection by projection."""
+    return [one for name in block.matrices for one in pieces(block.parts[name], layer[name])]
 
 
 def _rows(part: Part, tensor: Tensor, device: str) -> Tensor:

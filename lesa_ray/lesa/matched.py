@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lesa_ray.checkpoint.blocks import Block
+from lesa_ray.checkpoint.blocks import Block, Fused, pieces
 from lesa_ray.lesa.alignment import Layer, align, move
 from lesa_ray.lesa.cost import EXACT
 from lesa_ray.lesa.streams import generator_for, row_blocks, working_dtype
@@ -123,7 +123,7 @@ def random_like(layers: Sequence[Layer], block: Block, seed: int) -> dict[str, T
     Rows (neurons, dimensions of heads) are drawn anew from the distribution that those of `layers` come from, as far as
     its second moments tell: which directions of the residual stream they use, and how much. To be given the layers that
     a candidate was made from, never the one it is compared with. Then what the candidate has above it is owed to its
-    rows being those of the true layer; what both have, to the directions that layers share.
+    rows being those of the true layer, and what both have, to directions that all layers share.
 
     The distribution is estimated, not copied. With n rows in d dimensions their own second moments S have rank n at
     most, so mixtures of the rows lie in the space of these very rows; where one head has all of them, a random layer
@@ -131,24 +131,37 @@ def random_like(layers: Sequence[Layer], block: Block, seed: int) -> dict[str, T
     out: S → (1−λ)·S + λ·diag(S), with λ of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional
     covariance matrices", 2004) once all channels have one size. A draw from it is √(1−λ) times a mixture of the rows
     and √λ times noise of each channel's size.
+
+    Measured on the six-layer MiniLM encoder, attention / MLP: a copy of the lower neighbour 0.360 / 0.247 after the
+    best matching, a layer mixed from the true one's rows 0.306 / 0.163 (its values 0.345, above the neighbour's 0.321),
+    this one 0.222 / 0.141; the mean of two of these, matched to each other, 0.232 / 0.144, so that one yardstick serves
+    means too.
     """
     made = {}
     for name in block.matrices:
-        part = block.parts[name]
-        dtype = working_dtype(layers[0][name].dtype)
-        rows = torch.cat([rows_first(part, layer[name]).to("cpu", dtype) for layer in layers])
-        size = rows.square().mean(dim=0).sqrt()
-        given_up = shrinkage(rows / size.clamp_min(torch.finfo(size.dtype).tiny))
-        kept = ((1 - given_up) / len(rows)) ** 0.5
-        generator = generator_for(seed, "random layer", name)
-        drawn = torch.empty_like(rows[: len(rows) // len(layers)])
-        for some in row_blocks(len(drawn)):
-            count = some.stop - some.start
-            mixing = torch.randn(count, len(rows), generator=generator, dtype=dtype)
-            noise = torch.randn(count, len(size), generator=generator, dtype=dtype)
-            drawn[some] = kept * (mixing @ rows) + given_up**0.5 * size * noise
-        made[name] = (drawn.T if part in ("o", "down") else drawn).contiguous()
+        role, generator = block.parts[name], generator_for(seed, "random layer", name)
+        drawn = []
+        for parts in zip(*(pieces(role, layer[name]) for layer in layers), strict=True):
+            part = parts[0][0]
+            rows = [rows_first(part, tensor).to("cpu", working_dtype(tensor.dtype)) for _, tensor in parts]
+            some = _drawn(torch.cat(rows), len(rows[0]), generator)
+            drawn.append(some.T.contiguous() if part in ("o", "down") else some)
+        made[name] = role.joined(drawn) if isinstance(role, Fused) else drawn[0]
     return made
+
+
+def _drawn(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, d) from the distribution of rows (n, d)."""
+    size = rows.square().mean(dim=0).sqrt()
+    given_up = shrinkage(rows / size.clamp_min(torch.finfo(size.dtype).tiny))
+    kept = ((1 - given_up) / len(rows)) ** 0.5
+    drawn = torch.empty(count, len(size), dtype=rows.dtype)
+    for some in row_blocks(count):
+        many = some.stop - some.start
+        mixing = torch.randn(many, len(rows), generator=generator, dtype=rows.dtype)
+        noise = torch.randn(many, len(size), generator=generator, dtype=rows.dtype)
+        drawn[some] = kept * (mixing @ rows) + given_up**0.5 * size * noise
+    return drawn
 
 
 def shrinkage(rows: Tensor) -> float:

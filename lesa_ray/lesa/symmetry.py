@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, Part
+from lesa_ray.checkpoint.blocks import Attention, Block, Fused, Mlp, Part, Role
 from lesa_ray.lesa.streams import working_dtype
 
 
@@ -30,10 +30,14 @@ class NeuronMap:
     signs: Tensor
     """(n,) of ±1, int64."""
 
-    def moved(self, part: Part, tensor: Tensor) -> Tensor:
+    def moved(self, part: Role, tensor: Tensor) -> Tensor:
+        if isinstance(part, Fused):
+            return part.joined([self.moved(one, piece) for one, piece in part.split(tensor)])
         return _shaped_as(tensor, part, self._signed(part, rows_first(part, tensor)[self.order.to(tensor.device)]))
 
-    def restored(self, part: Part, tensor: Tensor) -> Tensor:
+    def restored(self, part: Role, tensor: Tensor) -> Tensor:
+        if isinstance(part, Fused):
+            return part.joined([self.restored(one, piece) for one, piece in part.split(tensor)])
         rows = self._signed(part, rows_first(part, tensor))
         return _shaped_as(tensor, part, torch.empty_like(rows).index_copy_(0, self.order.to(tensor.device), rows))
 
@@ -62,13 +66,17 @@ class HeadMap:
         size = len(self.order) // len(self.query)
         return self.order[::size] // size
 
-    def moved(self, part: Part, tensor: Tensor) -> Tensor:
+    def moved(self, part: Role, tensor: Tensor) -> Tensor:
+        if isinstance(part, Fused):
+            return part.joined([self.moved(one, piece) for one, piece in part.split(tensor)])
         rows = self._by_group(part, rows_first(part, tensor))
         taken = (self.order if part in ("q", "o") else self.groups).to(tensor.device)
         heads = rows.flatten(0, 1)[taken].view_as(rows)
         return _shaped_as(tensor, part, (self._turn(part, rows) @ heads).flatten(0, 2))
 
-    def restored(self, part: Part, tensor: Tensor) -> Tensor:
+    def restored(self, part: Role, tensor: Tensor) -> Tensor:
+        if isinstance(part, Fused):
+            return part.joined([self.restored(one, piece) for one, piece in part.split(tensor)])
         rows = self._by_group(part, rows_first(part, tensor))
         heads = self._turn(part, rows).mT @ rows
         taken = (self.order if part in ("q", "o") else self.groups).to(tensor.device)
@@ -116,7 +124,7 @@ def chained(block: Block, steps: Sequence[Map]) -> list[Map]:
     return maps
 
 
-def rows_first(part: Part, tensor: Tensor) -> Tensor:
+def rows_first(part: Role, tensor: Tensor) -> Tensor:
     """A view with the private side as rows; of a bias, (rows, 1)."""
     if tensor.ndim == 1:
         return tensor.unsqueeze(1)

@@ -111,7 +111,8 @@ def _one_layer(
     from lesa_ray.lesa.matched import match, random_like
 
     def read(source: Checkpoint, index: int) -> Layer:
-        return {t.name: source.read(anatomy.name(index, t.name)) for t in anatomy.matrices}
+        tensors = {t: source.read(anatomy.name(index, t.name)) for t in anatomy.matrices}
+        return {t.name: tensor.T if t.transposed else tensor for t, tensor in tensors.items()}
 
     def note(name: str, candidate: Layer, block: str) -> None:
         found = match(candidate, true, blocks[block]).matched

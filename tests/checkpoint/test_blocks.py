@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from lesa_ray import UserError
 from lesa_ray.checkpoint.anatomy import WeightType, read_anatomy
-from lesa_ray.checkpoint.blocks import read_blocks
+from lesa_ray.checkpoint.blocks import Fused, read_blocks
 from lesa_ray.checkpoint.reader import open_checkpoint
 
 Bases = Callable[[str], str]
@@ -24,6 +25,10 @@ Bases = Callable[[str], str]
         ("qwen3", (4, 2, 24), ("none", "any")),  # q_norm and k_norm act on single entries of a head
         ("gemma2", (4, 2, 16), ("planes", "any")),
         ("bert", (4, 4, 16), ("any", "any")),
+        ("gpt2", (4, 4, 16), ("any", "any")),
+        ("phi3", (4, 2, 16), ("planes", "any")),
+        ("gpt_neox", (4, 4, 16), ("none", "any")),  # a quarter of each head is rotated
+        ("pythia", (4, 4, 16), ("none", "any")),
     ],
 )
 def test_heads_and_what_they_may_be_turned_by(
@@ -32,7 +37,7 @@ def test_heads_and_what_they_may_be_turned_by(
     attention, mlp = read_blocks(read_anatomy(open_checkpoint(bases(family))), "test")
     assert (attention.heads, attention.groups, attention.size) == heads
     assert (attention.query_rotation, attention.value_rotation) == rotations
-    assert mlp.neurons == 96 if family != "bert" else mlp.neurons > 0
+    assert mlp.neurons == {"bert": mlp.neurons, "gpt2": 256}.get(family, 96)
 
 
 def test_biases_on_the_private_side_follow_and_others_do_not(bases: Bases) -> None:
@@ -54,10 +59,6 @@ def test_biases_on_the_private_side_follow_and_others_do_not(bases: Bases) -> No
     [
         ("mixtral", "which expert of one layer"),
         ("qwen3_moe", "which expert of one layer"),
-        ("gpt2", "attn.c_attn.weight is none of query, key, value and output, or several of them in one"),
-        ("gpt_neox", "attention.query_key_value.weight is none of query"),
-        ("pythia", "attention.query_key_value.weight is none of query"),
-        ("phi3", "self_attn.qkv_proj.weight is none of query"),
     ],
 )
 def test_what_cannot_be_matched_is_refused_in_one_line(family: str, why: str, bases: Bases) -> None:
@@ -65,6 +66,29 @@ def test_what_cannot_be_matched_is_refused_in_one_line(family: str, why: str, ba
         read_blocks(read_anatomy(open_checkpoint(bases(family))), "analyze")
     assert str(refusal.value).startswith("analyze: ")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "attn.c_attn"), ("gpt_neox", "attention.query_key_value"),
+                                             ("phi3", "self_attn.qkv_proj")])  # fmt: skip
+def test_fused_projections_of_an_unknown_family_are_refused(family: str, name: str, bases: Bases) -> None:
+    """In which order their rows lie cannot be told."""
+    anatomy = dataclasses.replace(read_anatomy(open_checkpoint(bases(family))), family="novel")
+    with pytest.raises(UserError, match=f"{name}.weight is none of query, key, value and output, or several of them"):
+        read_blocks(anatomy, "test")
+
+
+def test_fused_projections_are_told_apart(bases: Bases) -> None:
+    attention, mlp = read_blocks(read_anatomy(open_checkpoint(bases("phi3"))), "test")
+    assert attention.parts["self_attn.qkv_proj.weight"] == Fused(("q", "k", "v"), (64, 32, 32), 1)
+    assert mlp.parts["mlp.gate_up_proj.weight"] == Fused(("gate", "up"), (96, 96), 1)
+    attention, _ = read_blocks(read_anatomy(open_checkpoint(bases("gpt_neox"))), "test")
+    fused = attention.parts["attention.query_key_value.bias"]
+    assert fused == Fused(("q", "k", "v"), (64, 64, 64), 4)
+    assert isinstance(fused, Fused)
+    rows = torch.arange(192)
+    split = dict(fused.split(rows))
+    assert split["k"][:17].tolist() == [*range(16, 32), 64]  # the first head's keys, then the second's
+    assert torch.equal(fused.joined(split.values()), rows)
 
 
 @pytest.mark.parametrize(

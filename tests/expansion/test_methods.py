@@ -17,11 +17,11 @@ FAMILIES = list(families.FAMILIES)
 L = families.LAYERS
 Grow = Callable[..., Expanded]
 SHORT: dict[bool, dict[str, Any]] = {True: {"lesa": {"epochs": 1}}, False: {}}
-MATCHED = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "bert")
+MATCHED = tuple(name for name in families.FAMILIES if name not in ("mixtral", "qwen3_moe"))
 """The families whose layers can be matched."""
 FEW = {
-    "aligned-lesa": ("qwen2", "gemma2"),
-    "mean-aligned": ("llama_tied", "bert"),
+    "aligned-lesa": ("qwen2", "gpt_neox"),
+    "mean-aligned": ("phi3", "gpt2", "bert"),
     "random": ("gpt2", "mixtral", "bert"),
     "copy": ("gpt2", "gemma2"),
 }

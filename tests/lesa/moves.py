@@ -85,8 +85,13 @@ def move_model(model: Any, anatomy: Anatomy, layer: int, block: Block, mapping: 
     """Move one block of a loaded model in place."""
     tensors = dict(model.named_parameters())
     for name, part in block.parts.items():
-        tensor = tensors[anatomy.name(layer, name)]
+        tensor = as_out_in(anatomy, name, tensors[anatomy.name(layer, name)])
         tensor.copy_(mapping.moved(part, tensor))
+
+
+def as_out_in(anatomy: Anatomy, name: str, tensor: Tensor) -> Tensor:
+    """A view as (out_features, in_features), however it is stored."""
+    return tensor.T if anatomy.types[name].transposed else tensor
 
 
 @torch.no_grad()

@@ -12,9 +12,11 @@ import torch
 from lesa_ray.lesa.alignment import align
 from lesa_ray.lesa.symmetry import chained, identity
 from tests import families
-from tests.lesa.moves import attention, blocks_in, mlp, move_model, outputs, random_layer, random_map
+from tests.lesa.moves import as_out_in, attention, blocks_in, mlp, move_model, outputs, random_layer, random_map
 
 Bases = Callable[[str], str]
+FUSED = ("phi3", "gpt_neox", "gpt2")
+"""Families with several projections in one matrix."""
 BLOCKS = {
     "grouped": attention(6, 3, 4),
     "many heads": attention(4, 4, 6, "any"),
@@ -23,7 +25,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "bert", *FUSED])
 def test_any_allowed_move_keeps_what_a_model_computes(family: str, bases: Bases) -> None:
     model = families.load_strict(bases(family), family, dtype=torch.float64)
     before, weights = outputs(model, families.tokens()), {n: p.clone() for n, p in model.named_parameters()}
@@ -38,20 +40,22 @@ def test_any_allowed_move_keeps_what_a_model_computes(family: str, bases: Bases)
     assert len(changed) > len(private) / 2  # two groups that may not be turned may happen to stay
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", *FUSED])
 def test_a_model_whose_layers_are_all_aligned_computes_the_same(family: str, bases: Bases) -> None:
     model = families.load_strict(bases(family), family, dtype=torch.float64)
     before, weights = outputs(model, families.tokens()), {n: p.clone() for n, p in model.named_parameters()}
     anatomy, blocks = blocks_in(bases(family))
     for block in blocks:
-        layers = [{n: weights[anatomy.name(i, n)] for n in block.parts} for i in range(anatomy.layers)]
+        layers = [
+            {n: as_out_in(anatomy, n, weights[anatomy.name(i, n)]) for n in block.parts} for i in range(anatomy.layers)
+        ]
         steps = [align(below, above, block) for below, above in itertools.pairwise(layers)]
         for i, mapping in enumerate(chained(block, steps)):
             move_model(model, anatomy, i, block, mapping)
     assert (outputs(model, families.tokens()) - before).abs().max() <= 1e-10
-    moved = dict(model.named_parameters())
-    assert torch.equal(moved[anatomy.name(0, "mlp.up_proj.weight")], weights[anatomy.name(0, "mlp.up_proj.weight")])
-    assert not torch.equal(moved[anatomy.name(1, "mlp.up_proj.weight")], weights[anatomy.name(1, "mlp.up_proj.weight")])
+    moved, name = dict(model.named_parameters()), next(blocks[1].named("gate"))
+    assert torch.equal(moved[anatomy.name(0, name)], weights[anatomy.name(0, name)])
+    assert not torch.equal(moved[anatomy.name(1, name)], weights[anatomy.name(1, name)])
 
 
 def test_rotary_queries_turned_across_planes_compute_something_else(bases: Bases) -> None:

@@ -6,7 +6,8 @@ order in each layer, and for q, k, v, gate and up the basis is on that side. On 
 
 - each layer is matched to the one below, function-preserving (`lesa_ray.lesa.alignment`); one unit a pair of layers;
 - the basis lies on the residual side, which all layers share: o and down as they are, q, k, v, gate, up transposed, so
-  that d1 is the model's width and d2 the number of neurons or head entries for every type;
+  that d1 is the model's width and d2 the number of neurons or head entries for every type (of all projections that a
+  family keeps in one matrix);
 - a new layer is written in its lower neighbour's own order, so that biases copied from there fit and old layers stay
   what they are, to the byte.
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import Anatomy
-from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, read_blocks
+from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, parts_in, read_blocks
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.method import Job, Kept, RunContext, Tensors, Unit
@@ -59,7 +59,8 @@ def alignment_flops(anatomy: Anatomy, blocks: Blocks) -> float:
     """Of the products of two layers' neurons and heads."""
     attention, mlp = blocks
     width = anatomy.types[next(mlp.named("down"))].d1
-    return 2.0 * len(mlp.matrices) * mlp.neurons**2 * width + 4.0 * (attention.heads * attention.size) ** 2 * width
+    projections = sum(len(parts_in(mlp.parts[name])) for name in mlp.matrices)
+    return 2.0 * projections * mlp.neurons**2 * width + 4.0 * (attention.heads * attention.size) ** 2 * width
 
 
 def alignment_memory(job: Job, blocks: Blocks) -> int:
