@@ -8,7 +8,7 @@ The models have the same parameters within 1 % and the same multiple of their FF
 side. A step is forward, backward and AdamW on random tokens, in float32 (on a GPU in bfloat16, weights in float32).
 Each round gives every model some steps, in an order that turns from round to round, so that what else the machine does
 falls on all; shown are medians over rounds, and the median of the ratio to the isotropic model in the same round.
-Model FLOPs are not equal: attention's products with itself grow with the query heads, which profiles have fewer of.
+Model FLOPs are as equal as parameters are, but for what grows with the query heads: attention's products with itself.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lesa_ray.config import load_settings
+from lesa_ray.errors import UserError
+from lesa_ray.layerwise.budget import MULTIPLES
 from lesa_ray.layerwise.profiles import ProfileName
 from lesa_ray.layerwise.settings import LayerwiseConfig, architecture
 from lesa_ray.layerwise.study import BASELINE
@@ -73,6 +75,23 @@ class Timing:
     """Of a step."""
     seconds: list[float]
     """A step, by round."""
+
+
+def models_of(sizes: dict[str, Any]) -> dict[ProfileName, dict[str, Any]]:
+    """config.json by profile, with the largest multiple of FFN widths with which all meet the budget.
+
+    sizes: settings of `LayerwiseConfig`. Raises: UserError if there is none."""
+    failure: UserError | None = None
+    for multiple in MULTIPLES:
+        try:
+            given = {"out": "unused", "multiple": multiple, **sizes}
+            return {
+                name: architecture(load_settings(LayerwiseConfig, None, profile=name, **given)) for name in PROFILES
+            }
+        except UserError as error:
+            failure = error
+    assert failure is not None
+    raise failure
 
 
 def measure(
@@ -133,7 +152,6 @@ def main(
     head_dim: Annotated[int, typer.Option(min=2)] = 32,
     kv_heads: Annotated[int, typer.Option(min=1)] = 2,
     vocab_size: Annotated[int, typer.Option(min=1)] = 4096,
-    multiple: Annotated[int, typer.Option(min=1, help="Of all FFN widths.")] = 16,
     seq_len: Annotated[int, typer.Option(min=2)] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 4,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -142,13 +160,14 @@ def main(
     cuda: Annotated[bool, typer.Option("--cuda", help="On a GPU, in bfloat16.")] = False,
 ) -> None:
     """Time a training step of each profile beside the isotropic model."""
-    models = {}
-    for profile in PROFILES:
-        settings = load_settings(
-            LayerwiseConfig, None, out="unused", profile=profile, layers=layers, params=params, d_model=d_model,
-            head_dim=head_dim, kv_heads=kv_heads, vocab_size=vocab_size, multiple=multiple, seq_len=seq_len,
-        )  # fmt: skip
-        models[profile] = architecture(settings)
+    sizes = {
+        "layers": layers, "params": params, "d_model": d_model, "head_dim": head_dim, "kv_heads": kv_heads,
+        "vocab_size": vocab_size, "seq_len": seq_len,
+    }  # fmt: skip
+    try:
+        models = models_of(sizes)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
     device = torch.device("cuda" if cuda else "cpu")
     found = measure(models, batch=batch, seq_len=seq_len, rounds=rounds, steps=steps, device=device, compiled=compiled)
     console.print(table(found, batch * seq_len))
