@@ -225,8 +225,8 @@ def check_place(storage: Storage, out: str) -> None:
 def _differences(record: dict[str, Any], run: Run) -> str:
     """Which settings differ, in words."""
     before, now = record.get("summary", {}), summary(run)
-    names = [name for name in now if before.get(name) != now[name]]
-    return ", ".join(f"{name}: {before.get(name)} there, {now[name]} now" for name in names[:3]) or "other content"
+    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name}: {before.get(name)} there, {now.get(name)} now" for name in names[:3]) or "other content"
 
 
 def summary(run: Run) -> dict[str, Any]:
