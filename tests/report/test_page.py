@@ -153,13 +153,29 @@ def test_sentences_are_computed(whole: tuple[Page, set[str], Path]) -> None:
     assert (
         "The best control is “base, same tokens” (2.6560 ± 0.0010); clearly better than it: lesa; clearly worse" in text
     )
-    assert re.search(r"llama-pro ends at 2\.6610; lesa is there with 1\d % of its tokens", text)
+    assert re.search(r"llama-pro ends at 2\.6610 in the mean; lesa is there with 1\d % of its tokens", text)
     assert "New layers have 0.4" in text
     assert "A new layer changes the stream by 0.050 of its norm on average, an old one by 0.500" in text
     assert "in trained a new one by 0.150, an old one by 0.600" in text
     assert "aligned mean +0.110" in text
     order = orderliness([[float(i), 0.1 * i * i] for i in range(6)])
     assert f"gate_proj, order {order:.2f}" in text
+
+
+def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
+    """The second seed's data is harder for both arms. Each run of lesa ends just below llama-pro's of its seed."""
+    content = samples.comparison()
+    for arm in content["arms"]:
+        for trial in arm["runs"]:
+            shift = 0.2 * (trial["seed"] == 1) - (2.6404 - 2.660 if arm["name"] == "lesa" else 0.0)
+            trial["curve"] = [{**at, "loss": at["loss"] + shift} for at in trial["curve"]]
+            trial["final_loss"] = trial["curve"][-1]["loss"]
+    said, _, figures = sections_of(samples.write(tmp_path / "c", "comparison.json", content))
+    assert "llama-pro ends at 2.7277 in the mean;" in said
+    assert "not reached by every seed of “random, zero output projections”" in said  # and of no other
+    table = figures["cost-at-equal-loss"].table
+    assert table is not None
+    assert table.rows[0] == ("lesa", "93 % ± 0 %", "74 % ± 0 %", "93 % ± 0 %")
 
 
 def test_one_seed_is_no_finding(tmp_path: Path) -> None:

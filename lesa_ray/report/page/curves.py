@@ -4,8 +4,9 @@ The curves' frame leaves out the first part of a run where an arm starts far abo
 them into one line. Where that cuts something the sentence says so, and the start has a figure of its own.
 
 Cost at equal loss is LESA's headline (arXiv 2502.13794: below LLaMA Pro's final loss after half of its steps). The
-reference is the arm `llama-pro` if there is one, else the best control: its mean final loss is the level, and what it
-spent is 100 %. Each seed of another arm is asked when it first came down to that level, linear between evaluations.
+reference is the arm `llama-pro` if there is one, else the best control. Arms are compared seed by seed, as everywhere:
+the level is what the reference ended at with the same seed, so with the same rows in the same order, and what that run
+spent is 100 %. A run is asked when it first came down to the level, linear between evaluations.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def saving_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         return None
     level = reference.final.mean
     others = [view for view in arms if view is not reference and view.finals]
-    shares = {(view.name, cost): _shares(view, reference, cost, level) for view in others for cost in COSTS}
+    shares = {(view.name, cost): _shares(view, reference, cost) for view in others for cost in COSTS}
     shares = {key: found for key, found in shares.items() if found}
     costs = [cost for cost in COSTS if any(key[1] == cost for key in shares)]
     if not shares:
@@ -197,22 +198,21 @@ def reference_arm(arms: list[ArmView]) -> ArmView | None:
     return next(iter([*pro, *controls]), None)
 
 
-def _shares(view: ArmView, reference: ArmView, cost: Cost, level: float) -> list[float | None]:
-    """For each seed the share of the reference's mean cost; None for a seed that did not get there."""
-    whole = [xs[-1] for trial in reference.complete if (xs := reference.curve(trial, cost)[0])]
-    if not whole or fmean(whole) <= 0:
-        return []
+def _shares(view: ArmView, reference: ArmView, cost: Cost) -> list[float | None]:
+    """For each seed that both have the share of what the reference's run cost; None for one that did not get there."""
+    runs = {trial.seed: reference.curve(trial, cost)[0] for trial in reference.complete}
     found: list[float | None] = []
     for trial in view.complete:
         xs, losses = view.curve(trial, cost)
-        if xs and xs[-1] > 0:
-            spent = cost_to_reach(xs, losses, level)
-            found.append(None if spent is None else spent / fmean(whole))
+        whole = runs.get(trial.seed)
+        if xs and xs[-1] > 0 and whole and whole[-1] > 0:
+            spent = cost_to_reach(xs, losses, reference.finals[trial.seed])
+            found.append(None if spent is None else spent / whole[-1])
     return found
 
 
 def _saving_words(reference: ArmView, level: float, tokens: dict[str, float], never: list[str]) -> str:
-    start = f"{reference.called} ends at {level:.4f}"
+    start = f"{reference.called} ends at {level:.4f}" + (" in the mean" if len(reference.finals) > 1 else "")
     if not tokens:
         return f"{start}; no other arm reached that with every seed."
     name = min(tokens, key=lambda key: tokens[key])
