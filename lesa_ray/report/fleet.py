@@ -65,7 +65,8 @@ def headline(record: Record) -> str:
         value = last.get("perplexity")
         return f"perplexity {value:.3f}" if isinstance(value, float) else ""
     if metrics.get("heldout_after") is not None and metrics.get("heldout_before") is not None:
-        return f"held-out loss {metrics['heldout_before']:.4f} → {metrics['heldout_after']:.4f}"
+        without = " (without the new layers)" if metrics.get("inserted_over") else ""
+        return f"held-out loss {metrics['heldout_before']:.4f}{without} → {metrics['heldout_after']:.4f}"
     if metrics.get("loss") is not None:
         return f"loss {metrics['loss']:.4f}"
     if "layers" in metrics:
