@@ -128,15 +128,19 @@ class Branch(nn.Module):
         return hidden_states + self.inner(hidden_states), "weights"
 
 
-def test_gates_move_without_compiling_again_and_layers_may_return_tuples() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gates_move_without_compiling_again_and_layers_may_return_tuples(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     from torch._dynamo.utils import counters
 
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    layers = [Branch(), Branch()]
-    gates = Gates(layers, Insertion((0, 1), 4, "bottom"), CPU)
+    layers = [Branch().to(device), Branch().to(device)]
+    gates = Gates(layers, Insertion((0, 1), 4, "bottom"), torch.device(device))
     for layer in layers:
         layer.compile(backend="eager")
-    x = torch.randn(2, 3, requires_grad=True)
+    x = torch.randn(2, 3, device=device, requires_grad=True)
     graphs = []
     for done, (first, second) in enumerate([(0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1)]):
         gates.set(done)
