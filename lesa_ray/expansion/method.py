@@ -3,7 +3,8 @@
 A method decides where new layers go by default, which of their tensors are copies, and how the others are made, split
 into units: pieces of work that can run on different machines, each of which reads tensors and makes tensors. It knows
 nothing of files, Ray or S3; the workbench hands it tensors. Three settings combine with any method and are therefore
-decided here, in `Job.content`, not in one: positions, the rule for vectors, and zero-initialised output projections.
+decided here, in `Job.content`, not in one: positions, the rule for vectors, and zero-initialised output projections. So
+are widths: where layers differ, a method sees all of them as wide as the widest (`expansion.widths`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def resizing_units(job: Job, units: Sequence[Unit]) -> list[Unit]:
         if not makes:
             continue
         read = [t for side in SIDES for t in _ranking(job, slot, side)]
-        largest = max(math.prod(t.shape) for t in read)
+        largest = max(math.prod(shape) for t in read for shape in (t.shape, job.shape(slot, t)))
         found.append(
             Unit(
                 name=f"width-{slot.id}",
