@@ -100,7 +100,8 @@ def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None
 
     from lesa_ray.expansion.miniature import quiet_transformers
 
-    given = dict(_train_config(config, base, blocks).architecture or {})
+    given = {"vocab_size": blocks.vocab_size, **(base.architecture or {})}
+    _train_config(config, base, blocks)  # which settings are wrong is told first
     with tempfile.TemporaryDirectory(prefix="lesa-ray-study-") as folder, quiet_transformers():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.bfloat16)
         model.save_pretrained(folder)
