@@ -100,7 +100,7 @@ def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None
 
     from lesa_ray.expansion.miniature import quiet_transformers
 
-    given = {"vocab_size": blocks.vocab_size, **(base.architecture or {})}
+    given = _architecture(base, blocks)
     _train_config(config, base, blocks)  # which settings are wrong is told first
     with tempfile.TemporaryDirectory(prefix="lesa-ray-study-") as folder, quiet_transformers():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.bfloat16)
@@ -108,15 +108,19 @@ def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None
         build(comparison_of(config, base, folder, blocks), _where(config, base))
 
 
+def _architecture(base: StudyBase, blocks: TokenBlocks) -> dict[str, Any]:
+    """The config.json of a base that is pre-trained here."""
+    return {"vocab_size": blocks.vocab_size, **(base.architecture or {})}
+
+
 def _train_config(config: StudyConfig, base: StudyBase, blocks: TokenBlocks) -> TrainConfig:
     """How a base is pre-trained. Raises: UserError."""
     from lesa_ray.checkpoint.storage import Storage
     from lesa_ray.training.train_settings import TrainConfig
 
-    assert base.architecture is not None
     given = {
         **config.train, **base.train, "data": blocks.url, "out": Storage(config.out).within(f"{base.name}/base").url,
-        "architecture": {"vocab_size": blocks.vocab_size, **base.architecture},
+        "architecture": _architecture(base, blocks),
     }  # fmt: skip
     return validated(TrainConfig, given, f"{_where(config, base)}: train")
 
