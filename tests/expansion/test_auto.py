@@ -41,9 +41,9 @@ def test_what_is_shipped_is_a_choice_for_every_base(bases: Bases) -> None:
 
 def test_the_first_that_the_base_can_have_is_taken(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "CHOICES", TRIED)
-    llama, gpt2 = (prepare(settings(bases(family), method="auto", factor=1.4)) for family in ("llama", "gpt2"))
+    llama, mixtral = (prepare(settings(bases(family), method="auto", factor=1.4)) for family in ("llama", "mixtral"))
     assert (llama.job.method.name, llama.job.zero_init, llama.job.config.lesa) == ("aligned-lesa", True, RIDGE)
-    assert (gpt2.job.method.name, gpt2.chosen) == ("llama-pro", "it came second")
+    assert (mixtral.job.method.name, mixtral.chosen) == ("llama-pro", "it came second")
     assert llama.job.plan.layers == 7
     small = prepare(settings(bases("llama"), method="auto", output_scale=0.5))
     assert (small.job.zero_init, small.job.output_scale) == (False, 0.5)  # what was given stays
@@ -67,13 +67,13 @@ def test_inspect_says_what_was_chosen_and_why(
 ) -> None:
     monkeypatch.setattr(auto, "CHOICES", TRIED)
     for words in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", ["lesa-ray", "inspect", bases("gpt2"), "--method", "auto", *words])
+        monkeypatch.setattr(sys, "argv", ["lesa-ray", "inspect", bases("mixtral"), "--method", "auto", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert end.value.code in (0, None)
-        shown = capsys.readouterr().out
+        shown = capsys.readouterr()
         if words:
-            plan = json.loads(shown)["plan"]
+            plan = json.loads(shown.out)["plan"]
             assert (plan["method"], plan["chosen"]) == ("llama-pro", "it came second")
         else:
-            assert "chosen by auto: it came second" in shown
+            assert "chosen by auto: it came second" in shown.err
