@@ -73,6 +73,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, loca
     return call
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(280)
 def test_from_instruction_data_to_a_checkpoint_that_answers(
     run: Run, base: str, data: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -115,6 +115,7 @@ def moody(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moody]:
     proxy.stop()
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(480)
 def test_a_store_that_goes_away_in_the_middle_comes_back_and_is_moody_ever_after(
     s3: str, reference: str, remote: tuple[str, str], moody: Moody, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
