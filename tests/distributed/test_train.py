@@ -164,6 +164,7 @@ def test_the_losses_do_not_depend_on_the_number_of_workers(
     assert np.allclose(list(heldout(reference).values()), list(heldout(out).values()), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(250)
 def test_a_killed_worker_changes_nothing(reference: str, bases: Bases, data: str, tmp_path: Path) -> None:
     out, killed = str(tmp_path / "out"), []

@@ -26,12 +26,17 @@ def planned(base: str, tmp_path: Path) -> Expansion:
 
 
 @pytest.mark.parametrize("family", [name for name in families.FAMILIES if families.FAMILIES[name].keeps_function])
-def test_families_that_keep_their_function_pass_and_leave_no_trace(family: str, bases: Bases, tmp_path: Path) -> None:
+def test_families_that_keep_their_function_pass_and_leave_no_trace(
+    family: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expansion = planned(bases(family), tmp_path)
-    before, state = set(Path(tempfile.gettempdir()).iterdir()), torch.get_rng_state()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    state = torch.get_rng_state()
     rehearse(expansion)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not [p for p in set(Path(tempfile.gettempdir()).iterdir()) - before if p.name.startswith("lesa-ray-")]
+    assert not [path for path in scratch.iterdir() if path.name.startswith("lesa-ray-")]
     assert not (tmp_path / "out").exists()
 
 
