@@ -1,7 +1,8 @@
 """Job: which way to grow is worth it? The same comparison on several bases, and what they say together.
 
-    python -m pipelines.study --config pipelines/study_small.yaml      # two CPU cores
-    python -m pipelines.study --config pipelines/study_gpu.yaml        # one GPU, about an hour
+    python -m pipelines.study --config pipelines/study_minutes.yaml    # two CPU cores
+    python -m pipelines.study --config pipelines/study_small.yaml      # the same, about an hour
+    python -m pipelines.study --config pipelines/study_gpu.yaml        # one GPU
     lesa-ray submit -- python -m pipelines.study --config pipelines/study_cluster.yaml
 
 Bases that are not there yet are pre-trained first. Below `out`: `NAME/corpus/`, `NAME/blocks/`, `NAME/base/` for each
@@ -180,9 +181,7 @@ def table(results: dict[str, Any]) -> Table:
             one = arm["bases"].get(base)
             half = "" if one is None or one["half"] is None else f" ±{one['half']:.4f}"
             cells.append("–" if one is None else f"{one['difference']:+.4f}{half}")
-        shown.add_row(
-            arm["name"], f"{arm['difference']:+.4f}", *cells, style="italic" if arm["control"] else None
-        )  # fmt: skip
+        shown.add_row(arm["name"], f"{arm['difference']:+.4f}", *cells, style="italic" if arm["control"] else None)
     return shown
 
 

@@ -20,6 +20,8 @@ from lesa_ray.expansion.plan import BY_IMPORTANCE, POSITIONS
 from lesa_ray.expansion.registry import METHODS
 from lesa_ray.training.train_settings import INSERTION
 
+BASE = "base"
+"""The `method` of an arm that is the base itself, trained on: a control with settings of training of its own."""
 _OWN = ("label", "train", "pretrain")
 _NOT_AN_ARMS = ("base", "out", "seed")
 _TRAINING_OF_ALL = ("steps", "tokens", "epochs", "seed", "eval_every")
@@ -36,7 +38,7 @@ class Arm:
 
     name: str
     method: str | None
-    """None: the base itself."""
+    """None: the base itself, trained on."""
     expand: Mapping[str, Any] = field(default_factory=dict)
     """Its own settings of `expand`, `method` not among them."""
     pretrain: Mapping[str, Any] = field(default_factory=dict)
@@ -58,7 +60,7 @@ def arms_of(config: ComparisonConfig, where: str) -> tuple[list[Arm], list[Arm]]
     arms = [arm for entry in config.arms for arm in _arms(entry, where)]
     reference = reference_of(config, arms, where)
     wanted = _controls(config, reference)
-    named = [replace(arm, control=any(_alike(arm, one) for one in wanted)) for arm in arms]
+    named = [replace(arm, control=arm.control or any(_alike(arm, one) for one in wanted)) for arm in arms]
     added = [one for one in wanted if not any(_alike(arm, one) for arm in arms)]
     slugs: dict[str, str] = {}
     for arm in (*named, *added):
@@ -74,12 +76,17 @@ def arms_of(config: ComparisonConfig, where: str) -> tuple[list[Arm], list[Arm]]
 
 def reference_of(config: ComparisonConfig, arms: Sequence[Arm], where: str) -> Arm:
     """The arm that the others are measured by. Raises: UserError if there is none of that name."""
+    grown = [arm for arm in arms if arm.method is not None]
+    if not grown:
+        raise UserError(f"{where}: arms: none grows the base; name a method")
     if config.reference is None:
-        return arms[0]
-    found = [arm for arm in arms if arm.name == config.reference]
+        return grown[0]
+    found = [arm for arm in grown if arm.name == config.reference]
     if not found:
-        names = ", ".join(arm.name for arm in arms)
-        raise UserError(f"{where}: reference: {config.reference!r} is not the name of an arm; there are {names}")
+        names = ", ".join(arm.name for arm in grown)
+        raise UserError(
+            f"{where}: reference: {config.reference!r} is not the name of an arm that grows the base; there are {names}"
+        )
     return found[0]
 
 
@@ -105,10 +112,10 @@ def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:
             raise UserError(
                 f"{where}: arms.{name}: is no setting of `lesa-ray expand`, and not one of {', '.join(_OWN)}"
             )
-    label, training = entry.get("label"), entry.get("pretrain")
+    label, given = entry.get("label"), entry.get("pretrain")
     if label is not None and not isinstance(label, str):
         raise UserError(f"{where}: arms.label: must be a text, found {label!r}")
-    if taken := [name for name in _TRAINING_OF_ALL if isinstance(training, dict) and name in training]:
+    if taken := [name for name in _TRAINING_OF_ALL if isinstance(given, dict) and name in given]:
         raise UserError(f"{where}: arms.pretrain.{taken[0]}: is the same for all arms; leave it out")
     grid = {name: value for name, value in entry.items() if name != "label"}
     points = _spread({"method": "lesa", **grid})
@@ -124,7 +131,13 @@ def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:
             raise UserError(f"{where}: arms: {name}: method must be a name, and pretrain a mapping")
         if method == AUTO:
             raise UserError(f"{where}: arms: {name}: auto is a choice between the other methods; name those")
-        arms.append(Arm(name, method, point, pretrain if train is None else {**pretrain, "train": train}))
+        training = pretrain if train is None else {**pretrain, "train": train}
+        if method != BASE:
+            arms.append(Arm(name, method, point, training))
+        elif of_new := [*point, *(setting for setting in training if setting in ("train", *INSERTION))]:
+            raise UserError(f"{where}: arms: {name}: {of_new[0]}: the base has no new layers; leave it out")
+        else:
+            arms.append(Arm(name, None, pretrain=for_base(training), control=True))
     return arms
 
 
@@ -157,7 +170,7 @@ def _controls(config: ComparisonConfig, reference: Arm) -> list[Arm]:
     own = {name: reference.expand[name] for name in _SIZE if name in reference.expand}
     position = position_of(reference.method, settings)
     placed = {**own, "position": position} if "position" in settings or position in POSITIONS else own
-    base = {name: value for name, value in reference.pretrain.items() if name not in INSERTION} | {"train": "all"}
+    base = for_base(reference.pretrain)
     found = []
     if chosen.base_same_tokens:
         found.append(Arm("base, same tokens", None, pretrain=base))
@@ -171,6 +184,11 @@ def _controls(config: ComparisonConfig, reference: Arm) -> list[Arm]:
     return [replace(one, control=True) for one in found]
 
 
+def for_base(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of training for the base itself: there is nothing new in it."""
+    return {**{name: value for name, value in settings.items() if name not in INSERTION}, "train": "all"}
+
+
 def position_of(method: str | None, settings: Mapping[str, Any]) -> str | None:
     """Where an arm's new layers go: as it is set, else as the method was published."""
     published = METHODS[method].position if method in METHODS else None
@@ -179,8 +197,10 @@ def position_of(method: str | None, settings: Mapping[str, Any]) -> str | None:
 
 def _alike(arm: Arm, control: Arm) -> bool:
     """Whether an arm of the file is what a control would be."""
-    if arm.method != control.method or arm.method is None or dict(arm.pretrain) != dict(control.pretrain):
+    if arm.method != control.method or dict(arm.pretrain) != dict(control.pretrain):
         return False
+    if arm.method is None:
+        return arm.compute_of == control.compute_of
     a, b = (
         {**one.expand, "position": position_of(one.method, one.expand), "zero_init": _zeroed(one)}
         for one in (arm, control)

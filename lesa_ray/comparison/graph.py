@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lesa_ray.comparison.arms import Arm, arms_of, expand_settings, position_of, reference_of
+from lesa_ray.comparison.arms import Arm, arms_of, expand_settings, for_base, position_of, reference_of
 from lesa_ray.comparison.facts import FactFinder, Facts
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.config import ExpandConfig, validated
@@ -27,7 +27,7 @@ from lesa_ray.store.identity import canonical
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.insertion import ramp_steps
 from lesa_ray.training.tokens import open_blocks
-from lesa_ray.training.train_settings import INSERTION, TrainConfig
+from lesa_ray.training.train_settings import TrainConfig
 
 _EVALUATIONS = 20
 """Points of a curve beside its first, where `eval_every` does not say."""
@@ -186,7 +186,7 @@ class _Builder:
         if config.finetune is not None:
             options = self._options("finetune")
             if arm.method is None:  # there is nothing new in it
-                options = replace(options, settings=_for_base(options.settings))
+                options = replace(options, settings=for_base(options.settings))
             last = finetune = self._stages.finetune(label, options, last, seed=seed)
         if config.tasks:
             evaluate = self._stages.evaluate(label, self._evaluation(), [last], None)
@@ -213,7 +213,7 @@ class _Builder:
     def _training(self, arm: Arm) -> dict[str, Any]:
         """All settings of `pretrain` that the file gives an arm."""
         settings = merged(self._config.pretrain, arm.pretrain)
-        return _for_base(settings) if arm.method is None else settings
+        return for_base(settings) if arm.method is None else settings
 
     def _evaluation(self) -> Options:
         options = self._options("evaluate")
@@ -229,18 +229,14 @@ class _Builder:
         return self._config.resources.get(kind)
 
 
-def _for_base(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of training for the base itself: there is nothing new in it."""
-    return {**{name: value for name, value in settings.items() if name not in INSERTION}, "train": "all"}
-
-
 def _remarks(arms: Sequence[PlannedArm]) -> Iterator[str]:
     """What one has to know of the plan to read the result."""
     by_name = {one.arm.name: one for one in arms}
     for one in arms:
         reference = by_name.get(one.arm.compute_of or "")
-        twin = next((a for a in arms if a.arm.method is None and a is not one and a.tokens == one.tokens), None)
-        if reference is not None and twin is not None and dict(twin.arm.pretrain) == dict(one.arm.pretrain):
+        twins = [a for a in arms if a is not one and a.arm.method is None and a.tokens == one.tokens]
+        twin = next((a for a in twins if dict(a.arm.pretrain) == dict(one.arm.pretrain)), None)
+        if reference is not None and twin is not None:
             equal = reference.tokens * reference.facts.flops_per_token / one.facts.flops_per_token
             yield (
                 f"“{twin.arm.name}” and “{one.arm.name}” are the same runs here: {reference.tokens:,} tokens of "

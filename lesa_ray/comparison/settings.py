@@ -74,7 +74,8 @@ class ComparisonConfig(GraphConfig):
     arms: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_one_arm)] = Field(min_length=1)
     """Ways to grow the base. Each: `method`, any other setting of `lesa-ray expand`, `train` (what is trained; by
     default what the method's paper trains), `pretrain` (settings of training that differ), `label` (what it is called;
-    by default its method and settings). A list of values is an arm for each."""
+    by default its method and settings). A list of values is an arm for each. `method: base` is the base itself, trained
+    on: a control with a `pretrain` of its own, as the learning rate that suits new layers may not suit it."""
     controls: Controls = Controls()
     reference: str | None = None
     """The arm (by name) whose final loss the others are measured by, and whose compute the control gets. By default the

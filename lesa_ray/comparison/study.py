@@ -5,8 +5,8 @@ Decides
 - Within a base two arms are compared seed by seed (`lesa_ray.report.page.measures.paired`). Over bases, which may be
   as different as code and prose, a base counts once: an arm is better than another only if it is so on every base, by
   more than the 95 % interval over the seeds. What is less than that is called not told apart.
-- The choice is the arm that most others do not beat and with the lowest mean difference; it is said whether any control
-  is as good. Sums of wins would let one base with small noise outvote the rest.
+- The best method is the one with the lowest mean difference to the best control; with it stand all arms, controls too,
+  that it does not beat so. Sums of wins would let one base with small noise outvote the rest.
 """
 
 from __future__ import annotations

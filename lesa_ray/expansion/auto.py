@@ -12,9 +12,10 @@ Decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
 
 from lesa_ray.config import ExpandConfig, LesaSettings
 from lesa_ray.errors import UserError
@@ -25,12 +26,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with its settings, and the measurement that speaks for it."""
+    """A method, and the measurement that speaks for it."""
 
     method: str
     reason: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of `ExpandConfig`, where the user does not give them."""
 
 
 CHOICES: tuple[Choice, ...] = (
@@ -54,14 +53,13 @@ def first_possible(config: ExpandConfig, attempt: Callable[[ExpandConfig], Resul
     given = config.model_fields_set
     if "variants" in given or (config.lesa != LesaSettings() and "lesa" in given):
         raise UserError("--method auto: decides LESA's settings itself; leave out lesa and variants, or name a method")
-    for choice in CHOICES:
-        own = {name: value for name, value in choice.settings.items() if name not in given}
-        if "output_scale" in given:
-            own.pop("zero_init", None)
-        try:
-            chosen = {**config.model_dump(exclude_unset=True), **own, "method": choice.method}
-            return choice, attempt(ExpandConfig.model_validate(chosen))
-        except UserError:
-            if choice is CHOICES[-1]:
-                raise
-    raise AssertionError("there are choices")
+
+    def tried(choice: Choice) -> tuple[Choice, Result]:
+        named = {**config.model_dump(exclude_unset=True), "method": choice.method}
+        return choice, attempt(ExpandConfig.model_validate(named))
+
+    *better, last = CHOICES
+    for choice in better:
+        with suppress(UserError):
+            return tried(choice)
+    return tried(last)

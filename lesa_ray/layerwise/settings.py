@@ -6,12 +6,14 @@ a whole layer, the widest FFN, the most KV heads."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lesa_ray.config import Recipe, Settings, numbers
-from lesa_ray.layerwise.budget import Frame, Sizes, Solved, solve
+from lesa_ray.errors import UserError
+from lesa_ray.layerwise.budget import MULTIPLES, Frame, Sizes, Solved, solve
 from lesa_ray.layerwise.names import AUTO_MAP, MODEL_CLASS, MODEL_TYPE
 from lesa_ray.layerwise.profiles import PRESETS, PROFILES, Preset, Profile, ProfileName
 
@@ -111,6 +113,22 @@ def sizes_of(config: LayerwiseConfig) -> Solved:
         tied=config.tied,
     )
     return solve(frame, config.params, config.multiple)
+
+
+def with_one_multiple(models: Sequence[LayerwiseConfig]) -> list[LayerwiseConfig]:
+    """The models with one multiple of their FFN widths, the largest with which all meet their budgets.
+
+    Raises: UserError if there is none, for the model that fails with the smallest."""
+    for multiple in MULTIPLES:
+        found = [model.model_copy(update={"multiple": multiple}) for model in models]
+        try:
+            for model in found:
+                sizes_of(model)
+        except UserError as error:
+            failure = UserError(f"{model.layers} layers, {model.profile}: {error}")
+        else:
+            return found
+    raise failure
 
 
 def _of_preset(preset: Preset, config: LayerwiseConfig) -> Solved:

@@ -25,9 +25,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from lesa_ray.config import Settings
 from lesa_ray.errors import UserError
-from lesa_ray.layerwise.budget import MULTIPLES
 from lesa_ray.layerwise.profiles import ProfileName
-from lesa_ray.layerwise.settings import Count, LayerwiseConfig, sizes_of
+from lesa_ray.layerwise.settings import Count, LayerwiseConfig, with_one_multiple
 from lesa_ray.training.train_settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -93,8 +92,8 @@ class StudyConfig(Settings):
             raise ValueError("train.eval_rows: 0 leaves nothing to compare")
         return self
 
-    def model(self, profile: ProfileName, layers: int, blocks: TokenBlocks, multiple: int | None) -> LayerwiseConfig:
-        """One of the models."""
+    def model(self, profile: ProfileName, layers: int, blocks: TokenBlocks) -> LayerwiseConfig:
+        """One of the models, the multiple of its FFN widths left open."""
         return LayerwiseConfig(
             out=self.out,
             profile=profile,
@@ -103,7 +102,6 @@ class StudyConfig(Settings):
             d_model=self.d_model,
             head_dim=self.head_dim,
             kv_heads=self.kv_heads,
-            multiple=multiple,
             vocab_size=self.vocab_size or blocks.vocab_size,
             seq_len=blocks.seq_len,
             tied=self.tied,
@@ -156,19 +154,8 @@ def models_of(config: StudyConfig, blocks: TokenBlocks) -> dict[tuple[int, Profi
     Raises: UserError if there is none with which all meet the budget."""
     found: dict[tuple[int, ProfileName], LayerwiseConfig] = {}
     for layers in config.layers:
-        failure = ""
-        for multiple in MULTIPLES:
-            models = {profile: config.model(profile, layers, blocks, multiple) for profile in config.profiles}
-            try:
-                for profile in config.profiles:
-                    sizes_of(models[profile])
-            except UserError as error:
-                failure = f"{layers} layers, {profile}: {error}"
-                continue
-            found |= {(layers, profile): model for profile, model in models.items()}
-            break
-        else:
-            raise UserError(failure)
+        given = [config.model(profile, layers, blocks) for profile in config.profiles]
+        found |= {(layers, model.profile): model for model in with_one_multiple(given)}
     return found
 
 

@@ -11,7 +11,7 @@ number; turning heads is a product in float32, or float64 where the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,12 @@ class NeuronMap:
 
     def moved(self, part: Role, tensor: Tensor) -> Tensor:
         if isinstance(part, Fused):
-            return part.joined([self.moved(one, piece) for one, piece in part.split(tensor)])
+            return _by_part(self.moved, part, tensor)
         return _shaped_as(tensor, part, self._signed(part, rows_first(part, tensor)[self.order.to(tensor.device)]))
 
     def restored(self, part: Role, tensor: Tensor) -> Tensor:
         if isinstance(part, Fused):
-            return part.joined([self.restored(one, piece) for one, piece in part.split(tensor)])
+            return _by_part(self.restored, part, tensor)
         rows = self._signed(part, rows_first(part, tensor))
         return _shaped_as(tensor, part, torch.empty_like(rows).index_copy_(0, self.order.to(tensor.device), rows))
 
@@ -68,7 +68,7 @@ class HeadMap:
 
     def moved(self, part: Role, tensor: Tensor) -> Tensor:
         if isinstance(part, Fused):
-            return part.joined([self.moved(one, piece) for one, piece in part.split(tensor)])
+            return _by_part(self.moved, part, tensor)
         rows = self._by_group(part, rows_first(part, tensor))
         taken = (self.order if part in ("q", "o") else self.groups).to(tensor.device)
         heads = rows.flatten(0, 1)[taken].view_as(rows)
@@ -76,7 +76,7 @@ class HeadMap:
 
     def restored(self, part: Role, tensor: Tensor) -> Tensor:
         if isinstance(part, Fused):
-            return part.joined([self.restored(one, piece) for one, piece in part.split(tensor)])
+            return _by_part(self.restored, part, tensor)
         rows = self._by_group(part, rows_first(part, tensor))
         heads = self._turn(part, rows).mT @ rows
         taken = (self.order if part in ("q", "o") else self.groups).to(tensor.device)
@@ -129,6 +129,10 @@ def rows_first(part: Role, tensor: Tensor) -> Tensor:
     if tensor.ndim == 1:
         return tensor.unsqueeze(1)
     return tensor.T if part in ("o", "down") else tensor
+
+
+def _by_part(way: Callable[[Role, Tensor], Tensor], fused: Fused, tensor: Tensor) -> Tensor:
+    return fused.joined([way(part, piece) for part, piece in fused.split(tensor)])
 
 
 def _shaped_as(tensor: Tensor, part: Part, rows: Tensor) -> Tensor:

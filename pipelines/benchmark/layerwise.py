@@ -27,13 +27,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lesa_ray.config import load_settings
-from lesa_ray.errors import UserError
-from lesa_ray.layerwise.budget import MULTIPLES
 from lesa_ray.layerwise.profiles import ProfileName
-from lesa_ray.layerwise.settings import LayerwiseConfig, architecture
+from lesa_ray.layerwise.settings import LayerwiseConfig, architecture, with_one_multiple
 from lesa_ray.layerwise.study import BASELINE
 from lesa_ray.training.flops import step_flops
 from lesa_ray.training.model import build
+from pipelines.jobs import exits
 
 console = Console(soft_wrap=True, highlight=False)
 PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
@@ -81,17 +80,8 @@ def models_of(sizes: dict[str, Any]) -> dict[ProfileName, dict[str, Any]]:
     """config.json by profile, with the largest multiple of FFN widths with which all meet the budget.
 
     sizes: settings of `LayerwiseConfig`. Raises: UserError if there is none."""
-    failure: UserError | None = None
-    for multiple in MULTIPLES:
-        try:
-            given = {"out": "unused", "multiple": multiple, **sizes}
-            return {
-                name: architecture(load_settings(LayerwiseConfig, None, profile=name, **given)) for name in PROFILES
-            }
-        except UserError as error:
-            failure = error
-    assert failure is not None
-    raise failure
+    given = [load_settings(LayerwiseConfig, None, out="unused", profile=name, **sizes) for name in PROFILES]
+    return {model.profile: architecture(model) for model in with_one_multiple(given)}
 
 
 def measure(
@@ -164,10 +154,8 @@ def main(
         "layers": layers, "params": params, "d_model": d_model, "head_dim": head_dim, "kv_heads": kv_heads,
         "vocab_size": vocab_size, "seq_len": seq_len,
     }  # fmt: skip
-    try:
+    with exits("layerwise"):
         models = models_of(sizes)
-    except UserError as error:
-        raise typer.BadParameter(str(error)) from None
     device = torch.device("cuda" if cuda else "cpu")
     found = measure(models, batch=batch, seq_len=seq_len, rounds=rounds, steps=steps, device=device, compiled=compiled)
     console.print(table(found, batch * seq_len))

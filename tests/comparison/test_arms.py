@@ -103,9 +103,25 @@ def test_a_control_that_the_file_names_itself_is_not_there_twice() -> None:
     assert [arm.name for arm in added] == CONTROLS[:3]
 
 
+def test_the_base_may_be_trained_on_with_settings_of_its_own() -> None:
+    entry = [{"method": "base", "pretrain": {"learning_rate": [1e-4, 2e-4]}}, {"method": "lesa"}, {"method": "base"}]
+    named, added = arms_of(config(arms=entry), "file")
+    assert [arm.name for arm in named] == ["base learning-rate=0.0001", "base learning-rate=0.0002", "lesa", "base"]
+    assert [arm.control for arm in named] == [True, True, False, True]
+    assert (named[0].method, named[0].pretrain) == (None, {"learning_rate": 1e-4, "train": "all"})
+    # the last is what the control would be, and the reference the first that grows
+    assert [arm.name for arm in added] == CONTROLS[1:]
+    assert added[0].compute_of == "lesa"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"arms": {"method": "base"}}, "file: arms: none grows the base; name a method"),
+        ({"arms": {"method": "base", "train": "new"}}, "file: arms: base train=new: train: the base has no new layers"),
+        ({"arms": {"method": ["lesa", "base"], "position": "top"}}, "base top: position: the base has no new layers"),
+        ({"arms": {"method": "base", "pretrain": {"insert_over": 0.5}}}, "insert_over: the base has no new layers"),
+        ({"arms": [{}, {"method": "base"}], "reference": "base"}, "'base' is not the name of an arm that grows"),
         ({"arms": []}, "file: arms: Tuple should have at least 1 item"),
         ({"arms": {"metod": "lesa"}}, "file: arms.metod: is no setting of `lesa-ray expand`"),
         ({"arms": {"seed": 1}}, "file: arms.seed: is given by the comparison itself"),
@@ -114,7 +130,10 @@ def test_a_control_that_the_file_names_itself_is_not_there_twice() -> None:
         ({"arms": {"label": "–"}}, "file: arms: label '–': has no letter or digit"),
         ({"arms": [{"position": "top"}, {"position": "top"}]}, "'lesa top' and 'lesa top' have one name"),
         ({"arms": {"method": [["lesa"]]}}, "method must be a name"),
-        ({"reference": "solar"}, "file: reference: 'solar' is not the name of an arm; there are lesa"),
+        (
+            {"reference": "solar"},
+            "file: reference: 'solar' is not the name of an arm that grows the base; there are lesa",
+        ),
         ({"controls": {"random": False}}, "file: controls.random: Extra inputs"),
         ({"data": "text"}, "file: give data (text) or blocks (token blocks), one of the two"),
         ({"blocks": None}, "file: give data (text) or blocks (token blocks), one of the two"),

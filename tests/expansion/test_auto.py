@@ -18,11 +18,7 @@ from lesa_ray.expansion.auto import CHOICES, Choice
 from lesa_ray.expansion.prepare import prepare
 
 Bases = Callable[[str], str]
-RIDGE = LesaSettings(predictor="ridge")
-TRIED = (
-    Choice("aligned-lesa", "it won", {"zero_init": True, "lesa": RIDGE}),
-    Choice("llama-pro", "it came second"),
-)
+TRIED = (Choice("mean-aligned", "it won"), Choice("llama-pro", "it came second"))
 
 
 def settings(base: str, **more: Any) -> ExpandConfig:
@@ -32,7 +28,7 @@ def settings(base: str, **more: Any) -> ExpandConfig:
 def test_what_is_shipped_is_a_choice_for_every_base(bases: Bases) -> None:
     first = CHOICES[0]
     found = prepare(settings(bases("llama"), method="auto"))
-    named = prepare(settings(bases("llama"), method=first.method, **first.settings))
+    named = prepare(settings(bases("llama"), method=first.method))
     assert (found.fingerprint, found.chosen) == (named.fingerprint, first.reason)
     assert named.chosen is None
     for family in ("gpt2", "mixtral", "gpt_neox", "phi3"):
@@ -42,11 +38,11 @@ def test_what_is_shipped_is_a_choice_for_every_base(bases: Bases) -> None:
 def test_the_first_that_the_base_can_have_is_taken(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "CHOICES", TRIED)
     llama, mixtral = (prepare(settings(bases(family), method="auto", factor=1.4)) for family in ("llama", "mixtral"))
-    assert (llama.job.method.name, llama.job.zero_init, llama.job.config.lesa) == ("aligned-lesa", True, RIDGE)
+    assert (llama.job.method.name, llama.chosen) == ("mean-aligned", "it won")
     assert (mixtral.job.method.name, mixtral.chosen) == ("llama-pro", "it came second")
     assert llama.job.plan.layers == 7
     small = prepare(settings(bases("llama"), method="auto", output_scale=0.5))
-    assert (small.job.zero_init, small.job.output_scale) == (False, 0.5)  # what was given stays
+    assert (small.job.method.name, small.job.output_scale) == ("mean-aligned", 0.5)  # what was given stays
 
 
 def test_settings_that_no_base_can_have_are_an_error(bases: Bases) -> None:
