@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 FILE, PAGE_FILE = "analysis.json", "analysis.html"
 _RESIDUAL = "residual stream"
-_POLL_SECONDS = 0.5
-_RETRIES = 3
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers
 
 Progress = Callable[[str, float], None]
@@ -198,7 +196,8 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     """A Ray task for each piece; the first to fail stops the others."""
     import ray
 
-    from lesa_ray.distributed.ray_runner import result_of, share_of_task, start_ray
+    from lesa_ray.distributed.ray_runner import share_of_task, start_ray
+    from lesa_ray.distributed.tasks import Tasks
 
     listener.phase("starting Ray", 0)
     start_ray()
@@ -208,27 +207,14 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     )
     listener.phase(_title(work), len(pieces))
     shared = ray.put(work)
-    running: dict[Any, str] = {}
-    try:
+    with Tasks[str](_task) as tasks:
         for piece in pieces:
-            task = ray.remote(_task).options(
-                name=f"analyze {piece}",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                memory=min(_memory(work, piece), memory),
-                max_retries=_RETRIES,
-                retry_exceptions=[MachineError],
-            )
-            running[task.remote(shared, piece, cpus)] = piece
-        while running:
-            ended, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            for reference in ended:
-                piece = running.pop(reference)
-                finished(piece, result_of(reference, piece))
-            listener.progress(len(pieces) - len(running), ", ".join(list(running.values())[:2]))
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+            room = min(_memory(work, piece), memory)
+            tasks.start(piece, f"analyze {piece}", shared, piece, cpus, num_cpus=cpus, num_gpus=gpus, memory=room)
+        while tasks:
+            for piece, result in tasks.ended():
+                finished(piece, result)
+            listener.progress(len(pieces) - len(tasks), ", ".join(list(tasks)[:2]))
 
 
 def _task(work: _Work, piece: str, threads: int) -> Any:

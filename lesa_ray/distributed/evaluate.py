@@ -30,8 +30,7 @@ from lesa_ray.expansion.runner import Listener, Silent
 
 FORMAT = 1
 FILE = "evaluation.json"
-_POLL_SECONDS = 0.5
-_RETRIES = 3
+_TELL_SECONDS = 0.5
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers, the logits of a batch
 
 
@@ -109,7 +108,8 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     import ray
 
     from lesa_ray.distributed.health import Health
-    from lesa_ray.distributed.ray_runner import new_board, result_of, share_of_task, start_ray
+    from lesa_ray.distributed.ray_runner import new_board, share_of_task, start_ray
+    from lesa_ray.distributed.tasks import Tasks
 
     start_ray()
     names = job.config.checkpoints
@@ -122,34 +122,27 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
         cpus=job.config.cpus_per_task,
     )
     board, health = new_board(), Health(job.config.out or names[0], "evaluate")
-    running: dict[Any, int] = {}
     outcomes: dict[int, Outcome] = {}
     try:
-        for index, bound in enumerate(bounds):
-            task = ray.remote(_task).options(
-                name=f"evaluate {bound.name}",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                memory=min(_weights(bound, job.config) + _INTERPRETER_BYTES, memory),
-                max_retries=_RETRIES,
-                retry_exceptions=[MachineError],
-            )
-            running[task.remote(job, bound, cpus, str(index), board)] = index
-        while running:
-            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            for reference in done:
-                index = running.pop(reference)
-                outcomes[index] = result_of(reference, f"checkpoint {names[index]}")
-                health.task_ended()
-            state = ray.get(board.get.remote(), timeout=60)
-            shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
-            busy = [
-                f"{name}: {state[str(i)][0]}" for i, name in enumerate(names) if i not in outcomes and str(i) in state
-            ]
-            listener.progress(sum(shares), ", ".join(busy[:2]))
+        with Tasks[int](_task) as tasks:
+            for index, bound in enumerate(bounds):
+                tasks.start(
+                    index,
+                    f"evaluate {bound.name}",
+                    *(job, bound, cpus, str(index), board),
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    memory=min(_weights(bound, job.config) + _INTERPRETER_BYTES, memory),
+                )
+            while tasks:
+                for index, outcome in tasks.ended():
+                    outcomes[index] = outcome
+                    health.task_ended()
+                state = ray.get(board.get.remote(), timeout=60)
+                shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
+                busy = [f"{names[i]}: {state[str(i)][0]}" for i in tasks if str(i) in state]
+                listener.progress(sum(shares), ", ".join(busy[:2]))
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
         ray.kill(board)
     return [outcomes[index] for index in range(len(names))]
 
@@ -170,7 +163,7 @@ def _task(job: Job, bound: Bounds, threads: int, key: str, board: Any) -> Outcom
 
     def progress(phase: str, share: float) -> None:
         nonlocal told, shown
-        if time.monotonic() - told > _POLL_SECONDS or phase.split(",")[0] != shown:
+        if time.monotonic() - told > _TELL_SECONDS or phase.split(",")[0] != shown:
             told, shown = time.monotonic(), phase.split(",")[0]
             board.put.remote(key, phase, share)
 

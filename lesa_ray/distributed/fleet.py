@@ -24,8 +24,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import explain
-from lesa_ray.distributed.ray_runner import new_board, result_of, start_ray
+from lesa_ray.distributed.ray_runner import new_board, start_ray
 from lesa_ray.distributed.stage_task import Done, run_stage
+from lesa_ray.distributed.tasks import POLL_SECONDS, result_of
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount, GraphConfig
@@ -35,7 +36,6 @@ from lesa_ray.store.catalog import Store
 from lesa_ray.store.lease import Lease
 from lesa_ray.store.record import make_record
 
-_POLL_SECONDS = 0.5
 _LOOK_SECONDS = 3.0  # between looks at a stage that another fleet is making
 _TELL_SECONDS = 10.0
 _PAUSE_SECONDS = 5.0  # before a stage is tried again
@@ -118,7 +118,7 @@ class _Fleet:
                 self._collect()
                 self._tell()
             elif len(self._waiting) == before:  # others are at work on what is left
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
 
     def _connect(self) -> None:
         """Get a cluster, when the first stage has to be made."""
@@ -233,7 +233,7 @@ class _Fleet:
 
     def _collect(self) -> None:
         """Take in what has ended; end what is no longer this process's."""
-        ended, _ = ray.wait(list(self._running), timeout=_POLL_SECONDS)
+        ended, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
         for reference in ended:
             running = self._running.pop(reference)
             try:

@@ -20,12 +20,12 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
 from lesa_ray.distributed.health import Health
+from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
@@ -42,8 +42,6 @@ PASSED_ON = (
     "HF_HUB_OFFLINE",
 )
 """Environment variables of this process that tasks on a cluster get."""
-_POLL_SECONDS = 0.5
-_RETRIES = 3
 _INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
 
 
@@ -146,7 +144,7 @@ def _unit_task(expansion: Expansion, unit: Unit, threads: int, board: Any) -> tu
 
     def progress(phase: str, share: float) -> None:
         nonlocal last
-        if time.monotonic() - last > _POLL_SECONDS:
+        if time.monotonic() - last > POLL_SECONDS:
             last = time.monotonic()
             board.put.remote(unit.name, phase, share)
 
@@ -200,31 +198,26 @@ class RayRunner:
         board, health = new_board(), Health(Storage(config.out).url, "expand")
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
-        running: dict[Any, Unit] = {}
         records: dict[str, Any] = {}
         try:
-            while waiting or running:
-                for unit in [u for u in waiting if all(n in records or n not in here for n in u.after)]:
-                    waiting.remove(unit)
-                    task = ray.remote(_unit_task).options(
-                        name=f"unit {unit.name}",
-                        num_cpus=config.cpus_per_task,
-                        num_gpus=gpus,
-                        memory=min(unit.memory + _INTERPRETER_BYTES, int(self._node_memory * 0.9)),
-                        max_retries=_RETRIES,
-                        retry_exceptions=[MachineError],
-                    )
-                    running[task.remote(shared, unit, config.cpus_per_task, board)] = unit
-                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-                for reference in done:
-                    unit = running.pop(reference)
-                    records[unit.name], peak = result_of(reference, f"unit {unit.name}")
-                    self._peak = max(self._peak, peak)
-                    health.task_ended()
-                self._tell(listener, units, records, board)
+            with Tasks[str](_unit_task) as tasks:
+                while waiting or tasks:
+                    for unit in [u for u in waiting if all(n in records or n not in here for n in u.after)]:
+                        waiting.remove(unit)
+                        tasks.start(
+                            unit.name,
+                            f"unit {unit.name}",
+                            *(shared, unit, config.cpus_per_task, board),
+                            num_cpus=config.cpus_per_task,
+                            num_gpus=gpus,
+                            memory=min(unit.memory + _INTERPRETER_BYTES, int(self._node_memory * 0.9)),
+                        )
+                    for name, (record, peak) in tasks.ended():
+                        records[name] = record
+                        self._peak = max(self._peak, peak)
+                        health.task_ended()
+                    self._tell(listener, units, records, board)
         finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
             ray.kill(board)
         return records
 
@@ -235,33 +228,19 @@ class RayRunner:
         listener.progress(sum(weight_of(unit) * shares[unit.name] for unit in units), ", ".join(under_way[:2]))
 
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
-        task = ray.remote(_shard_task).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
         out = Storage(expansion.job.config.out).url
         health = Health(out, "expand")
-        running = {task.remote(out, shard): shard for shard in shards}
+        sizes = {shard.file: shard.nbytes for shard in shards}
         written = 0
-        try:
-            while running:
-                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-                for reference in done:
-                    shard = running.pop(reference)
-                    self._peak = max(self._peak, result_of(reference, shard.file))
-                    written += shard.nbytes
-                    health.task_ended(shard.nbytes)
-                listener.progress(written, ", ".join(shard.file for shard in list(running.values())[:2]))
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+        with Tasks[str](_shard_task) as tasks:
+            for shard in shards:
+                tasks.start(shard.file, shard.file, out, shard, num_cpus=1)
+            while tasks:
+                for file, peak in tasks.ended():
+                    self._peak = max(self._peak, peak)
+                    written += sizes[file]
+                    health.task_ended(sizes[file])
+                listener.progress(written, ", ".join(list(tasks)[:2]))
 
     def peak_memory(self) -> int:
         return max(self._peak, own_peak_memory())
-
-
-def result_of(reference: Any, what: str) -> Any:
-    """A task's result. Raises: the task's own error, or MachineError if its workers were lost."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause if error.cause is not None else error from None
-    except RayError as error:
-        raise MachineError(f"{what}: lost after {_RETRIES} retries ({explain(error)[:200]})") from error

@@ -26,7 +26,8 @@ import ray
 
 from lesa_ray.checkpoint.storage import Storage, explain
 from lesa_ray.distributed.health import Health
-from lesa_ray.distributed.ray_runner import on_this_machine, result_of, start_ray
+from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
+from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
@@ -37,9 +38,7 @@ from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.run import Run, claim, out_state, prepare
 from lesa_ray.training.train_settings import TrainConfig
 
-_POLL_SECONDS = 0.5
 _TIMEOUT_SECONDS = 1800
-_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -87,19 +86,14 @@ def _is_shared(run: Run) -> bool:
 def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
     """Write files of weights as Ray tasks, each on a core of its own. Raises: UserError, MachineError."""
     health = Health(plan.out, "train")
-    task = ray.remote(write_file).options(num_cpus=1, max_retries=_RETRIES, retry_exceptions=[MachineError])
     shared = ray.put(plan)
-    running = {task.remote(shared, file): file for file in files}
-    try:
-        while running:
-            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            for reference in done:
-                file = running.pop(reference)
-                result_of(reference, file.name)
-                health.task_ended(file.nbytes)
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+    sizes = {file.name: file.nbytes for file in files}
+    with Tasks[str](write_file) as tasks:
+        for file in files:
+            tasks.start(file.name, file.name, shared, file, num_cpus=1)
+        while tasks:
+            for name, _ in tasks.ended():
+                health.task_ended(sizes[name])
 
 
 def _wants_gpus(config: TrainConfig) -> bool:
@@ -214,7 +208,7 @@ def _watching(board: Any, run: Run, listener: Listener) -> Iterator[None]:
 
     def watch() -> None:
         last: Progress | None = None
-        while not stop.wait(_POLL_SECONDS):
+        while not stop.wait(POLL_SECONDS):
             try:
                 values: dict[str, Any] | None = ray.get(board.get.remote(), timeout=30)
             except Exception:  # the board is a comfort; the run does not depend on it

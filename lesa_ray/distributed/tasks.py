@@ -1,0 +1,65 @@
+"""Ray tasks side by side: waited for as they end, cancelled together when one of them fails.
+
+A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times. Wrong input is
+no fault: the first task that finds some ends the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from lesa_ray.checkpoint.storage import explain
+from lesa_ray.errors import MachineError
+
+POLL_SECONDS = 0.5
+"""How long a look for tasks that have ended may take, and how often one that runs tells how far it is."""
+_RETRIES = 3
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Tasks(Generic[Key]):
+    """Calls of one function as Ray tasks, each by what it is for. A context: what still runs at its end is cancelled.
+
+    Iterating gives what is under way."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._task = ray.remote(max_retries=_RETRIES, retry_exceptions=[MachineError])(call)
+        self._running: dict[Any, tuple[Key, str]] = {}
+
+    def __enter__(self) -> Tasks[Key]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for reference in self._running:
+            ray.cancel(reference, force=True)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter([key for key, _ in self._running.values()])
+
+    def start(self, key: Key, name: str, *args: Any, **resources: Any) -> None:
+        """name: in Ray's lists and in messages; resources: as `ray.remote` takes them."""
+        self._running[self._task.options(name=name, **resources).remote(*args)] = key, name
+
+    def ended(self) -> Iterator[tuple[Key, Any]]:
+        """Tasks that have ended, with their results; none where none does for half a second. Raises: as `result_of`."""
+        done, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
+        for reference in done:
+            key, name = self._running.pop(reference)
+            yield key, result_of(reference, name)
+
+
+def result_of(reference: Any, what: str) -> Any:
+    """A task's result. Raises: the task's own error, or MachineError if its workers were lost."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause if error.cause is not None else error from None
+    except RayError as error:
+        raise MachineError(f"{what}: lost after {_RETRIES} retries ({explain(error)[:200]})") from error
