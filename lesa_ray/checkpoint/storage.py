@@ -293,6 +293,21 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
 
 
+@contextlib.contextmanager
+def first_contact(place: str) -> Iterator[None]:
+    """Around the first calls that touch a place to write to, as a message calls it.
+
+    Raises: UserError for what its backend raises: a store that cannot be reached is the user's to mend."""
+    try:
+        yield
+    except (UserError, MachineError):
+        raise
+    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        raise UserError(
+            f"{place}: cannot be written ({explain(error)[:200]}); check the address and the credentials"
+        ) from error
+
+
 def explain(error: BaseException) -> str:
     """One line that says what the machine or the storage refused."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
-from lesa_ray.checkpoint.storage import Storage, explain, is_fault
+from lesa_ray.checkpoint.storage import Storage, explain, first_contact, is_fault
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
@@ -57,13 +56,15 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
     if expansion.chosen is not None:
         listener.phase(f"auto: {expansion.job.method.name}, since {expansion.chosen}", 0)
     storage = Storage(config.out)
-    state = _reach(config.out, lambda: out_state(expansion))
+    with first_contact(f"OUT {config.out}"):
+        state = out_state(expansion)
     if state == "done":
         manifest = read_manifest(storage)
         assert manifest is not None
         storage.remove_tree(".lesa-ray")
         return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
-    _reach(config.out, lambda: claim(expansion, state))
+    with first_contact(f"OUT {config.out}"):
+        claim(expansion, state)
     try:
         with _rehearsing(expansion) as rehearsal:
             records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
@@ -115,18 +116,6 @@ def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:
         return InlineRunner("cuda" if torch.cuda.is_available() else "cpu")
     listener.phase("starting Ray", 0)
     return RayRunner()
-
-
-def _reach(out: str, call: Any) -> Any:
-    """Run the first call that touches OUT; a store that cannot be reached is the user's to mend."""
-    try:
-        return call()
-    except (UserError, MachineError):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"OUT {out}: cannot be written ({explain(error)}); check the address and the credentials"
-        ) from error
 
 
 def _expanded(

@@ -26,7 +26,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, first_contact, is_fault
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.errors import MachineError, UserError
@@ -68,12 +68,14 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
     storage = Storage(config.out)
     config = config.model_copy(update={"out": storage.url})  # tasks run in folders of their own
     run = prepare(config)
-    state = _reach(config.out, partial(out_state, storage, run))
+    with first_contact(f"OUT {config.out}"):
+        state = out_state(storage, run)
     if state == "done":
         storage.remove_tree(WORK_DIR)
         return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
     job = Job(config, files_digest(run.tokenizer), tokens.rows_per_group(config.seq_len), layout.GROUPS_PER_FILE)
-    _reach(config.out, partial(claim, storage, run))
+    with first_contact(f"OUT {config.out}"):
+        claim(storage, run)
     try:
         dealt = _limited(job, sources.deal(run.sources, sources.PIECE_BYTES))
         listener.phase("starting Ray", 0)
@@ -212,15 +214,3 @@ def _do(row: dict[str, Any], work: Callable[[Job, Any], Any], job: Job) -> dict[
                 return {"result": pickle.dumps(("machine", explain(error)))}
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
-
-
-def _reach(out: str, call: Callable[[], Any]) -> Any:
-    """Run the first calls that touch OUT; a store that cannot be reached is the user's to mend."""
-    try:
-        return call()
-    except (UserError, MachineError):
-        raise
-    except Exception as error:
-        raise UserError(
-            f"OUT {out}: cannot be written ({explain(error)}); check the address and the credentials"
-        ) from error

@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage, explain, first_contact
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
@@ -63,7 +63,8 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     check_loggers(config.loggers)
     listener.phase("reading the headers", 0)
     run = prepare(config, gpus=False)  # wrong input, and a run that is done, are found before Ray is started
-    state = out_state(run)
+    with first_contact(f"OUT {config.out}"):
+        state = out_state(run)
     if state == "done":
         return trained_result(run, reused=True)
     listener.phase("starting Ray", 0)
@@ -72,7 +73,8 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
         run = prepare(config, gpus=True)
     if not is_trained(run):
         resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
-        claim(run)
+        with first_contact(f"OUT {config.out}"):
+            claim(run)
         _fit(run, resources, listener)
     finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
     return trained_result(run, resumed=state == "resume")

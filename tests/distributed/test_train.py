@@ -274,6 +274,11 @@ def test_more_workers_than_there_is_room_for(local_ray: None, bases: Bases, data
     assert not (tmp_path / "out").exists()
 
 
+def test_a_store_that_is_not_there(local_ray: None, s3: str, bases: Bases, data: str) -> None:
+    with pytest.raises(UserError, match="OUT s3://no-such-bucket/out: cannot be written"):
+        train(bases("llama"), data, "s3://no-such-bucket/out", train="all")
+
+
 def test_wrong_input_says_what_is_wrong_and_leaves_nothing(
     local_ray: None, bases: Bases, data: str, tmp_path: Path
 ) -> None:
