@@ -87,10 +87,11 @@ def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:
     return None
 
 
-def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True) -> Anatomy:
+def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True, hint: str = "") -> Anatomy:
     """Find the stack of layers of a checkpoint.
 
     alike: whether all layers must have tensors of the same shapes. If not, `types` has the shapes of layer 0.
+    hint: what to do about layers of several shapes, the end of the message.
     Raises: UserError, one line, if there is none, more than one, or its layers are not alike.
     """
     base = checkpoint.base
@@ -111,7 +112,7 @@ def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True) -> Anatomy:
             f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported"
         )
     stack, layers = next(iter(stacks.items()))
-    _check_alike(base, stack, layers, shapes=alike)
+    _check_alike(base, stack, layers, shapes=alike, hint=hint)
     depth = config_depth(checkpoint.config)
     if depth is None:
         raise UserError(f"BASE {base}: config.json has none of {', '.join(DEPTH_KEYS)}")
@@ -123,7 +124,7 @@ def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True) -> Anatomy:
     return Anatomy(family, stack, len(layers), types, tuple(outside), checkpoint.config)
 
 
-def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]], *, shapes: bool) -> None:
+def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]], *, shapes: bool, hint: str) -> None:
     missing = sorted(set(range(max(layers) + 1)) - set(layers))
     if missing:
         raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(layers)}")
@@ -138,10 +139,10 @@ def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]
             )
         for name, entry in layer.items():
             if entry.dtype != first[name].dtype or (shapes and entry.shape != first[name].shape):
-                hint = "; whole layers can be copied by llama-pro and solar" if entry.shape != first[name].shape else ""
+                todo = hint if entry.shape != first[name].shape else ""
                 raise UserError(
                     f"BASE {base}: layers are not alike: {entry.name} is {entry.dtype} {list(entry.shape)}, "
-                    f"in layer 0 it is {first[name].dtype} {list(first[name].shape)}{hint}"
+                    f"in layer 0 it is {first[name].dtype} {list(first[name].shape)}{todo}"
                 )
 
 

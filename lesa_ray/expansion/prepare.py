@@ -26,7 +26,7 @@ from lesa_ray.expansion.methods.resizing import resizing_units
 from lesa_ray.expansion.methods.slots import vectors_unit
 from lesa_ray.expansion.plan import New, Old
 from lesa_ray.expansion.registry import get_method
-from lesa_ray.expansion.widths import plan_widths
+from lesa_ray.expansion.widths import WHOLE_LAYERS, plan_widths
 from lesa_ray.expansion.workbench import made_name, result_dtype, unit_tensors, units_storage
 from lesa_ray.layerwise.conversion import as_layerwise, require_convertible, with_layer_widths
 from lesa_ray.layerwise.names import MODEL_TYPE
@@ -109,7 +109,7 @@ def prepare(config: ExpandConfig) -> Expansion:
     if config.new_width is not None:
         require_convertible(checkpoint.config, config.base)
     may_differ = method.copies or (method.pads and checkpoint.config.get("model_type") == MODEL_TYPE)
-    anatomy = read_anatomy(checkpoint, alike=not may_differ)
+    anatomy = read_anatomy(checkpoint, alike=not may_differ, hint=WHOLE_LAYERS)
     for variant in config.variants:
         _check_variant(checkpoint, anatomy, variant, alike=not may_differ)
     importance = read_importance(config, checkpoint, anatomy)

@@ -60,6 +60,8 @@ RULE = (
     "neurons, and heads within their group, of largest norm kept; added ones: output weights zero, input weights random"
 )
 """The rule in a line, for the manifest."""
+WHOLE_LAYERS = "; whole layers can be copied by llama-pro and solar"
+"""What expand can do where layers differ in ways that the rule does not know."""
 _LARGEST_MULTIPLE = 256  # of FFN widths, as layerwise.budget's
 _FINEST = 16
 """Where all layers are alike one width says little of its multiple (64 of 64): it is at most a sixteenth then."""
@@ -151,8 +153,19 @@ def plan_widths(checkpoint: Checkpoint, anatomy: Anatomy, plan: Plan, factors: S
 
     factors: `new_width`. Raises: UserError if layers differ in KV heads, or there are more factors than slots.
     """
+    widths = read_widths(checkpoint, anatomy, WHOLE_LAYERS)
+    slots = slot_widths(plan, widths.base, factors or (1.0,), widths.multiple, widths.kv_heads)
+    return replace(widths, slots=slots)
+
+
+def read_widths(checkpoint: Checkpoint, anatomy: Anatomy, hint: str = "") -> Widths:
+    """The widths of a model's layers, by the shapes of its tensors, which have Llama's names; no slots.
+
+    Raises: UserError, which ends with `hint`, if layers differ in KV heads."""
     config, base = checkpoint.config, checkpoint.base
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if (norm := anatomy.types.get("self_attn.q_norm.weight")) is not None:  # Qwen3's default is no quotient
+        head_dim = norm.shape[0]
 
     def rows(layer: int, name: str) -> int:
         return checkpoint.tensors[anatomy.name(layer, name)].shape[0]
@@ -162,15 +175,13 @@ def plan_widths(checkpoint: Checkpoint, anatomy: Anatomy, plan: Plan, factors: S
     if len(kv_heads) > 1:
         raise UserError(
             f"BASE {base}: layers are not alike: they have {kv_heads[0]} to {kv_heads[-1]} KV heads, and no sound way "
-            "to mix such is known; whole layers can be copied by llama-pro and solar"
+            f"to mix such is known{hint}"
         )
     widths = tuple(
         Width(rows(layer, "mlp.gate_proj.weight"), rows(layer, "self_attn.q_proj.weight") // head_dim)
         for layer in layers
     )
-    multiple = base_multiple([width.neurons for width in widths])
-    slots = slot_widths(plan, widths, factors or (1.0,), multiple, kv_heads[0])
-    return Widths(widths, slots, kv_heads[0], head_dim, multiple)
+    return Widths(widths, (), kv_heads[0], head_dim, base_multiple([width.neurons for width in widths]))
 
 
 def base_multiple(neurons: Sequence[int]) -> int:
