@@ -144,8 +144,8 @@ class ExpandConfig(Settings):
     new_width: Annotated[tuple[NewWidth, ...], BeforeValidator(_knots), Field(min_length=1)] | None = None
     """How wide new layers are, FFN and query heads, over the old ones they lie between: one factor for all, or several,
     `0.5,1.0`, spread evenly from the lowest new layer to the highest with straight lines between (`expansion.widths`).
-    A base that is not layer-wise scaled becomes one, for which it has to be a Llama. None: as wide as their
-    neighbours."""
+    A base that is not layer-wise scaled becomes one, for which it has to be a Llama, Mistral, Qwen2 or Qwen3. None: as
+    wide as their neighbours."""
     recipe: Recipe = "paper"
     """Where a paper and its released code differ: the paper's choice, or the code's."""
     lesa: LesaSettings = LesaSettings()

@@ -1,4 +1,4 @@
-"""Configuration of a Llama whose layers differ in FFN width and heads.
+"""Configuration of a Llama, or of a Qwen, whose layers differ in FFN width and heads.
 
 Self-contained, as modeling_layerwise_llama.py is: both are copied beside a checkpoint, which then loads with
 `trust_remote_code=True` wherever transformers 5 is. Nothing here may import the package it comes from."""
@@ -16,6 +16,8 @@ class LayerwiseLlamaConfig(LlamaConfig):  # type: ignore[misc]
 
     intermediate_sizes, num_attention_heads_per_layer, num_key_value_heads_per_layer: one value for each layer; None:
     all layers have `intermediate_size`, `num_attention_heads`, `num_key_value_heads`.
+    qkv_bias: queries, keys and values have biases, the output projection has none, as in Qwen2 (`attention_bias`: all
+    four have). qk_norm: queries and keys are normed head by head, as in Qwen3.
 
     Raises: ValueError for a list of another length, or heads that KV heads do not divide."""
 
@@ -26,9 +28,13 @@ class LayerwiseLlamaConfig(LlamaConfig):  # type: ignore[misc]
         intermediate_sizes: list[int] | None = None,
         num_attention_heads_per_layer: list[int] | None = None,
         num_key_value_heads_per_layer: list[int] | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         layers = self.num_hidden_layers
         self.intermediate_sizes = list(intermediate_sizes or [self.intermediate_size] * layers)
         self.num_attention_heads_per_layer = list(num_attention_heads_per_layer or [self.num_attention_heads] * layers)

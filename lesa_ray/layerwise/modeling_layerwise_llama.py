@@ -2,7 +2,8 @@
 
 Only the sizes of a layer's matrices differ; what is computed is Llama's code, so the KV cache, attention kernels,
 activation checkpointing, FSDP and compile work as they do there, and where all layers are alike the logits are Llama's
-to the last bit. Parameters have Llama's names.
+to the last bit. Parameters have Llama's names. Two settings make it compute what Qwen2 and Qwen3 do, whose code is
+Llama's but for attention: `qkv_bias` (Qwen2's biases) and `qk_norm` (Qwen3's attention in place of Llama's).
 
 Self-contained: see configuration_layerwise_llama.py."""
 
@@ -10,7 +11,13 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_layerwise_llama import LayerwiseLlamaConfig
 
@@ -19,7 +26,13 @@ class LayerwiseLlamaDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """Llama's layer with the sizes of one layer."""
 
     def __init__(self, config: LayerwiseLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config.of_layer(layer_idx), layer_idx)
+        own = config.of_layer(layer_idx)
+        own.attention_bias = config.attention_bias or config.qkv_bias
+        super().__init__(own, layer_idx)
+        if config.qk_norm:
+            self.self_attn = Qwen3Attention(own, layer_idx)
+        if not config.attention_bias:
+            self.self_attn.o_proj.bias = None
         # the model's own from here on: which attention is used may be changed there later
         self.self_attn.config = config
         self.mlp.config = config
@@ -35,6 +48,10 @@ class LayerwiseLlamaModel(LlamaModel):  # type: ignore[misc]
 
     config_class = LayerwiseLlamaConfig
     _no_split_modules = ("LayerwiseLlamaDecoderLayer",)
+    _can_record_outputs = {  # noqa: RUF012  transformers reads it off the class
+        "hidden_states": LayerwiseLlamaDecoderLayer,
+        "attentions": [LlamaAttention, Qwen3Attention],
+    }
 
     def __init__(self, config: LayerwiseLlamaConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lesa_ray import Expanded
 from lesa_ray.layerwise.configuration_layerwise_llama import LayerwiseLlamaConfig
@@ -33,40 +33,68 @@ ALIKE: dict[str, Any] = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_equal_layers_are_llama_bit_for_bit(tied: bool, attention: str) -> None:
-    given = {**ALIKE, "tie_word_embeddings": tied, "attn_implementation": attention}
-    llama = random_llama(given)
-    own = LayerwiseLlamaForCausalLM(LayerwiseLlamaConfig(**given))
-    assert own.load_state_dict(llama.state_dict()) is not None
-    assert list(own.state_dict()) == list(llama.state_dict())
+    alike({**ALIKE, "tie_word_embeddings": tied, "attn_implementation": attention}, "llama", {})
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "changes"),
+    [
+        ("qwen2", "qkv_bias", {"tie_word_embeddings": True, "attention_bias": False}),
+        ("qwen3", "qk_norm", {"tie_word_embeddings": True, "attention_bias": False, "head_dim": 24}),
+        ("qwen3", "qk_norm", {"attn_implementation": "eager"}),
+    ],
+)
+def test_with_one_setting_they_are_qwen_bit_for_bit(family: str, setting: str, changes: dict[str, Any]) -> None:
+    own = alike({**ALIKE, **changes}, family, {setting: True})
+    names = {name.rsplit(".", 2)[1] for name in own.state_dict() if name.endswith(("bias", "_norm.weight"))}
+    heads = {"q_norm", "k_norm"} if family == "qwen3" else set()
+    projections = {"q_proj", "k_proj", "v_proj", *(["o_proj"] if own.config.attention_bias else [])}
+    assert names == heads | (projections if own.config.attention_bias or family == "qwen2" else set())
+    own.set_attn_implementation("eager")
+    out = own(input_ids=tokens(), output_attentions=True, output_hidden_states=True)
+    assert (len(out.attentions), len(out.hidden_states)) == (3, 4)
+
+
+def alike(given: dict[str, Any], family: str, settings: dict[str, bool]) -> PreTrainedModel:
+    """The model, asserting that it has the parameters of a family's own and computes the same in the same bits."""
+    theirs = random_of(given, family)
+    own = LayerwiseLlamaForCausalLM(LayerwiseLlamaConfig(**given, **settings))
+    assert own.load_state_dict(theirs.state_dict()) is not None
+    assert list(own.state_dict()) == list(theirs.state_dict())
     ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[0, :7] = 0
-    for model in (llama, own):
+    for model in (theirs, own):
         model.zero_grad()
         model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         model.eval()
-    grads = {name: parameter.grad for name, parameter in llama.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert all(torch.equal(parameter.grad, grads[name]) for name, parameter in own.named_parameters())
     with torch.no_grad():
         for more in ({}, {"attention_mask": mask}, {"use_cache": False}):
-            assert torch.equal(own(input_ids=ids, **more).logits, llama(input_ids=ids, **more).logits)
-        made = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (own, llama)]
+            assert torch.equal(own(input_ids=ids, **more).logits, theirs(input_ids=ids, **more).logits)
+        made = [model.generate(ids, max_new_tokens=12, do_sample=False) for model in (own, theirs)]
     assert torch.equal(*made)
+    ready: PreTrainedModel = own
+    return ready
 
 
-def random_llama(given: dict[str, Any]) -> LlamaForCausalLM:
+def random_of(given: dict[str, Any], family: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = LlamaForCausalLM(LlamaConfig(**given))
+        attention = given.get("attn_implementation")
+        config = AutoConfig.for_model(family, **{k: v for k, v in given.items() if k != "attn_implementation"})
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
+@pytest.mark.parametrize("qwen", [{}, {"qkv_bias": True, "qk_norm": True}])
 @torch.no_grad()
-def test_the_cache_changes_nothing_where_layers_differ() -> None:
-    model = random_model(small_architecture())
+def test_the_cache_changes_nothing_where_layers_differ(qwen: dict[str, bool]) -> None:
+    model = random_model({**small_architecture(), **qwen})
     ids = tokens(2, 24)
     whole = model(input_ids=ids, use_cache=False).logits
     cache, steps = None, []
@@ -125,10 +153,10 @@ for folder, out in zip(sys.argv[2::2], sys.argv[3::2]):
 def test_it_loads_in_a_fresh_process_that_has_only_the_folder(
     layerwise_folder: str, bases: Callable[[str], str], grow: Callable[..., Expanded], tmp_path: Path
 ) -> None:
-    """A model made so, and an ordinary Llama whose new layers are narrower."""
+    """A model made so, and ordinary ones whose new layers are narrower."""
     ids = tokens(1, 12)
-    narrower = grow(bases("llama"), method="copy", layers=6, new_width=0.5).out
-    folders = {layerwise_folder: str(tmp_path / "one.pt"), narrower: str(tmp_path / "two.pt")}
+    narrower = [grow(bases(name), method="copy", layers=6, new_width=0.5).out for name in ("llama", "qwen2", "qwen3")]
+    folders = {folder: str(tmp_path / f"{at}.pt") for at, folder in enumerate([layerwise_folder, *narrower])}
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     pairs = [name for pair in folders.items() for name in pair]
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from lesa_ray import cli
+from lesa_ray import Expanded, cli
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.evaluate import evaluate
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -25,7 +26,8 @@ from lesa_ray.training.run import claim, out_state, prepare
 from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.worker import train
-from tests.layerwise.models import SMALL
+from tests.families import tensors
+from tests.layerwise.models import SMALL, loaded, small_architecture, write_checkpoint
 from tests.training.blocks import make_blocks
 from tests.training.test_model import plain_loop, several
 from tests.training.workers import run_workers
@@ -90,6 +92,25 @@ def test_from_the_command_to_a_trained_checkpoint(
     assert model.generation_config.eos_token_id == 5
 
 
+def test_narrower_layers_of_a_qwen_are_let_in_and_trained_alone(
+    bases: Callable[[str], str], grow: Callable[..., Expanded], tmp_path: Path
+) -> None:
+    deeper = grow(bases("qwen2"), method="copy", layers=7, new_width="0.5,1.5")
+    data = make_blocks(str(tmp_path / "blocks"), rows=32, seq_len=16)
+    config = TrainConfig(
+        checkpoint=deeper.out, data=data, out=str(tmp_path / "trained"), steps=4, batch=4, warmup=0, insert_over=0.5,
+        learning_rate=1e-2, activation_checkpointing=True, precision="fp32", checkpoint_every=4,
+    )  # fmt: skip
+    result = train_here(config)
+    before, after = tensors(deeper.out), tensors(tmp_path / "trained")
+    new = tuple(f"model.layers.{layer}." for layer in deeper.manifest["new_layers"])
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith(new)}
+    assert any(name.endswith("q_proj.bias") for name in changed)
+    assert result.parameters == sum(p.numel() for p in loaded(str(tmp_path / "trained")).parameters())
+    assert {*CODE_FILES} <= set(Storage(str(tmp_path / "trained")).list())
+
+
 def test_the_command_as_json_and_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -141,13 +162,15 @@ def test_it_is_measured_and_keeps_packed_conversations_apart(layerwise_folder: s
     check_packing(json.loads(Path(layerwise_folder, "config.json").read_text()), "here", 32)
 
 
-def test_two_workers_give_what_a_plain_loop_gives(layerwise_folder: str) -> None:
-    """FSDP2 with activation checkpointing, all layers trained or the upper ones alone."""
+def test_two_workers_give_what_a_plain_loop_gives(layerwise_folder: str, tmp_path: Path) -> None:
+    """FSDP2 with activation checkpointing, all layers trained or the upper ones alone; with Qwen's settings too."""
     register()
-    cases = [(layerwise_folder, chosen, {"activation_checkpointing": True}) for chosen in ("all", "upper")]
+    qwen = write_checkpoint(tmp_path / "qwen", {**small_architecture(), "qkv_bias": True, "qk_norm": True})
+    which = [(layerwise_folder, "all"), (layerwise_folder, "upper"), (qwen, "all")]
+    cases = [(folder, chosen, {"activation_checkpointing": True}) for folder, chosen in which]
     found, _ = run_workers(several, 2, cases)
-    for (curve, _), (_, chosen, _) in zip(found, cases, strict=True):
-        expected = plain_loop(layerwise_folder, chosen)
+    for (curve, _), (folder, chosen, _) in zip(found, cases, strict=True):
+        expected = plain_loop(folder, chosen)
         assert [value for step in curve for value in step] == pytest.approx(
             [value for step in expected for value in step], rel=2e-4
         )

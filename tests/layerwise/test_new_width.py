@@ -115,12 +115,59 @@ def test_what_is_added_learns(bases: Bases, grow: Grow) -> None:
         assert not matrix.weight.grad[FFN:].any(), "their output weights are zero until the first step"
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "mistral"])
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2", "qwen3"])
 def test_other_llamas(family: str, bases: Bases, grow: Grow) -> None:
-    result = grow(bases(family), method="llama-pro", layers=6, new_width=0.5)
+    result = grow(bases(family), method="llama-pro", layers=7, new_width="0.5,1.5")
+    assert [width for width in widths_of(result.out) if width != (FFN, 4)] == [(48, 2), (144, 6)]
     model = loaded(result.out)
     assert type(model).__name__ == "LayerwiseLlamaForCausalLM"
     assert torch.equal(logits(model, tokens()), logits(families.load_strict(bases(family), family), tokens()))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_qwens_heads_move_with_their_biases_and_keep_their_norms(family: str, bases: Bases, grow: Grow) -> None:
+    """Tied embeddings, a gap narrower and a gap wider; then deeper again from what came out."""
+    base = bases(family)
+    size = config_of(base).get("head_dim") or families.HIDDEN // 4
+    result = grow(base, method="copy", position="1,3", new_width="0.5,1.5")
+    for place, origin in ((2, 1), (5, 3)):
+        old, new = layer_tensors(base, family, origin), layer_tensors(result.out, family, place)
+        kept = result.manifest["widths"]["new"][str(place)]["heads"]
+        rows = heads_of(kept["kept"], size)
+        where = torch.arange(len(rows)) if place == 2 else torch.tensor([*range(2 * size), *range(3 * size, 5 * size)])
+        for kind in ("weight", "bias") if family == "qwen2" else ("weight",):
+            query = f"self_attn.q_proj.{kind}"
+            assert torch.equal(new[query][where], old[query][rows])
+        assert new["self_attn.q_proj.weight"].shape[0] == (2, 6)[place == 5] * size
+        added = sorted({*range(len(new["self_attn.q_proj.weight"]))} - {*where.tolist()})
+        assert not new["self_attn.o_proj.weight"][:, added].any()
+        for name in old:
+            if name.startswith(("self_attn.k", "self_attn.v", "self_attn.q_norm")) or "layernorm" in name:
+                assert torch.equal(new[name], old[name]), name
+    plain = grow(base, method="copy", position="1,3", new_width="1,1.5")
+    copies = grow(base, method="copy", position="1,3")
+    torch.testing.assert_close(logits(loaded(plain.out), tokens()), logits(loaded(copies.out), tokens()))
+    again = grow(result.out, method="avg-deus", layers=9, zero_init=True)
+    assert torch.equal(logits(loaded(again.out), tokens()), logits(loaded(result.out), tokens()))
+    assert {"model_type": MODEL_TYPE}.items() <= config_of(again.out).items()
+
+
+def heads_of(runs: str, size: int) -> torch.Tensor:
+    """Rows of the heads that a manifest names as `0-2,5`."""
+    heads: list[int] = []
+    for run in runs.split(","):
+        first, _, last = run.partition("-")
+        heads += range(int(first), int(last or first) + 1)
+    return (torch.tensor(heads).unsqueeze(1) * size + torch.arange(size)).flatten()
+
+
+@pytest.mark.parametrize("method", ["lesa", "opt-deus", "random", "solar"])
+def test_every_kind_of_method_on_a_qwen(method: str, bases: Bases, grow: Grow) -> None:
+    settings = {"lesa": SHORT} if method == "lesa" else {}
+    result = grow(bases("qwen2"), method=method, layers=6, new_width=0.5, zero_init=True, vectors="mean", **settings)
+    model = loaded(result.out)
+    assert torch.equal(logits(model, tokens()), logits(families.load_strict(bases("qwen2"), "qwen2"), tokens()))
+    assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -131,6 +178,12 @@ def test_other_llamas(family: str, bases: Bases, grow: Grow) -> None:
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16}}),
         ("llama", {"num_attention_heads": 8, "head_dim": 24, "attention_bias": True, "rms_norm_eps": 1e-5}),
+        ("qwen2", {"rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1,
+                   "num_key_value_heads": 4, "attention_bias": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "num_key_value_heads": 2,
+                   "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}),
+        ("qwen3", {"rope_theta": 1e6, "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2}),
+        ("qwen3", {"attention_bias": True, "num_key_value_heads": 8}),
     ],
 )  # fmt: skip
 def test_the_class_computes_the_same_from_older_and_shorter_configurations(name: str, changes: dict[str, Any]) -> None:
@@ -195,13 +248,18 @@ def test_more_values_than_new_layers_and_other_architectures_are_refused(bases: 
         return str(result.exception)
 
     assert refused("llama", "--layers", "7", "--new-width", "1,2,3").startswith("--new-width 1,2,3: 3 values for 2 new")
-    for family in ("qwen2", "gpt2", "gemma2"):
+    for family in ("phi3", "gpt2", "gemma2", "qwen3_moe"):
         told = refused(family, "--new-width", "0.5")
-        assert f": {family} is not; leave it out" in told
+        assert f"Llama, Mistral, Qwen2 and Qwen3 do without a sliding window: {family} is none of them; lea" in told
         assert "\n" not in told
-    sliding = families.make("mistral", tmp_path / "sliding", sliding_window=8)
-    with pytest.raises(UserError, match=r"this one's window slides \(sliding_window in config.json\)"):
-        prepare(ExpandConfig(base=sliding, out=out, new_width=(0.5,)))
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": families.LAYERS - 1}
+    for family, changes in (("mistral", {"sliding_window": 8}), ("qwen2", windows), ("qwen3", windows)):
+        sliding = families.make(family, tmp_path / family, **changes)
+        with pytest.raises(UserError, match=r"this one's window slides \(sliding_window in config.json\)"):
+            prepare(ExpandConfig(base=sliding, out=out, new_width=(0.5,)))
+    odd = families.make("qwen3", tmp_path / "odd", num_attention_heads=6)
+    with pytest.raises(UserError, match="its code wants heads that divide the width, not 6 for 64"):
+        prepare(ExpandConfig(base=odd, out=out, new_width=(0.5,)))
     assert not Path(out).exists()
 
 
