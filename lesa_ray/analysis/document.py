@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lesa_ray.analysis.subject import Subject
+from lesa_ray.expansion.widths import SIDES
 
 VERSION = 1
 """Of analysis.json."""
@@ -46,11 +47,33 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
         "layers": anatomy.layers,
         "hidden_size": next((checkpoint.config[key] for key in _WIDTHS if key in checkpoint.config), None),
         "new_layers": subject.new_layers,
+        "uneven": _uneven(subject),
         "created_with": _versions(),
         "settings": subject.config.model_dump(mode="json", exclude={"out"}),
         "matched_missing": subject.why_not_matched,
         **_rounded(measured),
     }
+
+
+def _uneven(subject: Subject) -> str | None:
+    """What to know of figures over layers that differ in width; None where they do not."""
+    if subject.widths is None:
+        return None
+    ranges = {}
+    for side in SIDES:
+        found = sorted({width[side] for width in subject.widths.base})
+        ranges[side] = f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+    said = (
+        f"layers differ in width (FFN {ranges['neurons']}, query heads {ranges['heads']}): norms, spectra and ranks "
+        "are of each layer as it is; the common basis, pictures, cosines and the fit are of layers padded with zeros "
+        "to the widest, as expand pads them"
+    )
+    if len(subject.old_widths) > 1:
+        said += (
+            "; matching pads the narrower of two neighbours, and candidates for a layer between are not scored, as "
+            "their width would count for more than what they hold"
+        )
+    return said
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,5 +1,8 @@
 """What is analysed: a checkpoint by its headers, its weight types, and how one of them is worked on.
 
+Layers of a layer-wise scaled model that differ in width are padded with zeros to the widest, as `lesa_ray.expansion`
+pads them, so that what is measured is what a method would see; norms, spectra and ranks are those of the layers alone.
+
 Types are independent of one another, so each may be a task of its own. A type's layers are read several times (singular
 values, the passes of the common basis, the fit); where all of them take at most a quarter of the memory budget they are
 read once and kept.
@@ -12,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,13 +26,16 @@ from lesa_ray.analysis.likeness import match_block
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.weight_type import DIRECTIONS, analyse_type
 from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
-from lesa_ray.checkpoint.blocks import Block, read_blocks
+from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, read_blocks
 from lesa_ray.checkpoint.finite import assert_finite
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, open_checkpoint
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.memory import default_budget
+from lesa_ray.expansion.widths import Width, Widths, read_widths
+from lesa_ray.layerwise.names import MODEL_TYPE
+from lesa_ray.lesa.alignment import Layer
 from lesa_ray.lesa.cost import Task, unit_cost
 from lesa_ray.lesa.streams import Load
 
@@ -37,6 +43,7 @@ SMALL = 200_000_000
 """Weights in all layers up to which predictors are fitted and layers matched unless told otherwise."""
 KEPT_SHARE = 0.25
 """Of the memory budget, for layers that are read once and kept."""
+_ONE_WIDTH = f"; analyze needs layers of one width, or those of a {MODEL_TYPE} model, with the same KV heads in all"
 _EXPERT = re.compile(r"experts\.\d+\.")
 
 
@@ -47,6 +54,9 @@ class Subject:
     config: AnalyzeConfig
     checkpoint: Checkpoint
     anatomy: Anatomy
+    """With the widest layer's shapes and heads."""
+    widths: Widths | None = None
+    """Of the layers, where they differ."""
 
     @cached_property
     def types(self) -> dict[str, tuple[WeightType, ...]]:
@@ -125,23 +135,51 @@ class Subject:
             needed = max(needed, unit_cost(fit).host_memory)
         return self.nbytes(name) + needed
 
+    @property
+    def old_widths(self) -> set[Width]:
+        """Of the layers that no method put in, where layers differ."""
+        base = () if self.widths is None else self.widths.base
+        return {width for layer, width in enumerate(base) if layer not in self.new_layers}
+
+    def shapes(self, name: str) -> list[tuple[int, int]] | None:
+        """A type's in each layer as it is stored, where they differ."""
+        if self.widths is None:
+            return None
+        (one,) = self.types[name]
+        found = [(rows, columns) for rows, columns in (self.widths.shape(one, width) for width in self.widths.base)]
+        return found if len({*found}) > 1 else None
+
+    def evened(self, block: Block, layer: int, below: Layer, above: Layer) -> tuple[Layer, Layer, Block]:
+        """Two neighbours' matrices, `above` those of `layer`, padded to the wider's width, and the block so wide."""
+        assert self.widths is not None
+        pair = replace(self.widths, base=self.widths.base[layer - 1 : layer + 1])
+        lower, upper = (
+            {name: pair.padded(name, at, tensor) for name, tensor in one.items()}
+            for at, one in enumerate((below, above))
+        )
+        return lower, upper, _as_wide(block, pair.widest)
+
     def read(self, layer: int, weight_type: WeightType) -> Tensor:
-        """(d1, d2). Raises: UserError if it is not finite."""
+        """(d1, d2), as wide as it is stored. Raises: UserError if it is not finite."""
         name = self.anatomy.name(layer, weight_type.name)
         tensor = self.checkpoint.read(name)
         assert_finite(tensor, name)
         return tensor.T.contiguous() if weight_type.transposed else tensor
 
     def loads(self, name: str, kept: dict[tuple[str, int], Tensor] | None) -> list[Load]:
-        """How the matrices of a type's members are read: layer → (d1, d2). `kept`: where they stay, if they do."""
+        """How the matrices of a type's members are read: layer → (d1, d2), all of one width. `kept`: where they stay,
+        if they do."""
 
         def reader(weight_type: WeightType) -> Load:
             def load(layer: int) -> Tensor:
-                if kept is None:
-                    return self.read(layer, weight_type)
-                if (weight_type.name, layer) not in kept:
-                    kept[weight_type.name, layer] = self.read(layer, weight_type)
-                return kept[weight_type.name, layer]
+                if kept is not None and (weight_type.name, layer) in kept:
+                    return kept[weight_type.name, layer]
+                tensor = self.read(layer, weight_type)
+                if self.widths is not None:
+                    tensor = self.widths.padded(weight_type.name, layer, tensor)
+                if kept is not None:
+                    kept[weight_type.name, layer] = tensor
+                return tensor
 
             return load
 
@@ -151,8 +189,13 @@ class Subject:
 def open_subject(config: AnalyzeConfig) -> Subject:
     """Open the checkpoint by its headers. Raises: UserError."""
     checkpoint = open_checkpoint(config.base)
-    anatomy = read_anatomy(checkpoint)
-    subject = Subject(config, checkpoint, anatomy)
+    is_scaled = checkpoint.config.get("model_type") == MODEL_TYPE
+    anatomy, widths = read_anatomy(checkpoint, alike=not is_scaled, hint=_ONE_WIDTH), None
+    if is_scaled:
+        widths = read_widths(checkpoint, anatomy, _ONE_WIDTH)
+        of_all = {**anatomy.config, "num_attention_heads": widths.widest.heads}
+        anatomy = replace(anatomy, types=widths.padded_types(anatomy.types), config=of_all)
+    subject = Subject(config, checkpoint, anatomy, None if widths is None or widths.are_even else widths)
     if not subject.types:
         raise UserError(f"BASE {config.base}: its layers have no matrix to look at")
     if config.fit and anatomy.layers < 3:
@@ -182,6 +225,7 @@ def work_on_type(
     figures = analyse_type(
         side_by_side,
         layers,
+        shapes=subject.shapes(name),
         members=len(loads),
         seed=config.seed,
         device=device,
@@ -214,4 +258,20 @@ def work_on_block(
         return {name: subject.read(layer, subject.anatomy.types[name]) for name in block.matrices}
 
     layers, seed = subject.anatomy.layers, subject.config.seed
-    return asdict(match_block(load, layers, block, seed, new=subject.new_layers, device=device, progress=progress))
+    evened, old = None, subject.old_widths
+    if len(old) > 1:
+        evened = partial(subject.evened, block)
+    elif old:
+        block = _as_wide(block, *old)
+    figures = match_block(
+        load, layers, block, seed, new=subject.new_layers, evened=evened, device=device, progress=progress
+    )
+    return asdict(figures)
+
+
+def _as_wide(block: Block, width: Width) -> Block:
+    """The block in a layer of that width."""
+    if isinstance(block, Mlp):
+        return replace(block, neurons=width.neurons)
+    assert isinstance(block, Attention)
+    return replace(block, heads=width.heads)

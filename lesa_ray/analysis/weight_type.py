@@ -7,6 +7,9 @@ The common basis takes at most `DIRECTIONS` directions, so that large types go t
 4 passes of products with a matrix of that width, in place of a Gram matrix of d1² and its eigenvectors (d1 = 14,336:
 2·10¹³ operations that no GPU makes less of). For d1 up to 2,048 the Gram route is taken, which is exact.
 
+Layers of several widths come padded with zeros to the widest, which leaves norms as they are; the singular values that
+padding adds, zeros, are left out. The common basis and cosines are of the padded layers.
+
 Experts of a kind count as one type: side by side they are one matrix (d1, experts·d2) of each layer. Their order within
 a layer is free, so the likeness of neighbouring layers says little of them.
 """
@@ -41,7 +44,9 @@ class TypeFigures:
     no direction: its cosines are None."""
 
     shape: list[int]
-    """(d1, d2) of the matrix of a layer; of experts, side by side."""
+    """(d1, d2) of the matrix of a layer, the widest one's; of experts, side by side."""
+    shapes: list[list[int]] | None
+    """Of each layer, where they differ."""
     members: int
     """1, or the experts that lie side by side."""
     norms: list[float]
@@ -49,7 +54,7 @@ class TypeFigures:
     effective_rank: list[float]
     stable_rank: list[float]
     spectrum_index: list[int]
-    """Which singular values `spectra` holds, 0 the largest."""
+    """Which singular values `spectra` holds, 0 the largest; of a narrower layer those at the same shares of its own."""
     spectra: list[list[float]]
     """Of each layer, descending."""
     common_spectrum: list[float]
@@ -70,6 +75,7 @@ def analyse_type(
     load: Load,
     layers: int,
     *,
+    shapes: Sequence[tuple[int, int]] | None = None,
     members: int = 1,
     seed: int = 0,
     device: str = "cpu",
@@ -77,7 +83,7 @@ def analyse_type(
     memory_budget: int | None = None,
     progress: Callable[[str, float], None] = lambda phase, share: None,
 ) -> TypeFigures:
-    """load: layer → its matrix (d1, d2), called several times for each.
+    """load: layer → its matrix (d1, d2), called several times for each. shapes: of each before it was padded.
 
     Raises: UserError for matrices that are not finite, or not of one shape.
     """
@@ -88,7 +94,8 @@ def analyse_type(
     below: Tensor | None = None
     for _, i, weight in source.stream():
         progress("singular values", 0.7 * i / layers)
-        spectra.append(singular_values(weight))
+        values = singular_values(weight)
+        spectra.append(values if shapes is None else values[: min(shapes[i])])
         if below is not None:
             cosines.append(cosine(below, weight))
         below = weight
@@ -106,15 +113,15 @@ def analyse_type(
     )
     progress("pictures", 0.95)
     rows = parts.coefficients[0, :, : pictures.DIRECTIONS]  # (L, directions, d2)
-    index = spread(min(d1, d2), SPECTRUM)
     return TypeFigures(
         shape=[d1, d2],
+        shapes=None if shapes is None else [list(shape) for shape in shapes],
         members=members,
         norms=source.squares[0].sqrt().tolist(),
         effective_rank=[effective_rank(values) for values in spectra],
         stable_rank=[stable_rank(values) for values in spectra],
-        spectrum_index=index,
-        spectra=[values[index].tolist() for values in spectra],
+        spectrum_index=spread(min(d1, d2), SPECTRUM),
+        spectra=[values[spread(len(values), SPECTRUM)].tolist() for values in spectra],
         common_spectrum=parts.sigma.tolist(),
         common_directions=min(d1, layers * d2),
         route=parts.route,

@@ -53,7 +53,7 @@ _FREQUENCIES = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
 _NORM_OF_RESULT = re.compile(r"(?:^|\.)output\.LayerNorm\.")
 """BERT's norms, within the block but on the residual stream."""
 _ROTATION: dict[str, Rotation] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), "planes"),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "layerwise_llama"), "planes"),
     **dict.fromkeys(("bert", "roberta", "opt", "gpt2"), "any"),
     **dict.fromkeys(("phi3", "gpt_neox"), "planes"),
 }

@@ -130,7 +130,8 @@ def random_like(layers: Sequence[Layer], block: Block, seed: int) -> dict[str, T
     mixed from a layer is that layer up to a turn and scores 0.85 = 8/3π. So what of S cannot be told from noise is left
     out: S → (1−λ)·S + λ·diag(S), with λ of Ledoit and Wolf ("A well-conditioned estimator for large-dimensional
     covariance matrices", 2004) once all channels have one size. A draw from it is √(1−λ) times a mixture of the rows
-    and √λ times noise of each channel's size.
+    and √λ times noise of each channel's size. Rows that are zero in all `layers` (what a narrower one is padded with)
+    belong to no distribution, and stay zero.
 
     Measured on the six-layer MiniLM encoder, attention / MLP: a copy of the lower neighbour 0.360 / 0.247 after the
     best matching, a layer mixed from the true one's rows 0.306 / 0.163 (its values 0.345, above the neighbour's 0.321),
@@ -144,7 +145,10 @@ def random_like(layers: Sequence[Layer], block: Block, seed: int) -> dict[str, T
         for parts in zip(*(pieces(role, layer[name]) for layer in layers), strict=True):
             part = parts[0][0]
             rows = [rows_first(part, tensor).to("cpu", working_dtype(tensor.dtype)) for _, tensor in parts]
-            some = _drawn(torch.cat(rows), len(rows[0]), generator)
+            there = torch.stack([one.any(dim=1) for one in rows])
+            some = torch.zeros_like(rows[0])
+            if (used := there.any(dim=0)).any():
+                some[used] = _drawn(torch.cat(rows)[there.flatten()], int(used.sum()), generator)
             drawn.append(some.T.contiguous() if part in ("o", "down") else some)
         made[name] = role.joined(drawn) if isinstance(role, Fused) else drawn[0]
     return made

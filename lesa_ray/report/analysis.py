@@ -16,7 +16,10 @@ _NUMBERS = ("attention", "mlp", "block")
 
 def analysis_table(report: dict[str, Any]) -> Group:
     """The content of analysis.json as tables with captions, for `terminal.console.print`."""
-    parts: list[Table | Text] = [_head(report), _types(report), Text(_TYPES_CAPTION, style="dim")]
+    parts: list[Table | Text] = [_head(report)]
+    if report["uneven"] is not None:
+        parts.append(Text(report["uneven"], style="dim"))
+    parts += [_types(report), Text(_TYPES_CAPTION, style="dim")]
     parts += [_neighbours(report), Text(_neighbours_caption(report), style="dim")]
     if report["residual"] is not None:
         residual = report["residual"]
@@ -36,13 +39,13 @@ def _types(report: dict[str, Any]) -> Table:
     for name in ("norm", "effective rank", "stable rank", "in 64 directions"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, found in report["types"].items():
-        d1, d2 = found["shape"]
-        rank = _mean(found["effective_rank"])
+        shapes = found["shapes"] or [found["shape"]]
+        rank, full = _mean(found["effective_rank"]), _mean([min(shape) for shape in shapes])
         table.add_row(
             name.removesuffix(".weight"),
-            f"{d1} × {d2}",
+            " × ".join(_range(sizes) for sizes in zip(*shapes, strict=True)),
             _number(_mean(found["norms"])),
-            "–" if rank is None else f"{rank:,.0f} of {min(d1, d2):,}",
+            "–" if rank is None else f"{rank:,.0f} of {full:,.0f}",
             _number(_mean(found["stable_rank"])),
             _share(found["captured"]),
         )
@@ -127,6 +130,11 @@ def _table(title: str, *left: str) -> Table:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _range(sizes: Sequence[int]) -> str:
+    """From the least to the largest."""
+    return str(sizes[0]) if len({*sizes}) == 1 else f"{min(sizes)} … {max(sizes)}"
 
 
 def _share(captured: dict[str, float]) -> str:

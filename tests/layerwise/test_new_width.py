@@ -152,6 +152,16 @@ def test_a_qwens_heads_move_with_their_biases_and_keep_their_norms(family: str, 
     assert {"model_type": MODEL_TYPE}.items() <= config_of(again.out).items()
 
 
+def test_heads_are_as_wide_as_their_norm_where_the_configuration_leaves_it_out(grow: Grow, tmp_path: Path) -> None:
+    """128 is Qwen3's default, whatever the width over the heads is."""
+    base = families.make("qwen3", tmp_path / "base", head_dim=128)
+    raw = config_of(base)
+    Path(base, "config.json").write_text(json.dumps({name: raw[name] for name in raw if name != "head_dim"}))
+    result = grow(base, method="llama-pro", layers=6, new_width=0.5)
+    assert widths_of(result.out)[-1] == (48, 2)
+    assert torch.equal(logits(loaded(result.out), tokens()), logits(families.load_strict(base, "qwen3"), tokens()))
+
+
 def heads_of(runs: str, size: int) -> torch.Tensor:
     """Rows of the heads that a manifest names as `0-2,5`."""
     heads: list[int] = []
@@ -200,6 +210,7 @@ def test_the_class_computes_the_same_from_older_and_shorter_configurations(name:
     after.load_state_dict(before.state_dict())
     ids = tokens(2, 32)
     assert torch.equal(logits(before, ids), logits(after, ids))
+    assert torch.equal(*(one.generate(ids, max_new_tokens=3, do_sample=False) for one in (before, after)))
 
 
 def test_the_folder_says_what_it_is(bases: Bases, grow: Grow) -> None:

@@ -127,6 +127,7 @@ class TypeFigures(_Read):
     """One weight type of an analysis; lists over the L layers, or the L−1 pairs of neighbours."""
 
     shape: list[int] = Field(default_factory=list)
+    shapes: list[list[int]] | None = None
     norms: list[Number] = Field(default_factory=list)
     effective_rank: list[Number] = Field(default_factory=list)
     stable_rank: list[Number] = Field(default_factory=list)
@@ -137,6 +138,10 @@ class TypeFigures(_Read):
     neighbour_cosine_matched: list[Number] | None = None
     neighbour_cosine_chance: list[Number] | None = None
     pictures: Pictures = Pictures()
+
+    def full_rank(self, layer: int) -> int:
+        """The largest rank that a layer's matrix can have. There must be a `shape`."""
+        return min(self.shapes[layer] if self.shapes else self.shape)
 
 
 class LayerShare(_Read):
@@ -172,4 +177,6 @@ class Analysis(_Read):
     types: dict[str, TypeFigures] = Field(default_factory=dict)
     fit: dict[str, dict[str, Any]] | None = None
     matched_missing: str | None = None
+    uneven: str | None = None
+    """What to know where layers differ in width."""
     residual: Residual | None = None

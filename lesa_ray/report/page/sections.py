@@ -209,6 +209,8 @@ def _analysis(label: str, analysis: Analysis, suffix: str, missing: list[str]) -
     held = [plural(analysis.layers, "layer"), plural(len(analysis.types), "weight type")]
     held += [plural(len(analysis.new_layers), "new layer")] if analysis.new_layers else []
     section.texts = [f"{', '.join(held)}; read from the checkpoint, without training."]
+    if analysis.uneven:
+        section.texts.append(f"{analysis.uneven[0].upper()}{analysis.uneven[1:]}.")
     if len(analysis.types) > weights.MOST_TYPES:
         section.texts.append(
             f"The figures show the first {weights.MOST_TYPES} weight types; the others are in analysis.json."

@@ -76,7 +76,7 @@ def _spectra_panel(name: str, figures: TypeFigures, analysis: Analysis) -> Panel
         axes.set_xlabel("position in the spectrum (%)")
         axes.set_ylabel(f"σ / largest σ (at least {_LEAST:g})" if smallest <= _LEAST else "σ / largest σ")
 
-    shape = f" ({' × '.join(map(str, figures.shape))})" if figures.shape else ""
+    shape = f" ({'up to ' if figures.shapes else ''}{' × '.join(map(str, figures.shape))})" if figures.shape else ""
     return Panel(short_type(name) + shape, draw, height=PANEL_HEIGHT)
 
 
@@ -88,9 +88,9 @@ def ranks_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
     new = set(analysis.new_layers)
     shares = {}
     for t, f in types.items():
-        old = [rank for at, rank in enumerate(f.effective_rank) if rank is not None and at not in new]
+        old = [(at, rank) for at, rank in enumerate(f.effective_rank) if rank is not None and at not in new]
         if old and f.shape:
-            shares[t] = fmean(old) / min(f.shape)
+            shares[t] = fmean(rank / f.full_rank(at) for at, rank in old)
     see = "Effective ranks are not known."
     if shares:
         high, low = max(shares, key=lambda t: shares[t]), min(shares, key=lambda t: shares[t])
@@ -105,7 +105,7 @@ def ranks_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
     panels = []
     if any(known(f.effective_rank) and f.shape for f in types.values()):
         rows = {
-            t: [None if v is None else 100 * v / min(f.shape) for v in f.effective_rank]
+            t: [None if v is None else 100 * v / f.full_rank(at) for at, v in enumerate(f.effective_rank)]
             for t, f in types.items()
             if f.shape
         }
