@@ -54,7 +54,7 @@ class Subject:
     config: AnalyzeConfig
     checkpoint: Checkpoint
     anatomy: Anatomy
-    """With the widest layer's shapes and heads."""
+    """With the widest layer's shapes."""
     widths: Widths | None = None
     """Of the layers, where they differ."""
 
@@ -193,8 +193,7 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     anatomy, widths = read_anatomy(checkpoint, alike=not is_scaled, hint=_ONE_WIDTH), None
     if is_scaled:
         widths = read_widths(checkpoint, anatomy, _ONE_WIDTH)
-        of_all = {**anatomy.config, "num_attention_heads": widths.widest.heads}
-        anatomy = replace(anatomy, types=widths.padded_types(anatomy.types), config=of_all)
+        anatomy = replace(anatomy, types=widths.padded_types(anatomy.types))
     subject = Subject(config, checkpoint, anatomy, None if widths is None or widths.are_even else widths)
     if not subject.types:
         raise UserError(f"BASE {config.base}: its layers have no matrix to look at")

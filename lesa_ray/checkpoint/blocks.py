@@ -174,7 +174,7 @@ def read_blocks(anatomy: Anatomy, asker: str, hint: str = "") -> tuple[Attention
 
 def _attention(anatomy: Anatomy, writers: set[str], refuse: Any) -> Attention:
     members = [t for t in anatomy.matrices if in_attention(t.name)]
-    heads = next((v for key in ("num_attention_heads", "n_head") if isinstance(v := anatomy.config.get(key), int)), 0)
+    heads = _query_heads(anatomy.config)
     parts: dict[str, Role] = {}
     shapes: dict[Part, int] = {}
     for weight_type in members:
@@ -214,6 +214,14 @@ def _attention(anatomy: Anatomy, writers: set[str], refuse: Any) -> Attention:
         query_rotation=rotation if turned else "none",
         value_rotation="none" if rotation == "none" else "any",
     )
+
+
+def _query_heads(config: Mapping[str, Any]) -> int:
+    """What config.json says, 0 where it does not: where it says so of each layer, the widest one's."""
+    each: list[int] | None = config.get("num_attention_heads_per_layer")
+    if each:
+        return max(each)
+    return next((v for key in ("num_attention_heads", "n_head") if isinstance(v := config.get(key), int)), 0)
 
 
 def _partly_rotary(anatomy: Anatomy) -> bool:
