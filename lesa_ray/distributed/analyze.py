@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FILE, PAGE_FILE = "analysis.json", "analysis.html"
 _RESIDUAL = "residual stream"
+_KEPT = 2
+"""Changes with what is kept of a finished piece, so that an older version's is not taken up."""
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers
 
 Progress = Callable[[str, float], None]
@@ -72,7 +74,7 @@ class _Shelf:
     def __init__(self, storage: Storage | None, subject: Subject) -> None:
         self._storage, self._folder = storage, ""
         if storage is not None:
-            identity = [subject.config.model_dump(mode="json", exclude={"out"}), subject.checkpoint.digests()]
+            identity = [_KEPT, subject.config.model_dump(mode="json", exclude={"out"}), subject.checkpoint.digests()]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             self._folder = f"{WORK_DIR}/analysis-{digest[:16]}"
 
