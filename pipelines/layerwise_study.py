@@ -5,14 +5,15 @@
 
 Everything lies below `out`: `runs/DEPTH/PROFILE/SEED/` (what `lesa-ray pretrain` leaves: a checkpoint, the curve),
 `results.json`; `corpus/` and `blocks/` where the study makes its own data. What is there is reused, an interrupted run
-goes on. All models have one seed before any has two, so what is there early can be compared.
+goes on. All models have one seed before any has two, so what is there early can be compared. `parallel` runs go side by
+side, each led by a Ray task that takes no CPU itself; throughput then depends on what ran beside a run.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from lesa_ray.config import load_settings
 from lesa_ray.errors import UserError
+from lesa_ray.layerwise.profiles import ProfileName
 from lesa_ray.layerwise.study import Row, StudyConfig, Summary, check_tokens, models_of, reading, summarise, to_json
 from lesa_ray.training.train_settings import TrainConfig
 from pipelines.jobs import exits
@@ -28,11 +30,12 @@ if TYPE_CHECKING:
     from lesa_ray.training.finish import Trained
     from lesa_ray.training.tokens import TokenBlocks
 
-Train = Callable[[TrainConfig], "Trained"]
+TrainAll = Callable[[Sequence[TrainConfig]], Iterable[tuple[TrainConfig, "Trained"]]]
+"""Pre-trains each, or finds that it is done; gives them as they end."""
 
 
-def run_study(config: StudyConfig, train: Train) -> dict[str, Any]:
-    """Every run, in order; what results.json holds. train: pre-trains, or finds that it is done.
+def run_study(config: StudyConfig, train_all: TrainAll) -> dict[str, Any]:
+    """Every run; what results.json holds.
 
     Raises: UserError, before anything is trained; MachineError, after which the same call goes on."""
     from lesa_ray.checkpoint.storage import Storage
@@ -45,32 +48,30 @@ def run_study(config: StudyConfig, train: Train) -> dict[str, Any]:
     if not blocks.heldout.rows:
         raise UserError(f"data {blocks.url}: has no held-out rows to compare on; tokenize with --holdout")
     storage = Storage(config.out)
-    rows: list[Row] = []
+    runs: dict[str, tuple[int, ProfileName]] = {}
+    configs = []
     for seed in config.seeds:
         for (layers, profile), model in models.items():
-            given = {
-                **config.train,
-                "architecture": architecture(model),
-                "data": blocks.url,
-                "out": storage.within(config.run_name(profile, layers, seed)).url,
-                "seed": seed,
-            }
-            trained = train(TrainConfig.model_validate(given))
-            assert trained.heldout_after is not None
-            rows.append(
-                Row(
-                    layers=layers,
-                    profile=profile,
-                    seed=seed,
-                    parameters=trained.parameters,
-                    tokens=trained.tokens,
-                    heldout_loss=trained.heldout_after,
-                    loss=trained.loss,
-                    tokens_per_second=trained.tokens_per_second,
-                )
-            )
-            content = to_json(config, checked, rows)
-            storage.write("results.json", (json.dumps(content, indent=1) + "\n").encode())
+            out = storage.within(config.run_name(profile, layers, seed)).url
+            given = {**config.train, "architecture": architecture(model), "data": blocks.url, "out": out, "seed": seed}
+            configs.append(TrainConfig.model_validate(given))
+            runs[out] = layers, profile
+    rows: dict[str, Row] = {}
+    for run, trained in train_all(configs):
+        assert trained.heldout_after is not None
+        layers, profile = runs[run.out]
+        rows[run.out] = Row(
+            layers=layers,
+            profile=profile,
+            seed=run.seed,
+            parameters=trained.parameters,
+            tokens=trained.tokens,
+            heldout_loss=trained.heldout_after,
+            loss=trained.loss,
+            tokens_per_second=trained.tokens_per_second,
+        )
+        content = to_json(config, checked, [rows[out] for out in runs if out in rows])
+        storage.write("results.json", (json.dumps(content, indent=1) + "\n").encode())
     return content
 
 
@@ -96,6 +97,40 @@ def make_blocks(config: StudyConfig) -> TokenBlocks:
     )
     with progress_lines(f"tokenize {settings.out}") as listener:
         return tokenize(settings, listener).blocks
+
+
+def in_turn(train: Callable[[TrainConfig], Trained]) -> TrainAll:
+    """One after another."""
+    return lambda configs: ((config, train(config)) for config in configs)
+
+
+def side_by_side(parallel: int) -> TrainAll:
+    """So many at once, each led by a Ray task; one that fails ends the others."""
+
+    def train_all(configs: Sequence[TrainConfig]) -> Iterator[tuple[TrainConfig, Trained]]:
+        from lesa_ray.distributed.ray_runner import start_ray
+        from lesa_ray.distributed.tasks import Tasks
+        from lesa_ray.report.terminal import log_line
+
+        start_ray()
+        with Tasks[int](_led) as tasks:
+            waiting = list(enumerate(configs))
+            while waiting or tasks:
+                while waiting and len(tasks) < parallel:
+                    at, config = waiting.pop(0)
+                    log_line("pretrain", config.out)
+                    tasks.start(at, f"pretrain {config.out}", config, num_cpus=0)
+                for at, trained in tasks.ended():
+                    log_line("pretrain", f"{configs[at].out}: held-out loss {trained.heldout_after:.4f}")
+                    yield configs[at], trained
+
+    return train_all
+
+
+def _led(config: TrainConfig) -> Trained:
+    from lesa_ray.distributed.train import pretrain
+
+    return pretrain(config)
 
 
 def train_with_ray(config: TrainConfig) -> Trained:
@@ -142,7 +177,9 @@ def main(
     from lesa_ray.report.terminal import console
 
     with exits("layerwise_study"), results_apart():
-        content = run_study(load_settings(StudyConfig, config, out=out, data=data), train_with_ray)
+        settings = load_settings(StudyConfig, config, out=out, data=data)
+        many = settings.parallel > 1
+        content = run_study(settings, side_by_side(settings.parallel) if many else in_turn(train_with_ray))
     if as_json:
         print_json(content)
         return

@@ -55,6 +55,9 @@ class StudyConfig(Settings):
     """Depths, each compared in itself."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Runs of each model."""
+    parallel: int = Field(default=1, ge=1)
+    """Runs at once. What each asks for (`train`: workers, cpus_per_worker, gpus_per_worker) must find room beside the
+    others, or it waits."""
     params: Count = 180_000_000
     """Parameters of each model, e.g. 180M."""
     d_model: int = Field(default=768, ge=1)

@@ -16,7 +16,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.layerwise.settings import sizes_of
 from lesa_ray.layerwise.study import Row, StudyConfig, check_tokens, models_of, reading, summarise
 from lesa_ray.training.tokens import content_digest, open_blocks, write_rows
-from pipelines.layerwise_study import run_study, table, train_with_ray
+from pipelines.layerwise_study import in_turn, run_study, side_by_side, table, train_with_ray
 from tests.layerwise.test_layerwise_training import train_here
 from tests.training.blocks import make_blocks
 
@@ -52,11 +52,11 @@ def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) 
         return train
 
     with pytest.raises(KeyboardInterrupt):
-        run_study(config, until(3))
+        run_study(config, in_turn(until(3)))
     names = [name.removeprefix(f"{config.out}/") for name in trained]
     assert names == [f"runs/4-layers/{p}/seed-{s}" for p, s in (("isotropic", 0), ("crown", 0), ("isotropic", 1))]
     assert len(json.loads((tmp_path / "study" / "results.json").read_text())["rows"]) == 3
-    content = run_study(config, until(7))
+    content = run_study(config, in_turn(until(7)))
     assert json.loads((tmp_path / "study" / "results.json").read_text()) == content
     rows = [Row(**row) for row in content["rows"]]
     assert len({row.heldout_loss for row in rows}) == 4
@@ -70,19 +70,20 @@ def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) 
     base = {row.seed: row.heldout_loss for row in rows if row.profile == "isotropic"}
     assert other.difference == pytest.approx(sum(mine[seed] - base[seed] for seed in (0, 1)) / 2)
     assert table([one, other]).row_count == 2
-    again = run_study(config, train_here)
+    again = run_study(config, in_turn(train_here))
     assert again["rows"] == content["rows"], "a second time all is read"
 
 
 @pytest.mark.timeout(200)
-def test_a_run_of_the_study_on_ray(local_ray: None, data: str, tmp_path: Path) -> None:
-    config = settings(out=str(tmp_path / "study"), data=data, seeds=[0], profiles=["isotropic"])
-    (on_ray,) = run_study(config, train_with_ray)["rows"]
-    (here,) = run_study(config.model_copy(update={"out": str(tmp_path / "here")}), train_here)["rows"]
-    assert on_ray["heldout_loss"] == pytest.approx(here["heldout_loss"], rel=1e-4)
-    assert [on_ray[name] for name in ("parameters", "tokens", "seed")] == [
-        here[name] for name in ("parameters", "tokens", "seed")
-    ]
+def test_runs_of_the_study_on_ray(local_ray: None, data: str, tmp_path: Path) -> None:
+    """Two side by side, led by tasks; then, as they are done, in turn."""
+    config = settings(out=str(tmp_path / "study"), data=data, seeds=[0])
+    on_ray = run_study(config, side_by_side(2))["rows"]
+    here = run_study(config.model_copy(update={"out": str(tmp_path / "here")}), in_turn(train_here))["rows"]
+    assert [row["heldout_loss"] for row in on_ray] == pytest.approx([row["heldout_loss"] for row in here], rel=1e-4)
+    for name in ("profile", "parameters", "tokens", "seed"):
+        assert [row[name] for row in on_ray] == [row[name] for row in here]
+    assert run_study(config, in_turn(train_with_ray))["rows"] == on_ray
 
 
 def test_models_of_a_depth_share_a_multiple(data: str) -> None:
