@@ -52,6 +52,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "pretrain": TrainConfig,
     "study_cluster": BasesConfig,
     "study_gpu": BasesConfig,
+    "study_minutes": BasesConfig,
     "study_small": BasesConfig,
     "tokenize": TokenizeConfig,
 }
