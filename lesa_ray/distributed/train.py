@@ -176,6 +176,8 @@ def _raise_failure(board: Any) -> None:
 
 def _trainer(run: Run, resources: Resources, board: Any) -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if len([node for node in ray.nodes() if node["Alive"]]) == 1:  # a machine that goes takes its watcher along
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from fsspec.implementations.memory import MemoryFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import FailureConfig, RunConfig, ScalingConfig
