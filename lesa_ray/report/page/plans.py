@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _STACKS = 8
 """Plans in one panel."""
+_NAME = 10
+"""Characters of a line of a plan's name: as wide as its column."""
 
 
 def plan_figure(expansions: Sequence[Expansion]) -> Figure | None:
@@ -46,7 +48,7 @@ def plan_figure(expansions: Sequence[Expansion]) -> Figure | None:
     return Figure(
         "plan",
         "The plan: which layers are old and which are new",
-        see + ".",
+        see + ". Layer 0 is next to the embedding.",
         how_expand(one),
         tuple(_plan_panel(group) for group in groups),
         tuple(entries),
@@ -125,15 +127,15 @@ def _plan_panel(group: list[tuple[list[str], Expansion]]) -> Panel:
         )
         axes.tick_params(axis="x", length=0, labelcolor=INK)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-        axes.set_ylabel("layer of the result (0 next to the embedding)")
+        axes.set_ylabel("layer of the result")
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
 
-    return Panel("", draw, width=max(2.6, min(4.8, 1.0 + 0.62 * len(group))), height=0.9 + cell * most)
+    return Panel("", draw, width=max(2.6, min(5.6, 0.8 + 0.78 * len(group))), height=0.9 + cell * most)
 
 
 def _short_names(labels: Sequence[str]) -> str:
     import textwrap
 
     text = labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} more"
-    return "\n".join(textwrap.wrap(text, 14))
+    return "\n".join(textwrap.wrap(text, _NAME))

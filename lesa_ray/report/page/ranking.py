@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lesa_ray.report.page.compared import ArmView, how_compare, ranked
@@ -204,9 +205,15 @@ def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
             if one.half is not None:
                 ends = [one.mean - one.half, one.mean + one.half]
                 axes.plot(ends, [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
+                for end, marker in zip(ends, "<>", strict=True):
+                    if abs(end) > limit:
+                        beyond = math.copysign(limit, end)
+                        axes.plot([beyond], [at], marker, color=view.stroke.colour, markersize=5, clip_on=False)
             plot_marks(axes, [one.mean], [at], view.stroke, filled=one.clear, markersize=6)
         axes.set_xlim(-limit, limit)
-        axes.set_xlabel("difference of final losses, 95 % interval\n(filled: leaves out 0)")
+        cut = any(one is not None and one.half and abs(one.mean) + one.half > limit for one in found.values())
+        more = "; ◂ ▸: goes on" if cut else ""
+        axes.set_xlabel(f"difference of final losses, 95 % interval\n(filled: leaves out 0{more})")
         axes.locator_params(axis="x", nbins=5)
 
     return [Panel(f"against {to.called}", draw, width=4.6, height=rows_height(len(rows)) + 0.15)]
