@@ -59,7 +59,7 @@ NewWidth = Annotated[
     str | None,
     typer.Option(
         help="New layers' FFN and query heads over their neighbours': 0.5, or 0.5,1.0 from the lowest to the highest. "
-        "Llama alone. [default: 1]"
+        "Llama, Mistral, Qwen2, Qwen3. [default: 1]"
     ),
 ]
 Recipe = Annotated[str | None, typer.Option(help="paper or released-code, where the two differ. [default: paper]")]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 def run_study(config: StudyConfig) -> dict[str, Any]:
     """Every base, every comparison; what results.json holds.
 
-    Raises: UserError for the first setting that is wrong, before anything is trained; MachineError, after which the
-    same call goes on."""
+    What failed is among its `missing`; the same call tries that again. Raises: UserError for the first setting that is
+    wrong, before anything is trained; MachineError where too little is there to say anything."""
     from lesa_ray.checkpoint.storage import Storage
     from lesa_ray.comparison.collect import Collector
     from lesa_ray.comparison.graph import build
@@ -47,6 +48,7 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     for base in config.bases:
         _check_arms(config, base, blocks.get(base.name))
     comparisons, places = {}, {}
+    missing: list[str] = []
     for base, checkpoint in [(base, make_base(config, base, blocks.get(base.name))) for base in config.bases]:
         chosen = comparison_of(config, base, checkpoint, blocks.get(base.name))
 
@@ -56,10 +58,13 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
         comparison = build(chosen, _where(config, base))
         content, outcomes = run_comparison(comparison, say)
         if lost := [one for one in outcomes if one.how in ("failed", "skipped")]:
-            raise MachineError(f"{chosen.name}: {len(lost)} stages are missing, {lost[0].id} for one: {lost[0].why}")
+            missing.append(f"{chosen.name}: {len(lost)} stages are missing, {lost[0].id} for one: {lost[0].why}")
         comparisons[base.name] = content
         places[base.name] = Collector(comparison, Store(store, chosen.lease)).storage.url
-    results = to_json(config, comparisons, places)
+    try:
+        results = to_json(config, comparisons, places, missing)
+    except UserError as error:
+        raise MachineError("; ".join([str(error), *missing])) from None
     out.write("results.json", (json.dumps(results, indent=1) + "\n").encode())
     return results
 
@@ -97,14 +102,16 @@ def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None
         build(comparison_of(config, base, base.checkpoint, None), _where(config, base))
         return
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from lesa_ray.expansion.miniature import quiet_transformers
+    from lesa_ray.training.model import build as build_model
 
     given = _architecture(base, blocks)
     _train_config(config, base, blocks)  # which settings are wrong is told first
     with tempfile.TemporaryDirectory(prefix="lesa-ray-study-") as folder, quiet_transformers():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.bfloat16)
+        settings = build_model(given, f"{_where(config, base)}: architecture").config
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
         model.save_pretrained(folder)
         build(comparison_of(config, base, folder, blocks), _where(config, base))
 
@@ -157,7 +164,8 @@ def _blocks(config: StudyConfig, base: StudyBase) -> TokenBlocks:
         from pipelines.corpus import CorpusSettings, build_corpus
 
         os.makedirs(folder.url, exist_ok=True)
-        chosen = validated(CorpusSettings, {"kinds": base.corpus, "vocab_size": config.vocab_size}, where)
+        asked = {name: value for name, value in more.items() if name == "holdout"}  # the tokenizer reads the rest
+        chosen = validated(CorpusSettings, {"kinds": base.corpus, "vocab_size": config.vocab_size, **asked}, where)
         corpus = build_corpus(os.path.join(folder.url, "corpus"), chosen)
         data, tokenizer = (corpus.text_folder,), corpus.tokenizer_folder
         more = {**more, "holdout": corpus.holdout}
@@ -199,11 +207,15 @@ def main(
         results = run_study(load_settings(StudyConfig, config, out=out))
     if as_json:
         print_json(results)
-        return
-    console.print(table(results))
-    for line in results["reading"]:
-        console.print(line, highlight=False)
-    console.print(f"lesa-ray report {' '.join(results['comparisons'].values())} --out DIR   # the page")
+    else:
+        console.print(table(results))
+        for line in results["reading"]:
+            console.print(line, highlight=False)
+        console.print(f"lesa-ray report {' '.join(results['comparisons'].values())} --out DIR   # the page")
+    for line in results["missing"]:
+        print(f"study: {line}; the same command tries again", file=sys.stderr)
+    if results["missing"]:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

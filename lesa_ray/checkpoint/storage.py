@@ -32,6 +32,8 @@ _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "os
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
 _OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
 """As s3fs translates 503 SlowDown, 500 InternalError and RequestTimeout."""
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+"""A disk that is full, broken or away."""
 _LOST = frozenset(
     {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
 )
@@ -297,12 +299,15 @@ def is_fault(error: BaseException) -> bool:
 def first_contact(place: str) -> Iterator[None]:
     """Around the first calls that touch a place to write to, as a message calls it.
 
-    Raises: UserError for what its backend raises: a store that cannot be reached is the user's to mend."""
+    Raises: MachineError for a full or broken disk; UserError for all else that its backend raises, as a store that
+    cannot be reached is the user's to mend."""
     try:
         yield
     except (UserError, MachineError):
         raise
     except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        if isinstance(error, OSError) and error.errno in _DISK_ERRNOS | _OUTAGE_ERRNOS:
+            raise MachineError(f"{place}: {explain(error)[:200]}; the same command goes on from here") from error
         raise UserError(
             f"{place}: cannot be written ({explain(error)[:200]}); check the address and the credentials"
         ) from error

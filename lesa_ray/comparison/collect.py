@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.comparison.curves import AXES, curve, reached
+from lesa_ray.comparison.curves import AXES, curve, reached, whole
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import Outcome, Standing, look
@@ -95,7 +96,7 @@ class Collector:
     def _digest(self) -> str:
         """Of what all arms have in common."""
         config = self._comparison.config
-        run = self._comparison.arms[0].runs[0]
+        run = next(arm.runs[0] for arm in self._comparison.arms if arm.arm.method is not None)
         expand, pretrain = (self._stages[stage].identity for stage in (run.expand or "", run.pretrain))
         assert expand is not None
         assert pretrain is not None
@@ -182,7 +183,7 @@ class Collector:
             "finetuning": None if tuned is None else self._url(tuned),
             "loss_before": points[0]["loss"] if points and points[0]["step"] == 0 else None,
             "curve": points,
-            "final_loss": points[-1]["loss"] if points and trained.record is not None else None,
+            "final_loss": None if trained.record is None else _number(trained.record["metrics"].get("heldout_after")),
             "tuned_loss": tuned.record["metrics"].get("heldout_after") if tuned and tuned.record else None,
             "tasks": None if measured is None else _tasks(measured),
         }
@@ -193,6 +194,11 @@ class Collector:
     def _url(self, standing: Standing) -> str | None:
         """Where a stage's output lies, if it is finished."""
         return self._store.folder(standing.place).url if standing.record is not None else None
+
+
+def _number(value: float | None) -> float | None:
+    """None for what is no finite number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def final_loss(arm: Mapping[str, Any]) -> tuple[float, float | None, int] | None:
@@ -215,7 +221,7 @@ def _all_reached(arms: list[dict[str, Any]], losses: tuple[float, ...]) -> list[
     entries = []
     for loss, of in targets:
         along = {
-            axis: {arm["name"]: [reached(run["curve"], loss, axis) for run in arm["runs"]] for arm in arms}
+            axis: {arm["name"]: [reached(whole(arm, run), loss, axis) for run in arm["runs"]] for arm in arms}
             for axis in AXES
         }
         entries.append(

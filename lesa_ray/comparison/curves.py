@@ -47,6 +47,13 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     return points
 
 
+def whole(arm: Mapping[str, Any], run: Mapping[str, Any]) -> list[Point]:
+    """A run's curve from where all its new layers are in: until then it is that of a model with gates, which nobody
+    gets. arm, run: of a comparison's content."""
+    since = arm.get("inserted_tokens") or 0
+    return [point for point in run["curve"] if point["tokens"] >= since]
+
+
 def reached(points: Sequence[Point], loss: float, axis: Axis) -> float | None:
     """Where on an axis a curve first is at `loss` or below it; None if it never is."""
     before: Point | None = None

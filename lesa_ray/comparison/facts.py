@@ -49,7 +49,7 @@ class FactFinder:
 
         try:
             expansion = prepare(config)
-            manifest = make_manifest(expansion, {})
+            manifest = make_manifest(expansion, {unit.name: {} for unit in expansion.units})
             plan_insertion(training, manifest, 1, "the grown base")
             return self._of(expansion.config, training.train, manifest, "the grown base")
         except UserError as error:

@@ -11,17 +11,19 @@ Decides
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from lesa_ray.comparison.arms import arms_of
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.config import Settings, Several
+from lesa_ray.errors import UserError
 from lesa_ray.fleet.settings import Label
-from lesa_ray.report.page.measures import Difference, paired
+from lesa_ray.report.page.measures import paired
 
 _OF_THE_STUDY = ("name", "store", "base", "data", "blocks", "tokenizer", "tokenize")
 _OF_A_BASE = ("checkpoint", "architecture", "data", "out")
@@ -87,12 +89,21 @@ class StudyConfig(Settings):
         for what, given in (("train", self.train), *((f"bases.{b.name}.train", b.train) for b in self.bases)):
             if own := [name for name in _OF_A_BASE if name in given]:
                 raise ValueError(f"{what}.{own[0]}: the study gives it")
+        for base in self.bases:
+            try:
+                one = self.comparison(base, "b", "s", "b")
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in ("compare", *first["loc"]))
+                raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
         try:
-            ComparisonConfig.model_validate({**self.compare, "name": "n", "store": "s", "base": "b", "blocks": "b"})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in ("compare", *first["loc"]))
-            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+            arms = [arm for found in arms_of(one, "compare") for arm in found]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if not any(arm.control for arm in arms):
+            raise ValueError("compare.controls: none is left, and arms are measured by the best of them")
+        if one.pretrain.get("eval_rows") == 0:
+            raise ValueError("compare.pretrain.eval_rows: 0 leaves nothing to compare")
         return self
 
     def comparison(self, base: StudyBase, checkpoint: str, store: str, blocks: str | None) -> ComparisonConfig:
@@ -135,7 +146,7 @@ class Verdict:
     yardstick: str
     """The control with the lowest mean final loss over the bases."""
     arms: tuple[ArmSummary, ...]
-    """Those with results on every base, the best first."""
+    """Those with results on every base, with a seed that the yardstick has, too; the best first."""
     best: str | None
     """The method with the lowest mean difference; None where none has results on every base."""
     alike: tuple[str, ...]
@@ -157,7 +168,7 @@ def finals(content: Mapping[str, Any]) -> Finals:
 
 
 def verdict(comparisons: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    """comparisons: base → the content of its `comparison.json`. Raises: ValueError where no control is complete."""
+    """comparisons: base → the content of its `comparison.json`. Raises: UserError where no control is complete."""
     losses = {base: finals(content) for base, content in comparisons.items()}
     names = list(dict.fromkeys(arm["name"] for content in comparisons.values() for arm in content["arms"]))
     controls = {arm["name"] for content in comparisons.values() for arm in content["arms"] if arm["control"]}
@@ -165,13 +176,13 @@ def verdict(comparisons: Mapping[str, Mapping[str, Any]]) -> Verdict:
     means = {name: fmean(fmean(of_base[name].values()) for of_base in losses.values()) for name in complete}
     there = sorted((name for name in complete if name in controls), key=means.__getitem__)
     if not there:
-        raise ValueError("no control has results on every base")
+        raise UserError("no control has results on every base, so there is nothing to measure the arms by")
     yardstick = there[0]
+    complete = [n for n in complete if all(of[n].keys() & of[yardstick].keys() for of in losses.values())]
     arms = []
     for name in complete:
         on = {base: _on_base(comparisons[base], of[name], of[yardstick], name) for base, of in losses.items()}
-        found = {base: one for base, one in on.items() if one is not None}
-        arms.append(ArmSummary(name, name in controls, fmean(one.difference for one in found.values()), found))
+        arms.append(ArmSummary(name, name in controls, fmean(one.difference for one in on.values()), on))
     arms.sort(key=lambda arm: arm.difference)
     best = next((arm.name for arm in arms if not arm.control), None)
     alike = [] if best is None else [n.name for n in arms if n.name != best and not beats(losses, best, n.name)]
@@ -184,12 +195,9 @@ def beats(losses: Mapping[str, Finals], one: str, other: str) -> bool:
     return all(difference is not None and difference.clear and difference.mean < 0 for difference in found)
 
 
-def _on_base(
-    content: Mapping[str, Any], mine: Mapping[int, float], others: Mapping[int, float], name: str
-) -> OnBase | None:
-    found: Difference | None = paired(mine, others)
-    if found is None:
-        return None
+def _on_base(content: Mapping[str, Any], mine: Mapping[int, float], others: Mapping[int, float], name: str) -> OnBase:
+    found = paired(mine, others)
+    assert found is not None, "they have a seed in common"
     runs = next(arm["runs"] for arm in content["arms"] if arm["name"] == name)
     starts = [run["loss_before"] for run in runs if run["loss_before"] is not None]
     base = content["base"]["loss"]
@@ -218,9 +226,13 @@ def reading(found: Verdict) -> list[str]:
 
 
 def to_json(
-    config: StudyConfig, comparisons: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]
+    config: StudyConfig,
+    comparisons: Mapping[str, Mapping[str, Any]],
+    places: Mapping[str, str],
+    missing: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything, as it is written to results.json. places: base → where its comparison lies."""
+    """Everything, as it is written to results.json. places: base → where its comparison lies; missing: what of it
+    failed, a line each."""
     found = verdict(comparisons)
     return {
         "kind": "study",
@@ -229,4 +241,5 @@ def to_json(
         "machine": next(iter(comparisons.values()))["machine"],
         "verdict": asdict(found),
         "reading": reading(found),
+        "missing": list(missing),
     }

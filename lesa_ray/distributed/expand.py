@@ -98,7 +98,7 @@ def _rehearsing(expansion: Expansion) -> Iterator[Callable[[], None]]:
     """Try on a miniature, beside what is done within, that the function is kept, if that is promised; calling what is
     yielded waits for the verdict. The end waits, too: transformers patches itself while a model is made, so a thread
     that is still at it when the caller loads a model would leave him one whose weights are not tied."""
-    if not expansion.job.zero_init:
+    if not expansion.job.zero_init or expansion.rehearsed:
         yield lambda: None
         return
     with ThreadPoolExecutor(1, "rehearsal") as pool:

@@ -53,6 +53,11 @@ def first_possible(config: ExpandConfig, attempt: Callable[[ExpandConfig], Resul
     given = config.model_fields_set
     if "variants" in given or (config.lesa != LesaSettings() and "lesa" in given):
         raise UserError("--method auto: decides LESA's settings itself; leave out lesa and variants, or name a method")
+    if config.zero_init is False or config.output_scale:
+        raise UserError(
+            "--method auto: new layers that write at once were not what measured best; leave out --no-zero-init and "
+            "output_scale, or name a method"
+        )
 
     def tried(choice: Choice) -> tuple[Choice, Result]:
         named = {**config.model_dump(exclude_unset=True), "method": choice.method}

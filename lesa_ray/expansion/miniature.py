@@ -43,6 +43,8 @@ def miniature(full: Mapping[str, Any], *, layers: int = 2, also: Mapping[str, in
     for key, value in {**_SMALLER, **(also or {})}.items():
         if isinstance(raw.get(key), int):
             raw[key] = min(raw[key], value)
+    if widths := raw.get("intermediate_sizes"):  # a layer-wise scaled model's: equal ones stay equal
+        raw["intermediate_sizes"] = [max(8, width * _SMALLER["intermediate_size"] // max(widths)) for width in widths]
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if raw.get(key) is not None:
             raw[key] = 0

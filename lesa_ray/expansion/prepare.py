@@ -50,6 +50,8 @@ class Expansion:
     """SHA-256 of the analysis.json from which the position follows."""
     chosen: str | None = None
     """Why `--method auto` took the method; None where the method was named."""
+    rehearsed: bool = False
+    """Whether it was tried on a miniature that the function is kept."""
 
     @property
     def parameters(self) -> int:
@@ -100,7 +102,7 @@ class Expansion:
 def prepare(config: ExpandConfig) -> Expansion:
     """Decide and lay out an expansion from the headers of its base. Raises: UserError."""
     if config.method == AUTO:
-        choice, expansion = first_possible(config, prepare)
+        choice, expansion = first_possible(config, _rehearsed)
         return replace(expansion, chosen=choice.reason)
     limit = shard_limit(config.shard_size)
     method = get_method(config.method)
@@ -130,6 +132,17 @@ def prepare(config: ExpandConfig) -> Expansion:
         config=_result_config(job, checkpoint),
         importance=importance.digest if importance is not None else None,
     )
+
+
+def _rehearsed(config: ExpandConfig) -> Expansion:
+    """`prepare`, and whether a function that is to be kept is, which headers do not show. Raises: UserError."""
+    from lesa_ray.expansion.rehearsal import rehearse
+
+    expansion = prepare(config)
+    if not expansion.job.zero_init:
+        return expansion
+    rehearse(expansion)
+    return replace(expansion, rehearsed=True)
 
 
 def check_out(base: str, out: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from typing import Any
 
 from lesa_ray.checkpoint.depth import completed_config
@@ -23,6 +24,8 @@ from lesa_ray.expansion.out import finish, make_manifest
 from lesa_ray.expansion.prepare import Expansion, prepare
 from lesa_ray.expansion.workbench import run_unit
 
+_ALONE = threading.Lock()
+"""transformers patches itself while a model is made, for all threads."""
 _LAYERS = 2
 _WIDTHS = (0.5, 2.0)
 """Of the miniature's new layers, where those of the real model get widths of their own: one is cut, one widened."""
@@ -39,7 +42,7 @@ def rehearse(expansion: Expansion) -> None:
             f"{job.method.name}: {job.anatomy.family} is not known to transformers, so it cannot be tried whether "
             f"zeroed output projections keep its function; {hint}"
         )
-    with tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, quiet_transformers():
+    with _ALONE, tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, quiet_transformers():
         try:
             difference = _difference(full, folder, None if job.config.new_width is None else _WIDTHS)
         except UserError:

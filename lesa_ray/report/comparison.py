@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lesa_ray.comparison.collect import final_loss
-from lesa_ray.comparison.curves import Axis, reached
+from lesa_ray.comparison.curves import Axis, reached, whole
 from lesa_ray.report.terminal import count, duration
 
 
@@ -85,7 +85,7 @@ def _by_seed(arm: Mapping[str, Any] | None) -> dict[int, float]:
 
 def _reached(arm: Mapping[str, Any], losses: Mapping[int, float], axis: Axis) -> float | str:
     """Mean over an arm's runs, if all of them came to the loss of their seed; else how many did."""
-    found = [reached(run["curve"], losses[run["seed"]], axis) for run in arm["runs"] if run["seed"] in losses
+    found = [reached(whole(arm, run), losses[run["seed"]], axis) for run in arm["runs"] if run["seed"] in losses
              and run["curve"]]  # fmt: skip
     there = [one for one in found if one is not None]
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from typing import IO
 
 import pytest
 
-from lesa_ray import UserError
-from lesa_ray.checkpoint.storage import Storage, resolve_base
+from lesa_ray import MachineError, UserError
+from lesa_ray.checkpoint.storage import Storage, first_contact, resolve_base
 
 Place = Callable[[str], Storage]
 
@@ -91,3 +92,15 @@ def test_base_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_protocol_nobody_knows() -> None:
     with pytest.raises(UserError, match="nosuch"):
         Storage("nosuch://bucket")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x/run.json"), MachineError, "no space left on the device"),
+        (PermissionError(errno.EACCES, "Permission denied", "x/run.json"), UserError, "check the address and the"),
+    ],
+)
+def test_who_has_to_mend_a_place_that_cannot_be_written(error: OSError, kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=f"OUT x: .*{says}"), first_contact("OUT x"):
+        raise error

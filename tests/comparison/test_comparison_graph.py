@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from lesa_ray import ExpandConfig, UserError
+from lesa_ray.comparison.collect import Collector
 from lesa_ray.comparison.graph import Comparison, PlannedArm, build
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.comparison.study import StudyConfig
 from lesa_ray.config import load_settings, validated
+from lesa_ray.store.catalog import Store
 from lesa_ray.training.train_settings import TrainConfig
 from tests import families
 from tests.training import styles
@@ -116,6 +118,25 @@ def test_controls_of_equal_tokens_and_compute_may_be_the_same_runs_and_that_is_s
         f"{equal:,.0f} of the base, which is as many whole steps",
     )
     assert made(given, tokens=100_000).remarks == ()
+
+
+def test_arms_may_have_widths_of_their_own_and_each_seed_draws_its_own(given: Path) -> None:
+    comparison = made(
+        given, arms=[{"method": "llama-pro", "new_width": 2.0}, {"method": "avg-deus"}], reference="avg-deus"
+    )  # fmt: skip
+    wide, plain = planned(comparison)["llama-pro new-width=2.0"], planned(comparison)["avg-deus"]
+    assert wide.facts.parameters > plain.facts.parameters
+    assert len({run.expand for run in wide.runs}) == 2
+    assert len({run.expand for run in plain.runs}) == 1
+
+
+def test_what_arms_have_in_common_does_not_hang_on_the_first(given: Path) -> None:
+    arms = [{"method": "base", "pretrain": {"learning_rate": 1e-5}}, {"method": "avg-deus"}]
+    places = []
+    for order in (arms, arms[::-1]):
+        comparison = made(given, arms=order)
+        places.append(Collector(comparison, Store(str(given / "store"), 60.0)).storage.url)
+    assert places[0] == places[1]
 
 
 def test_layers_come_in_gradually_where_some_are_new(given: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lesa_ray.comparison.collect import final_loss
-from lesa_ray.comparison.curves import Point, curve, reached
+from lesa_ray.comparison.curves import Point, curve, reached, whole
 from lesa_ray.report.comparison import comparison_table, reading
 
 
@@ -47,6 +47,13 @@ def test_a_loss_is_reached_between_two_measurements() -> None:
     assert reached(points, 2.75, "flops") == pytest.approx(2700)
     assert reached(points, 2.4, "tokens") is None
     assert reached([], 9.0, "tokens") is None
+
+
+def test_a_model_with_gates_reaches_nothing() -> None:
+    run = {"curve": curve(rows({3: 10.0, 6: 5.0}, {0: 2.0, 3: 3.0, 6: 2.5}))}
+    assert [point["step"] for point in whole({"inserted_tokens": 30}, run)] == [3, 6]
+    assert reached(whole({"inserted_tokens": 30}, run), 2.6, "tokens") == pytest.approx(54)
+    assert reached(whole({"inserted_tokens": None}, run), 2.6, "tokens") == 0
 
 
 def arm(name: str, losses: list[float | None], control: bool = False) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tests import families
 from tests.training import styles
 
 ARMS: dict[str, Any] = {"arms": [{"method": "llama-pro"}], "tokens": 256}
+NO_CONTROLS = dict.fromkeys(("base_same_tokens", "base_same_compute", "random_zero_output", "plain_copies"), False)
 BASES: dict[str, Any] = {"bases": [{"name": "a", "checkpoint": "c", "data": "d"}]}
 
 
@@ -63,6 +64,15 @@ def test_what_is_not_there_on_every_base_is_told_and_does_not_count() -> None:
     assert reading(found)[-1] == "Without results on every base: y."
 
 
+def test_an_arm_counts_only_with_a_seed_that_the_yardstick_has() -> None:
+    one = comparison({"x": [1.0, 1.1], "y": [1.0, 1.1], "COPY": [1.5, 1.6]})
+    one["arms"][1]["runs"] = [{**run, "seed": run["seed"] + 7} for run in one["arms"][1]["runs"]]
+    found = verdict({"one": one})
+    assert ([arm.name for arm in found.arms], found.incomplete) == (["x", "COPY"], ("y",))
+    with pytest.raises(UserError, match="no control has results on every base"):
+        verdict({"one": comparison({"x": [1.0]})})
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -74,6 +84,9 @@ def test_what_is_not_there_on_every_base_is_told_and_does_not_count() -> None:
         ({"bases": [{"name": "a", "architecture": {}, "data": "d"}]}, "a: tokenizer: a model that is"),
         ({"bases": [*BASES["bases"], *BASES["bases"]]}, "bases: a is there twice"),
         ({"train": {"out": "o"}}, "train.out: the study gives it"),
+        ({"compare": {**ARMS, "controls": NO_CONTROLS}}, "compare.controls: none is left"),
+        ({"compare": {**ARMS, "pretrain": {"eval_rows": 0}}}, "compare.pretrain.eval_rows: 0 leaves nothing"),
+        ({"name": "n" * 60, "bases": [{**BASES["bases"][0], "name": "b" * 60}]}, "compare.name: "),
     ],
 )
 def test_settings_that_make_no_study(given: dict[str, Any], says: str) -> None:

@@ -41,13 +41,22 @@ def test_the_first_that_the_base_can_have_is_taken(bases: Bases, monkeypatch: py
     assert (llama.job.method.name, llama.chosen) == ("mean-aligned", "it won")
     assert (mixtral.job.method.name, mixtral.chosen) == ("llama-pro", "it came second")
     assert llama.job.plan.layers == 7
-    small = prepare(settings(bases("llama"), method="auto", output_scale=0.5))
-    assert (small.job.method.name, small.job.output_scale) == ("mean-aligned", 0.5)  # what was given stays
+    placed = prepare(settings(bases("llama"), method="auto", position="bottom"))
+    assert (placed.job.method.name, placed.job.config.position) == ("mean-aligned", "bottom")  # what was given stays
+
+
+def test_a_function_that_would_not_be_kept_is_no_choice(bases: Bases) -> None:
+    found = prepare(settings(bases("bert"), method="auto"))
+    assert (found.job.method.name, found.rehearsed) == ("avg-deus", False)
+    assert prepare(settings(bases("llama"), method="auto")).rehearsed
 
 
 def test_settings_that_no_base_can_have_are_an_error(bases: Bases) -> None:
     with pytest.raises(UserError, match="--position 90"):
         prepare(settings(bases("llama"), method="auto", position="90"))
+    for write in ({"zero_init": False}, {"output_scale": 0.5}):
+        with pytest.raises(UserError, match="--method auto: new layers that write at once"):
+            prepare(settings(bases("llama"), method="auto", **write))
     for more in ({"lesa": LesaSettings(rank=3)}, {"variants": ("v",)}, {"recipe": "released-code"}):
         with pytest.raises(UserError, match="--method auto: decides LESA's settings itself"):
             prepare(settings(bases("llama"), method="auto", **more))

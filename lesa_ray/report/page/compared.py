@@ -67,9 +67,10 @@ class ArmView:
     def final(self) -> Spread | None:
         return spread(list(self.finals.values()))
 
-    def curve(self, trial: Trial, cost: Cost) -> tuple[list[float], list[float]]:
-        """Costs and losses of one run, where both are known."""
-        points = [(_cost(at, cost), at.loss) for at in sorted(trial.curve, key=lambda at: at.step)]
+    def curve(self, trial: Trial, cost: Cost, since: int = 0) -> tuple[list[float], list[float]]:
+        """Costs and losses of one run, where both are known; since: from so many tokens on."""
+        there = sorted((at for at in trial.curve if (at.tokens or 0) >= since), key=lambda at: at.step)
+        points = [(_cost(at, cost), at.loss) for at in there]
         whole = [(x, y) for x, y in points if x is not None and y is not None]
         return [x for x, _ in whole], [y for _, y in whole]
 

@@ -206,6 +206,7 @@ def _shares(view: ArmView, reference: ArmView, cost: Cost) -> list[float | None]
         xs, losses = view.curve(trial, cost)
         whole = runs.get(trial.seed)
         if xs and xs[-1] > 0 and whole and whole[-1] > 0:
+            xs, losses = view.curve(trial, cost, since=view.arm.inserted_tokens or 0)  # a model with gates is none
             spent = cost_to_reach(xs, losses, reference.finals[trial.seed])
             found.append(None if spent is None else spent / whole[-1])
     return found
