@@ -178,6 +178,17 @@ def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
     assert table.rows[0] == ("lesa", "93 % ± 0 %", "74 % ± 0 %", "93 % ± 0 %")
 
 
+def test_a_model_with_gates_costs_no_less(tmp_path: Path) -> None:
+    sentences = []
+    for tokens in (None, 3000):
+        content = samples.comparison()
+        content["arms"][0]["inserted_tokens"] = tokens
+        _, _, figures = sections_of(samples.write(tmp_path / f"toy{tokens}", "comparison.json", content))
+        sentences.append(figures["cost-at-equal-loss"].see)
+    assert "lesa is there with 13 % of its tokens" in sentences[0]
+    assert "“base, same tokens” is there with 30 % of its tokens" in sentences[1]
+
+
 def test_one_seed_is_no_finding(tmp_path: Path) -> None:
     text, missing, _ = sections_of(samples.write(tmp_path, "comparison.json", samples.comparison(seeds=(0,))))
     assert "There is one seed: no spread is known, and the order of the arms is not a finding." in text
