@@ -171,5 +171,5 @@ def test_a_checkpoint_of_another_model_is_refused(bases: Callable[[str], str]) -
         plan_conversions(wider, llama.tensors, "test")
     with pytest.raises(UserError, match="does not know the family 'nonsense'"):
         build({"model_type": "nonsense"}, "test")
-    with pytest.raises(UserError, match="test: config.json: transformers refuses it"):
+    with pytest.raises(UserError, match=r"test: config\.json: transformers refuses it"):
         build({**llama.config, "hidden_size": 30}, "test")
