@@ -110,10 +110,11 @@ def side_by_side(parallel: int) -> TrainAll:
     def train_all(configs: Sequence[TrainConfig]) -> Iterator[tuple[TrainConfig, Trained]]:
         from lesa_ray.distributed.ray_runner import start_ray
         from lesa_ray.distributed.tasks import Tasks
+        from lesa_ray.distributed.train import pretrain
         from lesa_ray.report.terminal import log_line
 
         start_ray()
-        with Tasks[int](_led) as tasks:
+        with Tasks[int](pretrain) as tasks:
             waiting = list(enumerate(configs))
             while waiting or tasks:
                 while waiting and len(tasks) < parallel:
@@ -125,12 +126,6 @@ def side_by_side(parallel: int) -> TrainAll:
                     yield configs[at], trained
 
     return train_all
-
-
-def _led(config: TrainConfig) -> Trained:
-    from lesa_ray.distributed.train import pretrain
-
-    return pretrain(config)
 
 
 def train_with_ray(config: TrainConfig) -> Trained:

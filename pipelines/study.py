@@ -186,9 +186,9 @@ def table(results: dict[str, Any]) -> Table:
     for arm in found["arms"]:
         cells = []
         for base in bases:
-            one = arm["bases"].get(base)
-            half = "" if one is None or one["half"] is None else f" ±{one['half']:.4f}"
-            cells.append("–" if one is None else f"{one['difference']:+.4f}{half}")
+            one = arm["bases"][base]
+            half = "" if one["half"] is None else f" ±{one['half']:.4f}"
+            cells.append(f"{one['difference']:+.4f}{half}")
         shown.add_row(arm["name"], f"{arm['difference']:+.4f}", *cells, style="italic" if arm["control"] else None)
     return shown
 

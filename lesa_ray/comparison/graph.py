@@ -195,9 +195,9 @@ class _Builder:
     def _expand(self, arm: Arm, seed: int) -> Source:
         """The expansion of an arm, one for all arms and seeds that have the same."""
         assert arm.method is not None
-        given = expand_settings(self._config, arm)
-        draws = METHODS[arm.method].draws or given.get("new_width") is not None  # what is added is drawn at random
-        settings = {**given, "seed": seed if draws else self._config.seeds[0]}
+        settings = expand_settings(self._config, arm)
+        draws = METHODS[arm.method].draws or settings.get("new_width") is not None  # what is added is drawn at random
+        settings["seed"] = seed if draws else self._config.seeds[0]
         key = canonical(settings)
         if key not in self._expanded:
             given = {name: settings.pop(name) for name in ("method", "factor", "layers", "seed") if name in settings}

@@ -82,7 +82,12 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
 
 def _is_shared(run: Run) -> bool:
     """Whether more machines than this one can write at OUT."""
-    return not Storage(run.config.out).is_local or len([node for node in ray.nodes() if node["Alive"]]) > 1
+    return not Storage(run.config.out).is_local or len(_alive()) > 1
+
+
+def _alive() -> list[dict[str, Any]]:
+    """What each machine of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
@@ -130,7 +135,7 @@ def wait_for_room(config: TrainConfig, seconds: float, listener: Listener) -> Re
     Raises: UserError if they still cannot after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
-        resources, room = _resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        resources, room = _resources(config, _alive())
         if room >= resources.fewest:
             return resources
         if time.monotonic() >= deadline:
@@ -176,7 +181,7 @@ def _raise_failure(board: Any) -> None:
 
 def _trainer(run: Run, resources: Resources, board: Any) -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if len([node for node in ray.nodes() if node["Alive"]]) == 1:  # a machine that goes takes its watcher along
+    if len(_alive()) == 1:  # a machine that goes takes its watcher along
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from fsspec.implementations.memory import MemoryFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem

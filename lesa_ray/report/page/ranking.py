@@ -198,6 +198,7 @@ def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
         rows_axis(axes, [view.name for view in rows])
         axes.grid(axis="y", visible=False)
         axes.axvline(0, color=INK, linewidth=1)
+        more = ""
         for at, view in enumerate(rows):
             one = found.get(view.name)
             if one is None:
@@ -207,12 +208,11 @@ def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
                 axes.plot(ends, [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
                 for end, marker in zip(ends, "<>", strict=True):
                     if abs(end) > limit:
+                        more = "; ◂ ▸: goes on"
                         beyond = math.copysign(limit, end)
                         axes.plot([beyond], [at], marker, color=view.stroke.colour, markersize=5, clip_on=False)
             plot_marks(axes, [one.mean], [at], view.stroke, filled=one.clear, markersize=6)
         axes.set_xlim(-limit, limit)
-        cut = any(one is not None and one.half and abs(one.mean) + one.half > limit for one in found.values())
-        more = "; ◂ ▸: goes on" if cut else ""
         axes.set_xlabel(f"difference of final losses, 95 % interval\n(filled: leaves out 0{more})")
         axes.locator_params(axis="x", nbins=5)
 
