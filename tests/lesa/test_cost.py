@@ -230,7 +230,7 @@ def test_a_budget_that_is_too_small_is_said_with_advice():
     [("gram", "mlp"), ("gram", "ridge"), ("randomized", "mlp"), ("exact", "mlp"), ("none", "mlp")],
 )
 def test_memory_is_an_upper_bound_of_a_real_run_and_not_a_wild_one(route, predictor):
-    """In a process of its own, whose first products and eigh are behind it. Small enough for a second."""
+    """In a process of its own, whose first products and eigh are behind it. Small enough for a few seconds."""
     script = f"""
 from tests.lesa.test_cost import measure_growth
 measure_growth({route!r}, {predictor!r})
@@ -240,16 +240,16 @@ measure_growth({route!r}, {predictor!r})
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     grown, told = map(int, done.stdout.split())
-    assert grown <= told + 2**23  # what torch's libraries take when they are first called
-    assert told <= 4 * grown
+    assert grown <= told + 2**25  # what torch's libraries take beside: 15 to 20 MB in eigh at any size
+    assert told <= 3 * grown
 
 
 def measure_growth(route: str, predictor: str) -> None:
     """Print by how many bytes a fit makes this process grow, and how many are predicted."""
     torch.set_num_threads(1)
-    layers = [layer.bfloat16() for layer in related_layers(6, 1024, 640, decay=0.5)]
+    layers = [layer.bfloat16() for layer in related_layers(6, 1536, 960, decay=0.5)]
     settings = LesaSettings(
-        svd=route, predictor=predictor, epochs=1, rank=400 if route in ("randomized", "gram") else None
+        svd=route, predictor=predictor, epochs=1, rank=600 if route in ("randomized", "gram") else None
     )
 
     def run(these: list[torch.Tensor], settings: LesaSettings) -> None:
@@ -264,7 +264,7 @@ def measure_growth(route: str, predictor: str) -> None:
     before = _resident("VmRSS:")
     run(layers, settings)
     grown = _resident("VmHWM:") - before
-    print(grown, unit_cost(Task(1024, 640, 6, 2, settings)).host_memory)
+    print(grown, unit_cost(Task(1536, 960, 6, 2, settings)).host_memory)
 
 
 def _resident(what: str) -> int:
