@@ -53,7 +53,8 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def architecture(vocab_size: int) -> dict[str, Any]:
-    """The base's config.json: a Llama of eight layers, so that LESA's predictor has six triples to learn from.
+    """The base's config.json: a Llama of eight layers, so that LESA's predictor has six triples, one of them held
+    out.
 
     64 dimensions a head: on a CPU few wide heads are faster than many narrow ones. Tied: at a million tokens most rows
     of a separate head would be barely trained."""

@@ -27,6 +27,7 @@ from lesa_ray.fleet.state import Outcome, Standing, look
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.identity import canonical, code_version
 from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.train_settings import TrainConfig
 
 FILE = "comparison.json"
 VERSION = 1
@@ -143,6 +144,9 @@ class Collector:
             record = standings[comparison.tokenize].record
             if record is not None:
                 known = {name: record["metrics"].get(name) for name in known}
+        if known["heldout_rows"] is not None:  # those that the loss is over
+            asked = comparison.config.pretrain.get("eval_rows", TrainConfig.model_fields["eval_rows"].default)
+            known["heldout_rows"] = min(known["heldout_rows"], asked)
         named = comparison.config.blocks or ", ".join(comparison.config.data)
         return {**known, "seq_len": comparison.seq_len, "named": named}
 

@@ -13,6 +13,7 @@ Decides
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import threading
@@ -33,11 +34,13 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.training.export import ExportPlan, OutFile, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
+from lesa_ray.training.lineage import replayed
 from lesa_ray.training.loop import Progress
 from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.run import Run, claim, out_state, prepare
 from lesa_ray.training.train_settings import TrainConfig
 
+log = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 1800
 
 
@@ -72,6 +75,8 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     if state == "fresh" and config.precision == "auto" and _wants_gpus(config):
         run = prepare(config, gpus=True)
     if not is_trained(run):
+        if (warning := replayed(run)) is not None:
+            log.warning(warning)
         resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
         with first_contact(f"OUT {config.out}"):
             claim(run)

@@ -65,6 +65,12 @@ def _window_rows(epoch: int, window: int, rows: int, group: int, seed: int) -> N
     return np.random.default_rng([seed, epoch, 1, window]).permutation(members)
 
 
+def spread(count: int, rows: int) -> NDArray[np.int64]:
+    """Indices of `count` of the rows, from the first to near the last at even distances: rows of one document follow
+    one another, and documents lie in the order of their names, so the first rows would be of few and like ones."""
+    return np.arange(count, dtype=np.int64) * rows // count
+
+
 def worker_share(indices: NDArray[np.int64], rank: int, workers: int) -> tuple[NDArray[np.int64], int]:
     """The rows of one worker, and how many of them only fill up.
 

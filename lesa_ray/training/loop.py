@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import own_peak_memory
-from lesa_ray.training.batches import IGNORED, Rows, cut, labelled, scored_tokens, step_rows, worker_share
+from lesa_ray.training.batches import IGNORED, Rows, cut, labelled, scored_tokens, spread, step_rows, worker_share
 from lesa_ray.training.checkpoints import Saver
 from lesa_ray.training.gates import Gates
 from lesa_ray.training.schedule import learning_rate
@@ -170,9 +170,9 @@ class Trainer:
 
     @torch.no_grad()
     def heldout_loss(self, split: Split, rows: int) -> float:
-        """Mean loss over the first `rows` rows, shared among the workers."""
+        """Mean loss over `rows` rows, shared among the workers."""
         sums = torch.zeros(2, dtype=torch.float64)
-        own, filler = worker_share(np.arange(rows), self.place.rank, self.place.workers)
+        own, filler = worker_share(spread(rows, split.rows), self.place.rank, self.place.workers)
         self.model.eval()
         for first in range(0, len(own), self.micro):
             part = own[first : first + self.micro]

@@ -240,5 +240,5 @@ def summary(run: Run) -> dict[str, Any]:
 def claim(run: Run) -> None:
     """Mark OUT as this run's."""
     content = {"format": FORMAT, "identity": run.identity, "bf16": run.bf16, "summary": summary(run),
-               "config": run.config.model_dump(mode="json")}  # fmt: skip
+               "data": run.blocks.digest, "config": run.config.model_dump(mode="json")}  # fmt: skip
     Storage(run.config.out).write(RUN_FILE, (json.dumps(content, indent=1) + "\n").encode())

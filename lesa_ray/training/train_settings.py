@@ -99,7 +99,7 @@ class TrainConfig(Settings):
     insert_order: InsertOrder = "together"
     """With `insert_over`: all new layers `together`, or one after another from the `bottom` or the `top`."""
     eval_rows: int = Field(default=256, ge=0)
-    """Rows of the held-out split that the held-out loss is measured on (the first ones); 0 measures none."""
+    """Rows of the held-out split that the held-out loss is measured on, spread evenly over it; 0 measures none."""
 
     activation_checkpointing: bool = False
     """Make activations of trained layers anew in the backward pass: about a third more time, far less memory."""

@@ -41,7 +41,7 @@ from lesa_ray.lesa.spectral import decompose
 from pipelines.benchmark.layers import Weights
 
 SEED = 0
-RELEASED = LesaSettings.from_recipe("released-code")
+RELEASED = LesaSettings.from_recipe("released-code", holdout=0.2)
 RIDGE = RELEASED.model_copy(update={"predictor": "ridge"})
 SPECTRAL = ("load", "gram", "eigh", "project")
 

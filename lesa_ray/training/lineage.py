@@ -1,0 +1,50 @@
+"""What a checkpoint was trained on before, as far as its own records tell.
+
+The order of rows follows from the seed and the step alone. A run on the token blocks on which its checkpoint, or the
+base that was grown, has been trained with the same seed begins with the very rows that one began with: they say less
+than rows that are new, and beside runs with other seeds they make the seeds unlike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lesa_ray.checkpoint.manifest import read_manifest
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import UserError
+from lesa_ray.training.run import RUN_FILE, Run, read_json
+
+_GENERATIONS = 16
+"""So many are looked back at: a folder may have been written where its own base lay."""
+
+
+def replayed(run: Run) -> str | None:
+    """A line that says which earlier run this one repeats, or None if none is known."""
+    if run.checkpoint is None:
+        return None
+    for name, record in _before(str(run.config.checkpoint)):
+        if record.get("data") == run.blocks.digest and record["config"].get("seed") == run.config.seed:
+            rows = record["summary"]["steps"] * record["summary"]["batch"]
+            return (
+                f"checkpoint {run.config.checkpoint}: {name} was trained on the same token blocks with the same seed, "
+                f"so this run begins with the {rows:,} rows that one saw, in the same order; another --seed gives "
+                "another order"
+            )
+    return None
+
+
+def _before(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The training runs behind a checkpoint, the last one first: their places and records."""
+    for _ in range(_GENERATIONS):
+        try:
+            storage = Storage(name)
+            record = read_json(storage, RUN_FILE)
+            manifest = read_manifest(storage) if record is None else None
+        except (OSError, UserError):  # a repo id of the hub, or a place that is gone
+            return
+        if record is not None:
+            yield name, record
+        earlier = record["config"].get("checkpoint") if record is not None else manifest and manifest["base"]
+        if not earlier:
+            return
+        name = earlier
