@@ -98,6 +98,11 @@ class Storage:
             raise UserError(f"{self.url}: is a file; give a folder") from None
         for entry in entries:
             path = entry["name"].rstrip("/")
+            if entry.get("islink"):  # as all files are in the snapshots of the hub's cache
+                try:
+                    entry = self.fs.info(path)
+                except FileNotFoundError:  # it leads nowhere
+                    continue
             if entry["type"] == kind and path != self.root:
                 yield path.rsplit("/", 1)[-1], entry
 

@@ -76,6 +76,19 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
+def test_links_are_what_they_lead_to(tmp_path: Path) -> None:
+    """A snapshot in the hub's cache is a folder of links."""
+    (tmp_path / "blobs" / "more").mkdir(parents=True)
+    (tmp_path / "blobs" / "0a1b").write_bytes(b"weights")
+    (tmp_path / "snapshot").mkdir()
+    for name, target in (("model.safetensors", "0a1b"), ("gone.json", "no"), ("original", "more")):
+        (tmp_path / "snapshot" / name).symlink_to(f"../blobs/{target}")
+    storage = Storage(str(tmp_path / "snapshot"))
+    assert storage.list() == {"model.safetensors": 7}
+    assert storage.folders() == ("original",)
+    assert storage.read("model.safetensors") == b"weights"
+
+
 def test_base_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)

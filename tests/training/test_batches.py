@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lesa_ray.training.batches import IGNORED, WINDOW, cut, labelled, scored_tokens, step_rows, worker_share
+from lesa_ray.training.batches import IGNORED, WINDOW, cut, labelled, scored_tokens, spread, step_rows, worker_share
 
 
 @pytest.mark.parametrize(("rows", "group", "batch"), [(1, 4, 3), (10, 4, 4), (100, 4, 8), (331, 3, 7), (64, 64, 64)])
@@ -54,3 +54,9 @@ def test_fillers_are_not_scored() -> None:
     assert scored_tokens(found["labels"]) == 6
     assert (ids == np.arange(12).reshape(3, 4)).all()
     assert [len(micro["labels"]) for micro in cut(found, 2)] == [2, 1]
+
+
+def test_rows_for_the_held_out_loss_come_from_all_of_the_split() -> None:
+    assert list(spread(4, 10)) == [0, 2, 5, 7]
+    assert list(spread(7, 7)) == list(range(7))
+    assert np.diff(spread(96, 5396)).min() >= 5396 // 96
