@@ -39,6 +39,9 @@ EXACTNESS = 4
 accurate where many directions are left out, and of few the Gram route finds the very ones."""
 EIGH_MATRICES = 3
 """d1² doubles at the peak of eigh: the matrix, in which the eigenvectors come back, and a workspace of two."""
+SYEVD_ROWS = 32_766
+"""Rows of the largest matrix that LAPACK's syevd takes: its 2·d1² words of workspace are counted in 32 bits. With more
+PyTorch 2.13 dies of a segmentation fault (pytorch/pytorch, issue 92141)."""
 GRAM_BLOCK = {"cpu": 256, "cuda": 2048}
 """Rows of G summed at once."""
 RIDGE_FEATURES = {"cpu": 8192, "cuda": 32768}
