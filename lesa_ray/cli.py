@@ -21,6 +21,7 @@ from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.interrupt import sigterm_interrupts
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 
@@ -416,7 +417,8 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        with sigterm_interrupts():
+            code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # Typer makes an exit code of an interrupt, and returns it
             raise KeyboardInterrupt
     except typer.Exit as error:

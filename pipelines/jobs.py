@@ -9,13 +9,15 @@ from contextlib import contextmanager
 import typer
 
 from lesa_ray import MachineError, UserError
+from lesa_ray.interrupt import sigterm_interrupts
 
 
 @contextmanager
 def exits(name: str) -> Iterator[None]:
     """Around a job's work: 2 for wrong input, 1 for a fault of the machine, 130 for an interruption (`typer.Exit`)."""
     try:
-        yield
+        with sigterm_interrupts():
+            yield
     except (UserError, MachineError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None

@@ -101,7 +101,7 @@ class Storage:
             if entry.get("islink"):  # as all files are in the snapshots of the hub's cache
                 try:
                     entry = self.fs.info(path)
-                except FileNotFoundError:  # it leads nowhere
+                except OSError:  # it leads nowhere, or into a circle
                     continue
             if entry["type"] == kind and path != self.root:
                 yield path.rsplit("/", 1)[-1], entry

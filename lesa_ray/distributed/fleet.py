@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount, GraphConfig
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import Outcome, leave_plan, look
+from lesa_ray.interrupt import sigterm_interrupts
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.lease import Lease
 from lesa_ray.store.record import make_record
@@ -81,7 +80,7 @@ def run_fleet(config: GraphConfig, stages: Sequence[Stage], say: Say, settled: S
         raise UserError(f"store {config.store}: cannot be written ({explain(error)[:200]})") from error
     fleet = _Fleet(config, store, stages, say, settled)
     try:
-        with _sigterm_kept():
+        with sigterm_interrupts():  # leases are let go
             fleet.run()
     except RayError as error:
         raise MachineError(f"the Ray cluster was lost ({explain(error)[:200]}); the same command goes on") from error
@@ -126,7 +125,6 @@ class _Fleet:
             return
         self._say("", "starting Ray")
         start_ray()
-        _sigterm_interrupts()  # Ray has made it its own
         self._board = new_board()
         self._task = ray.remote(num_cpus=0, max_retries=_LOST_RETRIES)(run_stage)
 
@@ -333,27 +331,3 @@ class _Fleet:
             if phase and (new_phase or (phase != running.told and now - running.told_at > _TELL_SECONDS)):
                 running.told, running.told_at = phase, now
                 self._say(running.stage.id, phase if not share else f"{100 * share:.0f} % {phase}")
-
-
-@contextlib.contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Put back at the end what SIGTERM did before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        _sigterm_interrupts()
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _sigterm_interrupts() -> None:
-    """Take SIGTERM (of `ray job stop`, Kubernetes) as an interrupt, so that leases are let go."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)

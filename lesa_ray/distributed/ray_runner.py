@@ -31,6 +31,7 @@ from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
+from lesa_ray.interrupt import as_before
 
 PASSED_ON = (
     "AWS_ENDPOINT_URL",
@@ -59,14 +60,16 @@ def start_ray() -> bool:
     address = named or _started_here()
     try:
         if address not in ("local", None):
-            ray.init(address=address, runtime_env=_passed_on(), **quiet)
+            with as_before():
+                ray.init(address=address, runtime_env=_passed_on(), **quiet)
             return False
     except ConnectionError as error:
         left = "; `ray start` left its address here: run `ray stop` if it is gone, or set RAY_ADDRESS=local"
         hint = "" if named else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
-    ray.init(address="local", include_dashboard=False, **quiet)
+    with as_before():
+        ray.init(address="local", include_dashboard=False, **quiet)
     return True
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from lesa_ray.checkpoint.storage import Storage, explain, first_contact
 from lesa_ray.distributed.health import Health
@@ -165,7 +166,10 @@ def _fit(run: Run, resources: Resources, listener: Listener) -> None:
     board = ray.remote(num_cpus=0, max_concurrency=4, scheduling_strategy=place)(Board).remote()
     try:
         with _watching(board, run, listener):
-            _trainer(run, resources, board).fit()
+            trainer = _trainer(run, resources, board)
+            # Ray's own would take Ctrl-C for the rest of the process, and end it with exit code 0.
+            trainer._register_sigint_handler = lambda controller: None
+            trainer.fit()
         _raise_failure(board)
     except (UserError, MachineError):
         raise
@@ -179,7 +183,10 @@ def _fit(run: Run, resources: Resources, listener: Listener) -> None:
 
 def _raise_failure(board: Any) -> None:
     """Raises: UserError if a worker found the input wrong."""
-    failure = ray.get(board.failure.remote(), timeout=60)
+    try:
+        failure = ray.get(board.failure.remote(), timeout=60)
+    except RayError:  # the board was lost with the cluster
+        return
     if failure is not None:
         raise UserError(failure) from None
 

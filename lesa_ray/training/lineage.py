@@ -11,7 +11,6 @@ from typing import Any
 
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.errors import UserError
 from lesa_ray.training.run import RUN_FILE, Run, read_json
 
 _GENERATIONS = 16
@@ -40,7 +39,7 @@ def _before(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             storage = Storage(name)
             record = read_json(storage, RUN_FILE)
             manifest = read_manifest(storage) if record is None else None
-        except (OSError, UserError):  # a repo id of the hub, or a place that is gone
+        except Exception:  # a repo id of the hub, a place that is gone or refused: a warning is not worth a run
             return
         if record is not None:
             yield name, record
