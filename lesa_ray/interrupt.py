@@ -35,5 +35,9 @@ def as_before() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:  # Ray's own way, where the signal comes while it starts
+        if error.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
