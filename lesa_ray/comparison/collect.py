@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.comparison.curves import AXES, curve, reached, whole
+from lesa_ray.comparison.curves import AXES, curve, reached
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
+from lesa_ray.comparison.statistics import finals
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import Outcome, Standing, look
 from lesa_ray.store.catalog import Store
@@ -205,28 +206,19 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def final_loss(arm: Mapping[str, Any]) -> tuple[float, float | None, int] | None:
-    """Mean and standard deviation (None of one) over an arm's runs of their final losses, and how many there are."""
-    losses = [run["final_loss"] for run in arm["runs"] if run["final_loss"] is not None]
-    if not losses:
-        return None
-    return statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else None, len(losses)
-
-
 def _all_reached(arms: list[dict[str, Any]], losses: tuple[float, ...]) -> list[dict[str, Any]]:
     """When each run reached each loss. Seconds and FLOPs as `arms` has tokens: by arm, for each seed."""
-    finals = {arm["name"]: found[0] for arm in arms if (found := final_loss(arm)) is not None}
+    means = {arm["name"]: statistics.fmean(found.values()) for arm in arms if (found := finals(arm))}
     targets: list[tuple[float, str | None]] = [(loss, None) for loss in losses]
     if not losses:
-        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in finals]
-        best = sorted(controls, key=finals.__getitem__)[:1]
-        targets = [(finals[name], name) for name in (*best, *(a["name"] for a in arms if not a["control"]))
-                   if name in finals]  # fmt: skip
+        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in means]
+        best = sorted(controls, key=means.__getitem__)[:1]
+        targets = [(means[name], name) for name in (*best, *(a["name"] for a in arms if not a["control"]))
+                   if name in means]  # fmt: skip
     entries = []
     for loss, of in targets:
         along = {
-            axis: {arm["name"]: [reached(whole(arm, run), loss, axis) for run in arm["runs"]] for arm in arms}
-            for axis in AXES
+            axis: {arm["name"]: [reached(arm, run, loss, axis) for run in arm["runs"]] for arm in arms} for axis in AXES
         }
         entries.append(
             {"loss": loss, "of": of, "arms": along["tokens"], "seconds": along["seconds"], "flops": along["flops"]}

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from lesa_ray.comparison.statistics import cost_to_reach
+
 Axis = Literal["tokens", "seconds", "flops"]
 AXES: tuple[Axis, ...] = ("tokens", "seconds", "flops")
 
@@ -54,14 +56,7 @@ def whole(arm: Mapping[str, Any], run: Mapping[str, Any]) -> list[Point]:
     return [point for point in run["curve"] if point["tokens"] >= since]
 
 
-def reached(points: Sequence[Point], loss: float, axis: Axis) -> float | None:
-    """Where on an axis a curve first is at `loss` or below it; None if it never is."""
-    before: Point | None = None
-    for point in points:
-        if point["loss"] <= loss:
-            if before is None:
-                return point[axis]
-            share = (before["loss"] - loss) / (before["loss"] - point["loss"])
-            return before[axis] + share * (point[axis] - before[axis])
-        before = point
-    return None
+def reached(arm: Mapping[str, Any], run: Mapping[str, Any], level: float, axis: Axis) -> float | None:
+    """What a run had spent when its whole model first was at `level` or below it; None if it never was."""
+    points = whole(arm, run)
+    return cost_to_reach([point[axis] for point in points], [point["loss"] for point in points], level)

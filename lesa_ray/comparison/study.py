@@ -2,7 +2,7 @@
 
 Decides
 - A base is a checkpoint that is there, or a model that the study pre-trains first, on text of its own.
-- Within a base two arms are compared seed by seed (`lesa_ray.report.page.measures.paired`). Over bases, which may be
+- Within a base two arms are compared seed by seed (`lesa_ray.comparison.statistics.paired`). Over bases, which may be
   as different as code and prose, a base counts once: an arm is better than another only if it is so on every base, by
   more than the 95 % interval over the seeds. What is less than that is called not told apart.
 - The best method is the one with the lowest mean difference to the best control; with it stand all arms, controls too,
@@ -20,10 +20,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from lesa_ray.comparison.arms import arms_of
 from lesa_ray.comparison.settings import ComparisonConfig
+from lesa_ray.comparison.statistics import finals, paired
 from lesa_ray.config import Settings, Several
 from lesa_ray.errors import UserError
 from lesa_ray.fleet.settings import Label
-from lesa_ray.report.page.measures import paired
 
 _OF_THE_STUDY = ("name", "store", "base", "data", "blocks", "tokenizer", "tokenize")
 _OF_A_BASE = ("checkpoint", "architecture", "data", "out")
@@ -159,17 +159,9 @@ Finals = dict[str, dict[int, float]]
 """Arm → seed → final held-out loss."""
 
 
-def finals(content: Mapping[str, Any]) -> Finals:
-    """Those of one comparison (the content of its `comparison.json`)."""
-    return {
-        arm["name"]: {run["seed"]: run["final_loss"] for run in arm["runs"] if run["final_loss"] is not None}
-        for arm in content["arms"]
-    }
-
-
 def verdict(comparisons: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """comparisons: base → the content of its `comparison.json`. Raises: UserError where no control is complete."""
-    losses = {base: finals(content) for base, content in comparisons.items()}
+    losses = {base: {arm["name"]: finals(arm) for arm in content["arms"]} for base, content in comparisons.items()}
     names = list(dict.fromkeys(arm["name"] for content in comparisons.values() for arm in content["arms"]))
     controls = {arm["name"] for content in comparisons.values() for arm in content["arms"] if arm["control"]}
     complete = [name for name in names if all(of_base.get(name) for of_base in losses.values())]

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lesa_ray.comparison.collect import final_loss
-from lesa_ray.comparison.curves import Axis, reached, whole
+from lesa_ray.comparison.curves import Axis, reached
+from lesa_ray.comparison.statistics import finals, spread
 from lesa_ray.report.terminal import count, duration
 
 
@@ -25,10 +25,9 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
     for name in (*columns, *(["tuned"] if tuned else [])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", overflow="fold")
-    targets = _by_seed(next((arm for arm in content["arms"] if arm["name"] == content["reference"]), None))
+    targets = next((finals(arm) for arm in content["arms"] if arm["name"] == content["reference"]), {})
     for arm in sorted(content["arms"], key=_rank):
-        found = final_loss(arm)
-        mean, spread = (found[0], found[1]) if found else (None, None)
+        found = spread(list(finals(arm).values()))
         tokens, seconds = (_reached(arm, targets, axis) for axis in ("tokens", "seconds"))
         table.add_row(
             arm["name"],
@@ -36,8 +35,8 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
             count(arm["parameters"]),
             f"{100 * arm['trained_parameters'] / arm['parameters']:.0f} %",
             _mean(arm, "loss_before"),
-            _loss(mean),
-            "–" if spread is None else f"{spread:.4f}",
+            _loss(found.mean if found else None),
+            _loss(found.sd if found else None),
             tokens if isinstance(tokens, str) else f"{tokens:,.0f}",
             "–" if isinstance(seconds, str) else duration(seconds),
             *([_mean(arm, "tuned_loss")] if tuned else []),
@@ -50,11 +49,11 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
 def reading(content: Mapping[str, Any]) -> list[str]:
     """What the table says and what it does not, a line each. Runs of one seed had their data in the same order, so
     their differences are looked at seed by seed."""
-    ranked = [arm for arm in sorted(content["arms"], key=_rank) if final_loss(arm) is not None]
+    ranked = [arm for arm in sorted(content["arms"], key=_rank) if finals(arm)]
     lines = [f"ref.: {content['reference']}, with the same seed"]
     if len(ranked) > 1:
         first, second = ranked[:2]
-        mine, others = _by_seed(first), _by_seed(second)
+        mine, others = finals(first), finals(second)
         gaps = [others[seed] - mine[seed] for seed in mine if seed in others]
         said = f"{first['name']} ends lowest, before {second['name']}"
         if not gaps:
@@ -73,19 +72,13 @@ def reading(content: Mapping[str, Any]) -> list[str]:
 
 def _rank(arm: Mapping[str, Any]) -> float:
     """The mean of the final losses; infinite where there is none."""
-    found = final_loss(arm)
-    return math.inf if found is None else found[0]
-
-
-def _by_seed(arm: Mapping[str, Any] | None) -> dict[int, float]:
-    """Final losses."""
-    runs = arm["runs"] if arm is not None else []
-    return {run["seed"]: run["final_loss"] for run in runs if run["final_loss"] is not None}
+    losses = finals(arm).values()
+    return statistics.fmean(losses) if losses else math.inf
 
 
 def _reached(arm: Mapping[str, Any], losses: Mapping[int, float], axis: Axis) -> float | str:
     """Mean over an arm's runs, if all of them came to the loss of their seed; else how many did."""
-    found = [reached(whole(arm, run), losses[run["seed"]], axis) for run in arm["runs"] if run["seed"] in losses
+    found = [reached(arm, run, losses[run["seed"]], axis) for run in arm["runs"] if run["seed"] in losses
              and run["curve"]]  # fmt: skip
     there = [one for one in found if one is not None]
     if not found:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from lesa_ray.comparison.collect import final_loss
 from lesa_ray.comparison.curves import Point, curve, reached, whole
 from lesa_ray.report.comparison import comparison_table, reading
 
@@ -37,23 +36,19 @@ def test_a_curve_is_of_the_tokens_seconds_and_flops_of_training_alone() -> None:
 
 
 def test_a_loss_is_reached_between_two_measurements() -> None:
-    points = curve(rows({3: 10.0, 6: 5.0}, {0: 4.0, 3: 3.0, 6: 2.5}))
-    assert reached(points, 4.5, "tokens") == 0
-    assert reached(points, 3.5, "tokens") == pytest.approx(15)
-    assert reached(points, 3.0, "tokens") == 30
-    assert reached(points, 2.5, "tokens") == 60
-    assert reached(points, 2.75, "tokens") == pytest.approx(45)
-    assert reached(points, 2.75, "seconds") == pytest.approx(3 + 3)
-    assert reached(points, 2.75, "flops") == pytest.approx(2700)
-    assert reached(points, 2.4, "tokens") is None
-    assert reached([], 9.0, "tokens") is None
+    whole, run = {"inserted_tokens": None}, {"curve": curve(rows({3: 10.0, 6: 5.0}, {0: 4.0, 3: 3.0, 6: 2.5}))}
+    assert [reached(whole, run, level, "tokens") for level in (4.5, 3.0, 2.5, 2.4)] == [0, 30, 60, None]
+    assert reached(whole, run, 3.5, "tokens") == pytest.approx(15)
+    assert reached(whole, run, 2.75, "seconds") == pytest.approx(3 + 3)
+    assert reached(whole, run, 2.75, "flops") == pytest.approx(2700)
+    assert reached(whole, {"curve": []}, 9.0, "tokens") is None
 
 
 def test_a_model_with_gates_reaches_nothing() -> None:
     run = {"curve": curve(rows({3: 10.0, 6: 5.0}, {0: 2.0, 3: 3.0, 6: 2.5}))}
     assert [point["step"] for point in whole({"inserted_tokens": 30}, run)] == [3, 6]
-    assert reached(whole({"inserted_tokens": 30}, run), 2.6, "tokens") == pytest.approx(54)
-    assert reached(whole({"inserted_tokens": None}, run), 2.6, "tokens") == 0
+    assert reached({"inserted_tokens": 30}, run, 2.6, "tokens") == pytest.approx(54)
+    assert reached({"inserted_tokens": None}, run, 2.6, "tokens") == 0
 
 
 def arm(name: str, losses: list[float | None], control: bool = False) -> dict[str, Any]:
@@ -78,12 +73,6 @@ def arm(name: str, losses: list[float | None], control: bool = False) -> dict[st
 def content(*arms: dict[str, Any]) -> dict[str, Any]:
     notes = {"remarks": ["lesa: comes in slowly"], "notes": ["control copy: left out"]}
     return {"arms": list(arms), "reference": arms[0]["name"], **notes}
-
-
-def test_final_losses_have_a_spread_where_there_are_several() -> None:
-    assert final_loss(arm("a", [3.0, 4.0])) == (3.5, pytest.approx(0.70710678), 2)
-    assert final_loss(arm("a", [3.0, None])) == (3.0, None, 1)
-    assert final_loss(arm("a", [None])) is None
 
 
 def test_what_the_table_says_is_what_was_measured() -> None:

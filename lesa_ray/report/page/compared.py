@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+from lesa_ray.comparison.statistics import Spread, spread
 from lesa_ray.report.page.figure import Entry
-from lesa_ray.report.page.measures import Spread, spread
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.schema import Arm, Comparison, Evaluation, Trial
 from lesa_ray.report.page.words import called

@@ -14,6 +14,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from lesa_ray.comparison.statistics import cost_to_reach, spread
 from lesa_ray.report.page.compared import AXES, COSTS, ArmView, Cost, MeanCurve, how_compare, legend, ranked
 from lesa_ray.report.page.figure import (
     Entry,
@@ -26,7 +27,7 @@ from lesa_ray.report.page.figure import (
     rows_height,
     short_ticks,
 )
-from lesa_ray.report.page.measures import cost_to_reach, evenly, spread, value_at
+from lesa_ray.report.page.measures import evenly, value_at
 from lesa_ray.report.page.palette import CONTROL, INK, MUTED, SERIES, Stroke
 from lesa_ray.report.page.schema import Comparison
 from lesa_ray.report.page.words import big, called, percent, plural, some

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from lesa_ray.comparison.statistics import Difference, Spread, paired, spread
 from lesa_ray.report.page.compared import ArmView, how_compare, ranked
 from lesa_ray.report.page.figure import (
     Entry,
@@ -15,7 +16,6 @@ from lesa_ray.report.page.figure import (
     rows_axis,
     rows_height,
 )
-from lesa_ray.report.page.measures import Difference, Spread, paired, spread
 from lesa_ray.report.page.palette import CONTROL, INK, MUTED, Stroke
 from lesa_ray.report.page.schema import Comparison
 from lesa_ray.report.page.words import (

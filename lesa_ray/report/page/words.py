@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lesa_ray.report.page.measures import Difference, Spread
+from lesa_ray.comparison.statistics import Difference, Spread
 
 
 def called(name: str) -> str:
