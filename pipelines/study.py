@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lesa_ray.comparison.study import StudyBase, StudyConfig, to_json
+from lesa_ray.comparison.study_settings import StudyBase, StudyConfig
+from lesa_ray.comparison.verdict import to_json
 from lesa_ray.config import load_settings, validated
 from lesa_ray.errors import MachineError, UserError
 from pipelines.jobs import exits

@@ -15,7 +15,7 @@ import yaml
 
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.comparison.settings import ComparisonConfig
-from lesa_ray.comparison.study import StudyConfig as BasesConfig
+from lesa_ray.comparison.study_settings import StudyConfig as BasesConfig
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.settings import FleetConfig

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lesa_ray.comparison.settings import ComparisonConfig
+from lesa_ray.comparison.statistics import UNTRAINED
 from lesa_ray.config import ExpandConfig, flat
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.auto import AUTO
@@ -62,7 +63,7 @@ def arms_of(config: ComparisonConfig, where: str) -> tuple[list[Arm], list[Arm]]
     wanted = _controls(config, reference)
     named = [replace(arm, control=arm.control or any(_alike(arm, one) for one in wanted)) for arm in arms]
     added = [one for one in wanted if not any(_alike(arm, one) for arm in arms)]
-    slugs: dict[str, str] = {}
+    slugs = {Arm(UNTRAINED, None).slug: UNTRAINED}  # stands beside the arms wherever they are shown
     for arm in (*named, *added):
         if not arm.slug:
             raise UserError(f"{where}: arms: label {arm.name!r}: has no letter or digit")

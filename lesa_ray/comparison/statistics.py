@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+UNTRAINED = "base, untrained"
+"""The base as it is: a control without any training. Its held-out loss has no seed, so beside the finals of an arm it
+counts as the same for all of them."""
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """97.5 % quantiles of Student's t for 1, 2, … degrees of freedom."""
 
@@ -70,6 +73,11 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
     return Difference(fmean(differences), t975(n - 1) * stdev(differences) / math.sqrt(n), n)
 
 
+def unbeaten(mine: Mapping[int, float], others: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Those of `others` (final losses by seed, by name) that `mine` does not end clearly below."""
+    return [name for name, theirs in others.items() if (found := paired(mine, theirs)) is None or not found.below]
+
+
 def t975(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, to 0.2 % (Abramowitz and Stegun 26.7.5 above 15 degrees of freedom)."""
     return _T975[freedom - 1] if freedom <= len(_T975) else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2
@@ -78,6 +86,16 @@ def t975(freedom: int) -> float:
 def finals(arm: Mapping[str, Any]) -> dict[int, float]:
     """Final held-out losses by seed. arm: of the content of a `comparison.json`."""
     return {run["seed"]: run["final_loss"] for run in arm["runs"] if run["final_loss"] is not None}
+
+
+def untrained(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The base as it is, as one arm more: its loss for each seed with which an arm ended. Empty where none has, or the
+    loss is not known. content: of a `comparison.json`."""
+    loss, seeds = content["base"]["loss"], {seed for arm in content["arms"] for seed in finals(arm)}
+    if loss is None or not seeds:
+        return []
+    runs = [{"seed": seed, "final_loss": loss, "loss_before": loss} for seed in sorted(seeds)]
+    return [{"name": UNTRAINED, "control": True, "runs": runs}]
 
 
 def cost_to_reach(costs: Sequence[float], losses: Sequence[float], level: float) -> float | None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from lesa_ray.comparison.curves import Axis, reached
-from lesa_ray.comparison.statistics import finals, spread
+from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, spread, unbeaten, untrained
 from lesa_ray.report.terminal import count, duration
 
 
 def comparison_table(content: Mapping[str, Any]) -> Table:
-    """content: of `comparison.json`. Arms in the order of their final losses; controls in italics. Tokens and time are
-    those until a run is where the reference's run of the same seed ended; `tuned` is the loss on conversations."""
+    """content: of `comparison.json`. Arms in the order of their final losses; controls in italics, the untrained base
+    among them. Tokens and time are those until a run is where the reference's run of the same seed ended; `tuned` is
+    the loss on conversations."""
     title = "Loss on held-out rows, nats a token, before and after training"
     table = Table(box=None, padding=(0, 2), header_style="dim", title=title, title_justify="left")
     table.add_column("arm", overflow="fold")
@@ -26,7 +27,13 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", overflow="fold")
     targets = next((finals(arm) for arm in content["arms"] if arm["name"] == content["reference"]), {})
-    for arm in sorted(content["arms"], key=_rank):
+    shown = [arm for arm in content["arms"] if finals(arm)] + untrained(content)
+    for arm in [*sorted(shown, key=_rank), *(arm for arm in content["arms"] if not finals(arm))]:
+        if arm["name"] == UNTRAINED:
+            base, loss = content["base"], _loss(_rank(arm))
+            cells = [UNTRAINED, str(base["layers"]), count(base["parameters"]), "–", loss, loss]
+            table.add_row(*cells, *["–"] * (len(table.columns) - len(cells)), style="italic")
+            continue
         found = spread(list(finals(arm).values()))
         tokens, seconds = (_reached(arm, targets, axis) for axis in ("tokens", "seconds"))
         table.add_row(
@@ -47,27 +54,44 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
 
 
 def reading(content: Mapping[str, Any]) -> list[str]:
-    """What the table says and what it does not, a line each. Runs of one seed had their data in the same order, so
-    their differences are looked at seed by seed."""
-    ranked = [arm for arm in sorted(content["arms"], key=_rank) if finals(arm)]
+    """What the table says and what it does not, a line each; see `lesa_ray.comparison.statistics` for the rule."""
+    ranked = sorted((arm for arm in [*content["arms"], *untrained(content)] if finals(arm)), key=_rank)
+    losses = {arm["name"]: finals(arm) for arm in ranked}
     lines = [f"ref.: {content['reference']}, with the same seed"]
     if len(ranked) > 1:
-        first, second = ranked[:2]
-        mine, others = finals(first), finals(second)
-        gaps = [others[seed] - mine[seed] for seed in mine if seed in others]
-        said = f"{first['name']} ends lowest, before {second['name']}"
-        if not gaps:
+        first, second = list(losses)[:2]
+        found, said = paired(losses[second], losses[first]), f"{first} ends lowest, before {second}"
+        if found is None:
             lines.append(f"{said}; they have no seed in common")
-        elif len(gaps) == 1:
-            lines.append(f"{said} by {gaps[0]:.4f} with one seed; whether another would say the same is not known")
+        elif found.half is None:
+            lines.append(f"{said} by {found.mean:.4f} with one seed; whether another would say the same is not known")
         else:
-            between = f"{statistics.fmean(gaps):.4f} ({min(gaps):.4f} to {max(gaps):.4f} with {len(gaps)} seeds)"
-            finding = "" if min(gaps) > 0 else ": not with every seed, so not a finding"
-            lines.append(f"{said} by {between}{finding}")
-    controls = [arm for arm in ranked if arm["control"]]
-    if controls and not ranked[0]["control"]:
-        lines.append(f"the best control is {controls[0]['name']}, {_loss(_rank(controls[0]))}")
-    return [*lines, *content["remarks"], *content["notes"]]
+            finding = "" if found.clear else ": not told apart, so not a finding"
+            lines.append(f"{said} by {found.mean:.4f} ± {found.half:.4f} (95 % over {found.n} seeds){finding}")
+    return [*lines, *_beside_controls(ranked), *content["remarks"], *content["notes"]]
+
+
+def _beside_controls(ranked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the methods stand to the controls. ranked: arms with results, the best first."""
+    controls = {arm["name"]: finals(arm) for arm in ranked if arm["control"]}
+    missed = {arm["name"]: unbeaten(finals(arm), controls) for arm in ranked if not arm["control"]}
+    if not controls or not missed:
+        return []
+    best, method = next(iter(controls)), next(iter(missed))
+    lines = [f"the best control is {best}, {_loss(statistics.fmean(controls[best].values()))}"]
+    if max(len(finals(arm)) for arm in ranked) == 1:
+        return [*lines, "with one seed no method is told apart from a control"]
+    lines.append(f"controls that {method} does not clearly end below: {_listed(missed[method])}")
+    lines.append(f"methods clearly below every control: {_listed([name for name in missed if not missed[name]])}")
+    if UNTRAINED in controls:
+        short = [name for name, found in missed.items() if UNTRAINED in found]
+        return [*lines, f"methods not clearly below the untrained base: {_listed(short)}"]
+    return [*lines, "the untrained base's loss is not known: no control here trains the base"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names may have commas of their own."""
+    return "; ".join(names) or "none"
 
 
 def _rank(arm: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from lesa_ray import ExpandConfig, UserError
 from lesa_ray.comparison.collect import Collector
 from lesa_ray.comparison.graph import Comparison, PlannedArm, build
 from lesa_ray.comparison.settings import ComparisonConfig
-from lesa_ray.comparison.study import StudyConfig
+from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.config import load_settings, validated
 from lesa_ray.store.catalog import Store
 from lesa_ray.training.train_settings import TrainConfig

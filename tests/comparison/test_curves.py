@@ -72,30 +72,50 @@ def arm(name: str, losses: list[float | None], control: bool = False) -> dict[st
 
 def content(*arms: dict[str, Any]) -> dict[str, Any]:
     notes = {"remarks": ["lesa: comes in slowly"], "notes": ["control copy: left out"]}
-    return {"arms": list(arms), "reference": arms[0]["name"], **notes}
+    base = {"loss": 5.0, "layers": 4, "parameters": 900}
+    return {"base": base, "arms": list(arms), "reference": arms[0]["name"], **notes}
 
 
 def test_what_the_table_says_is_what_was_measured() -> None:
     lesa, copy, lost = arm("lesa", [3.0, 3.2]), arm("copy", [4.0, 4.2], control=True), arm("lost", [None, None])
     table = comparison_table(content(lesa, copy, lost))
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["lesa", "copy", "lost"]  # the best first
-    assert cells[5] == ["3.1000", "4.1000", "–"]
-    assert cells[7] == ["60", "not reached", "–"]  # where the reference's run of the same seed ended
-    assert cells[8] == ["6.0 s", "–", "–"]
-    assert cells[-1] == ["2 of 2", "2 of 2", "0 of 2; seed 0: expand/x: no room; seed 1: expand/x: no room"]
+    assert cells[0] == ["lesa", "copy", "base, untrained", "lost"]  # the best first
+    assert cells[5] == ["3.1000", "4.1000", "5.0000", "–"]
+    assert cells[6] == ["0.1414", "0.1414", "–", "–"]
+    assert cells[7] == ["60", "not reached", "–", "–"]  # where the reference's run of the same seed ended
+    assert cells[8] == ["6.0 s", "–", "–", "–"]
+    assert cells[-1] == ["2 of 2", "2 of 2", "–", "0 of 2; seed 0: expand/x: no room; seed 1: expand/x: no room"]
     lesa["runs"][1]["tuned_loss"] = 1.5
     tuned = next(column for column in comparison_table(content(lesa, copy)).columns if column.header == "tuned")
-    assert list(tuned.cells) == ["1.5000", "–"]
-    assert reading(content(lesa, copy, lost)) == [
+    assert list(tuned.cells) == ["1.5000", "–", "–"]
+    early = comparison_table(content(arm("lesa", [3.0, 3.2]), arm("copy", [2.0, 3.4], control=True)))
+    assert list(early.columns[7].cells) == ["in 1 of 2", "60", "–"]
+
+
+def test_what_is_said_of_the_table_is_what_the_intervals_leave_open() -> None:
+    lesa, copy = arm("lesa", [3.0, 3.2, 3.1]), arm("copy", [4.0, 4.2, 4.11], control=True)
+    assert reading(content(lesa, copy, arm("lost", [None, None, None]))) == [
         "ref.: lesa, with the same seed",
-        "lesa ends lowest, before copy by 1.0000 (1.0000 to 1.0000 with 2 seeds)",
-        "the best control is copy, 4.1000",
+        "lesa ends lowest, before copy by 1.0033 ± 0.0143 (95 % over 3 seeds)",
+        "the best control is copy, 4.1033",
+        "controls that lesa does not clearly end below: none",
+        "methods clearly below every control: lesa",
+        "methods not clearly below the untrained base: none",
         "lesa: comes in slowly",
         "control copy: left out",
     ]
-    mixed = arm("copy", [2.9, 3.4], control=True)
-    assert "by 0.0500 (-0.1000 to 0.2000 with 2 seeds): not with every seed" in reading(content(lesa, mixed))[1]
-    assert "with one seed" in reading(content(arm("lesa", [3.0]), arm("copy", [3.1])))[1]
-    early = comparison_table(content(arm("lesa", [3.0, 3.2]), arm("copy", [2.0, 3.4], control=True)))
-    assert list(early.columns[7].cells) == ["in 1 of 2", "60"]
+    near = arm("copy", [3.05, 3.21, 3.25], control=True)  # worse with every seed, by 0.07 ± 0.18
+    said = reading(content(lesa, near, arm("late", [4.9, 5.3, 4.2])))
+    assert "before copy by 0.0700 ± 0.1791 (95 % over 3 seeds): not told apart, so not a finding" in said[1]
+    assert said[3:6] == [
+        "controls that lesa does not clearly end below: copy",
+        "methods clearly below every control: none",
+        "methods not clearly below the untrained base: late",
+    ]
+    alone = reading(content(arm("lesa", [3.0]), arm("copy", [3.1], control=True)))
+    assert "by 0.1000 with one seed" in alone[1]
+    assert alone[3] == "with one seed no method is told apart from a control"
+    unknown = content(lesa, copy)
+    unknown["base"]["loss"] = None
+    assert reading(unknown)[5] == "the untrained base's loss is not known: no control here trains the base"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from lesa_ray import UserError
-from lesa_ray.comparison.study import StudyConfig, reading, verdict
+from lesa_ray.comparison.study_settings import StudyConfig
+from lesa_ray.comparison.verdict import reading, verdict
 from lesa_ray.config import load_settings
 from pipelines import corpus, prose, study
 from tests import families
@@ -21,7 +23,7 @@ NO_CONTROLS = dict.fromkeys(("base_same_tokens", "base_same_compute", "random_ze
 BASES: dict[str, Any] = {"bases": [{"name": "a", "checkpoint": "c", "data": "d"}]}
 
 
-def comparison(losses: dict[str, list[float]], start: float = 2.0) -> dict[str, Any]:
+def comparison(losses: dict[str, list[float]], start: float | None = 5.0) -> dict[str, Any]:
     """The parts of a `comparison.json` that count; names in capitals are controls."""
     return {
         "base": {"loss": start},
@@ -30,7 +32,7 @@ def comparison(losses: dict[str, list[float]], start: float = 2.0) -> dict[str, 
             {
                 "name": name,
                 "control": name.isupper(),
-                "runs": [{"seed": s, "final_loss": v, "loss_before": start + 0.5} for s, v in enumerate(values)],
+                "runs": [{"seed": s, "final_loss": v, "loss_before": 5.5} for s, v in enumerate(values)],
             }
             for name, values in losses.items()
         ],
@@ -50,10 +52,15 @@ def test_an_arm_is_better_only_if_it_is_so_on_every_base() -> None:
     interval = ttest_rel([1.1, 1.21, 1.3], [1.5, 1.6, 1.7]).confidence_interval(0.95)
     assert y.half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
     assert y.difference == pytest.approx((interval.high + interval.low) / 2)
+    assert [arm.name for arm in found.arms][-1] == "base, untrained"
     told = " ".join(reading(found))
     assert "x ends lowest of the methods, -0.5000 nats from the best control, COPY, in the mean over 2 bases" in told
     assert "not told apart from it on every base: z." in told
-    assert "does not beat on every base: none." in told
+    assert "Controls that it does not clearly beat on every base: none." in told
+    assert "On one it does not clearly beat: none. Methods that clearly beat every control there: x; z; y." in told
+    assert "On two it does not clearly beat: none. Methods that clearly beat every control there: x; y." in told
+    assert "Methods that clearly beat every control on every base: x; y." in told
+    assert "Methods that do not clearly beat the untrained base on every base: none." in told
 
 
 def test_what_is_not_there_on_every_base_is_told_and_does_not_count() -> None:
@@ -68,9 +75,39 @@ def test_an_arm_counts_only_with_a_seed_that_the_yardstick_has() -> None:
     one = comparison({"x": [1.0, 1.1], "y": [1.0, 1.1], "COPY": [1.5, 1.6]})
     one["arms"][1]["runs"] = [{**run, "seed": run["seed"] + 7} for run in one["arms"][1]["runs"]]
     found = verdict({"one": one})
-    assert ([arm.name for arm in found.arms], found.incomplete) == (["x", "COPY"], ("y",))
+    assert ([arm.name for arm in found.arms], found.incomplete) == (["x", "COPY", "base, untrained"], ("y",))
     with pytest.raises(UserError, match="no control has results on every base"):
-        verdict({"one": comparison({"x": [1.0]})})
+        verdict({"one": comparison({"x": [1.0]}, start=None)})
+
+
+def test_a_method_that_does_not_beat_the_base_as_it_is_has_gained_nothing() -> None:
+    """Both are clearly better than the trained control on both bases; on the second, neither than doing nothing."""
+    one = comparison({"x": [1.0, 1.1, 1.2], "y": [1.2, 1.3, 1.4], "COPY": [1.9, 2.0, 2.1]}, start=1.6)
+    two = comparison({"x": [3.0, 3.1, 3.2], "y": [3.1, 3.2, 3.3], "COPY": [3.9, 4.0, 4.1]}, start=3.2)
+    found = verdict({"one": one, "two": two})
+    assert (found.yardstick, found.best) == ("base, untrained", "x")
+    x, _, base, _ = found.arms
+    assert (x.control, base.control, base.difference, base.bases["one"].half) == (False, True, 0.0, 0.0)
+    interval = ttest_1samp([3.0, 3.1, 3.2], 3.2).confidence_interval(0.95)
+    assert x.bases["two"].difference == pytest.approx((interval.high + interval.low) / 2 - 3.2)
+    assert x.bases["two"].half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+    assert (x.unbeaten, x.bases["one"].unbeaten, x.bases["two"].unbeaten) == (
+        ("base, untrained",), (), ("base, untrained",)
+    )  # fmt: skip
+    told = reading(found)
+    assert "Controls that it does not clearly beat on every base: base, untrained." in told
+    assert "On one it does not clearly beat: none. Methods that clearly beat every control there: x; y." in told
+    assert (
+        "On two it does not clearly beat: base, untrained. Methods that clearly beat every control there: none." in told
+    )
+    assert "Methods that clearly beat every control on every base: none." in told
+    assert "Methods that do not clearly beat the untrained base on every base: x; y." in told
+    shown = study.table({"verdict": asdict(found), "comparisons": {"one": "", "two": ""}})
+    assert list(shown.columns[0].cells) == ["x", "y", "base, untrained", "COPY"]
+    two["base"]["loss"] = None
+    found = verdict({"one": one, "two": two})
+    assert (found.yardstick, found.incomplete) == ("COPY", ("base, untrained",))
+    assert any("The untrained base's loss is not known on every base" in line for line in reading(found))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +180,8 @@ def test_from_nothing_to_results(tmp_path: Path) -> None:
     config = load_settings(StudyConfig, None, **given)
     results = study.run_study(config)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert {arm["name"] for arm in results["verdict"]["arms"]} == {"llama-pro", "base, same tokens"}
+    assert {arm["name"] for arm in results["verdict"]["arms"]} == {
+        "llama-pro", "base, same tokens", "base, untrained"
+    }  # fmt: skip
     assert all(arm["bases"].keys() == {"there", "made"} for arm in results["verdict"]["arms"])
     assert study.run_study(config) == results  # at once
