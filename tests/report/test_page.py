@@ -18,7 +18,7 @@ from lesa_ray import Expanded
 from lesa_ray.errors import UserError
 from lesa_ray.report.page import build as build_module
 from lesa_ray.report.page.build import analysis_page, write_report
-from lesa_ray.report.page.compared import views
+from lesa_ray.report.page.compared import with_untrained
 from lesa_ray.report.page.figure import Figure, svgs
 from lesa_ray.report.page.measures import orderliness
 from lesa_ray.report.page.ranking import verdict
@@ -78,7 +78,7 @@ def sections_of(*runs: str) -> tuple[str, list[str], dict[str, Figure]]:
     material = gather(runs)
     sections, missing = make_sections(material, "lesa-ray report")
     figures = {figure.name: figure for section in sections for figure in section.figures}
-    verdicts = [sentence for _, one in material.comparisons for sentence in verdict(views(one))]
+    verdicts = [sentence for _, one in material.comparisons for sentence in verdict(with_untrained(one))]
     tables = [" ".join(row) for section in sections for _, table in section.tables for row in table.rows]
     texts = [text for section in sections for text in section.texts]
     said = [*verdicts, *texts, *(figure.see for figure in figures.values()), *tables]
@@ -218,6 +218,27 @@ def test_arms_within_the_spread_are_not_told_apart(tmp_path: Path) -> None:
         content["arms"][1]["runs"][seed]["final_loss"] = loss
     text, _, _ = sections_of(samples.write(tmp_path, "comparison.json", content))
     assert "llama-pro is not told apart from it" in text
+
+
+def test_the_untrained_base_is_a_control(tmp_path: Path) -> None:
+    """It lies below all arms but lesa, and above lesa by less than lesa's interval: 0.0015 ± 0.0025."""
+    content = samples.comparison()
+    content["base"]["loss"] = 2.6425
+    text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
+    assert "The best control is “base, untrained” (2.6425); clearly better than it: no method; clearly worse" in text
+    assert "lesa, the lowest method, is not clearly better than “base, untrained”." in text
+    assert "Not clearly better than the untrained base: lesa and llama-pro." in text
+    assert "base, untrained (control) 2.6425 +0.0015 ± 0.0025, not told apart – – 8" in text
+    table = figures["final-loss"].table
+    assert table is not None
+    assert table.rows[1] == ("base, untrained", "2.6425", "–", "–")
+    assert [panel.title for panel in figures["final-loss"].panels][1] == "against “base, untrained”"
+    content["base"]["loss"] = 2.6405
+    text, _, _ = sections_of(samples.write(tmp_path / "low", "comparison.json", content))
+    assert "“base, untrained” has the lowest held-out loss at the end: 2.6405 nats a token (no training)." in text
+    content["base"]["loss"] = None
+    text, _, _ = sections_of(samples.write(tmp_path / "none", "comparison.json", content))
+    assert "The untrained base's loss is not known: no control here trains the base." in text
 
 
 def test_missing_pieces_are_said(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from lesa_ray.comparison.statistics import Spread, spread
+from lesa_ray.comparison.statistics import UNTRAINED, Spread, spread
 from lesa_ray.report.page.figure import Entry
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.schema import Arm, Comparison, Evaluation, Trial
@@ -38,6 +38,8 @@ class ArmView:
 
     arm: Arm
     stroke: Stroke
+    untrained: bool = False
+    """It is the base as it is: one loss, the same for every seed."""
 
     @property
     def name(self) -> str:
@@ -101,6 +103,17 @@ def views(comparison: Comparison) -> list[ArmView]:
         made.append(ArmView(arm, arm_stroke(counts[arm.control], arm.control)))
         counts[arm.control] += 1
     return made
+
+
+def with_untrained(comparison: Comparison) -> list[ArmView]:
+    """All arms, and the untrained base as a control, where its loss is known and an arm has ended."""
+    arms, base = views(comparison), comparison.base
+    seeds = sorted({seed for view in arms for seed in view.finals})
+    if base.loss is None or not seeds:
+        return arms
+    runs = [Trial(seed=seed, status="complete", final_loss=base.loss) for seed in seeds]
+    arm = Arm(name=UNTRAINED, control=True, layers=base.layers, parameters=base.parameters, runs=runs)
+    return [*arms, ArmView(arm, arm_stroke(sum(view.arm.control for view in arms), True), untrained=True)]
 
 
 def ranked(arms: Sequence[ArmView]) -> list[tuple[ArmView, Spread]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lesa_ray.comparison.statistics import Difference, Spread, paired, spread
+from lesa_ray.comparison.statistics import UNTRAINED, Difference, Spread, paired, spread, unbeaten
 from lesa_ray.report.page.compared import ArmView, how_compare, ranked
 from lesa_ray.report.page.figure import (
     Entry,
@@ -39,14 +39,15 @@ _BASE_LINE = Stroke(MUTED, "o", (4, 2))
 
 
 def verdict(arms: list[ArmView]) -> list[str]:
-    """What the final losses say, in sentences: the best, what is not told apart from it, and the controls."""
+    """What the final losses say, in sentences: the best, what is not told apart from it, and the controls. arms: the
+    untrained base among them."""
     order = ranked(arms)
     if not order:
         return ["No run is complete, so there is no ranking yet."]
     best, final = order[0]
     said = [
         f"{best.called} has the lowest held-out loss at the end: {spread_words(final)} nats a token "
-        f"({plural(final.n, 'seed')})."
+        f"({'no training' if best.untrained else plural(final.n, 'seed')})."
     ]
     seeds = max(found.n for _, found in order)
     if seeds == 1:
@@ -89,13 +90,23 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
         ]
     better = [view.name for view, d in found if d is not None and d.clear and d.mean < 0]
     worse = [view.name for view, d in found if d is not None and d.clear and d.mean > 0]
+    finals = {view.name: view.finals for view, _ in controls}
+    missed = {view.name: unbeaten(view.finals, finals) for view, _ in methods}
     parts = [f"clearly better than it: {some(better) if better else 'no method'}"]
     if worse:
         parts.append(f"clearly worse: {some(worse)}")
     rest = len(found) - len(better) - len(worse)
     if rest:
         parts.append(f"not told apart: {rest} of {len(found)}")
-    return [f"The best control is {best.called} ({spread_words(final)}); {'; '.join(parts)}."]
+    said = [f"The best control is {best.called} ({spread_words(final)}); {'; '.join(parts)}."]
+    method = methods[0][0]
+    if missed[method.name]:
+        said.append(f"{method.called}, the lowest method, is not clearly better than {some(missed[method.name])}.")
+    if not any(view.untrained for view in arms):
+        said.append("The untrained base's loss is not known: no control here trains the base.")
+    elif short := [name for name, found in missed.items() if UNTRAINED in found]:
+        said.append(f"Not clearly better than the untrained base: {some(short)}.")
+    return said
 
 
 def ranking_table(arms: list[ArmView]) -> Table:
@@ -126,7 +137,7 @@ def _row(view: ArmView, final: Spread | None, best: ArmView | None) -> tuple[str
         arm.name + (" (control)" if arm.control else ""),
         "–" if final is None else spread_words(final),
         _to_best(view, best) if final is not None else _why_none(view),
-        f"{len(view.finals)} of {len(arm.runs)}",
+        "–" if view.untrained else f"{len(view.finals)} of {len(arm.runs)}",
         "–" if before is None else spread_words(before) + (" (new layers not yet in)" if arm.inserted_tokens else ""),
         "–" if arm.layers is None else str(arm.layers),
         "–" if arm.parameters is None else big(arm.parameters),
@@ -155,7 +166,7 @@ def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     order = ranked(arms)
     if not order:
         return None
-    rows = [(view, list(view.finals.values())) for view, _ in order]
+    rows = [(view, [final.mean] if view.untrained else list(view.finals.values())) for view, final in order]
     (best, first), gaps = order[0], order[-1][1].mean - order[0][1].mean
     widest = max((final.high - final.low for _, final in order if final.n > 1), default=None)
     if len(order) == 1:
@@ -168,7 +179,7 @@ def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         n = max(final.n for _, final in order)
         see = (
             f"From the best arm's mean to the worst's it is {gaps:.4f}; the {plural(n, 'seed')} of one arm lie up to "
-            f"{widest:.4f} apart. A smaller difference between arms counts only where it holds seed by seed."
+            f"{widest:.4f} apart. A difference between arms counts where its interval, seed by seed, leaves out zero."
         )
     return Figure(
         "final-loss",
@@ -179,9 +190,16 @@ def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         _rows_legend(None, rows),
         Table(
             ("arm", "mean", "standard deviation", "seeds"),
-            tuple((view.name, f"{f.mean:.4f}", "–" if f.sd is None else f"{f.sd:.4f}", str(f.n)) for view, f in order),
+            tuple(
+                (view.name, f"{f.mean:.4f}", *(("–", "–") if view.untrained else (_sd(f), str(f.n))))
+                for view, f in order
+            ),
         ),
     )
+
+
+def _sd(found: Spread) -> str:
+    return "–" if found.sd is None else f"{found.sd:.4f}"
 
 
 def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lesa_ray.report.page.compared import views
+from lesa_ray.report.page.compared import with_untrained
 from lesa_ray.report.page.figure import Figure, svgs, swatch
 from lesa_ray.report.page.ranking import verdict
 from lesa_ray.report.page.sections import Section, labels
@@ -33,7 +33,7 @@ def render(material: Material, sections: Sequence[Section], missing: Sequence[st
         title=_title(material),
         facts=_facts(material),
         style=Markup(STYLE),
-        verdict=[(one.name, verdict(views(one))) for _, one in material.comparisons],
+        verdict=[(one.name, verdict(with_untrained(one))) for _, one in material.comparisons],
         missing=missing,
         sections=[_section(section) for section in sections],
         images=images,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lesa_ray.report.page import curves, fit, likeness, pictures, plans, ranking, residual, spectra, tasks, weights
-from lesa_ray.report.page.compared import views
+from lesa_ray.report.page.compared import views, with_untrained
 from lesa_ray.report.page.figure import Figure, Table
 from lesa_ray.report.page.schema import Analysis, Comparison, Trial
 from lesa_ray.report.page.settings import settings_tables
@@ -68,14 +68,14 @@ def labels(analyses: Sequence[tuple[str, Analysis]]) -> list[tuple[str, Analysis
 
 
 def _comparison(comparison: Comparison, number: int, missing: list[str]) -> Section:
-    arms = views(comparison)
+    arms, beside = views(comparison), with_untrained(comparison)
     texts = [_setting(comparison), *(f"{remark}." for remark in comparison.remarks)]
     section = Section(f"comparison-{number}", f"Comparison: {comparison.name}", texts)
     caption = "All arms, the lowest final held-out loss (nats a token, mean ± standard deviation) first"
-    section.tables = [(caption, ranking.ranking_table(arms))]
+    section.tables = [(caption, ranking.ranking_table(beside))]
     nothing = "no run has the figures for it"
     made = (
-        ("Final losses", nothing, ranking.final_figure(comparison, arms)),
+        ("Final losses", nothing, ranking.final_figure(comparison, beside)),
         ("The loss right after expansion", nothing, ranking.before_figure(comparison, arms)),
         ("Loss curves", nothing, curves.curves_figure(comparison, arms)),
         ("Cost at equal loss", "no arm beside the reference has a curve", curves.saving_figure(comparison, arms)),
