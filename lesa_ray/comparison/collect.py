@@ -7,7 +7,7 @@ Decides
   arm that is added later joins those that are there. HASH is that of what all arms have in common (base, data, tokens,
   common settings): another budget is another comparison.
 - A run counts when all its stages are finished. What stopped one is told with it; a curve is shown as far as it came.
-- Losses to reach, unless the file names them: the final loss of the best control and of each arm (means over seeds).
+- Losses to reach, unless the file names them: what the best trained control and each method ended at, seed by seed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.comparison.curves import AXES, curve, reached
+from lesa_ray.comparison.curves import AXES, Axis, curve, reached
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
 from lesa_ray.comparison.statistics import finals
 from lesa_ray.fleet.stages import Stage
@@ -85,7 +85,7 @@ class Collector:
             "notes": list(comparison.notes),
             "remarks": list(comparison.remarks),
             "arms": arms,
-            "reached": _all_reached(arms, config.losses),
+            "reached": all_reached(arms, config.seeds, config.losses),
         }
 
     def write(self, content: Mapping[str, Any]) -> str:
@@ -206,24 +206,43 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _all_reached(arms: list[dict[str, Any]], losses: tuple[float, ...]) -> list[dict[str, Any]]:
-    """When each run reached each loss. Seconds and FLOPs as `arms` has tokens: by arm, for each seed."""
-    means = {arm["name"]: statistics.fmean(found.values()) for arm in arms if (found := finals(arm))}
-    targets: list[tuple[float, str | None]] = [(loss, None) for loss in losses]
+def all_reached(
+    arms: Sequence[Mapping[str, Any]], seeds: Sequence[int], losses: Sequence[float]
+) -> list[dict[str, Any]]:
+    """When each run came down to each level: one of `losses`, or, where those are none, what the run with the same seed
+    of the best trained control, and of each method, ended at. A mean over seeds would be no level for a run: one whose
+    data is harder ends above it, whatever the method.
+
+    Lists are over `seeds`; None: no level, no result, or never there. `loss` is the mean of the levels. Seconds and
+    FLOPs are as `arms` has tokens."""
+    ended = {arm["name"]: found for arm in arms if (found := finals(arm))}
+    levels: list[tuple[str | None, Mapping[int, float]]] = [(None, dict.fromkeys(seeds, loss)) for loss in losses]
     if not losses:
-        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in means]
-        best = sorted(controls, key=means.__getitem__)[:1]
-        targets = [(means[name], name) for name in (*best, *(a["name"] for a in arms if not a["control"]))
-                   if name in means]  # fmt: skip
+        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in ended]
+        best = sorted(controls, key=lambda name: statistics.fmean(ended[name].values()))[:1]
+        methods = [arm["name"] for arm in arms if not arm["control"] and arm["name"] in ended]
+        levels = [(name, ended[name]) for name in (*best, *methods)]
     entries = []
-    for loss, of in targets:
-        along = {
-            axis: {arm["name"]: [reached(arm, run, loss, axis) for run in arm["runs"]] for arm in arms} for axis in AXES
-        }
+    for of, level in levels:
+        along = {axis: {arm["name"]: [_reached(arm, run, level, axis) for run in arm["runs"]] for arm in arms}
+                 for axis in AXES}  # fmt: skip
         entries.append(
-            {"loss": loss, "of": of, "arms": along["tokens"], "seconds": along["seconds"], "flops": along["flops"]}
+            {
+                "loss": statistics.fmean(level.values()),
+                "of": of,
+                "levels": [level.get(seed) for seed in seeds],
+                "arms": along["tokens"],
+                "seconds": along["seconds"],
+                "flops": along["flops"],
+            }
         )
     return entries
+
+
+def _reached(arm: Mapping[str, Any], run: Mapping[str, Any], levels: Mapping[int, float], axis: Axis) -> float | None:
+    if run["final_loss"] is None or run["seed"] not in levels:
+        return None
+    return reached(arm, run, levels[run["seed"]], axis)
 
 
 def _tasks(standing: Standing) -> dict[str, float] | None:

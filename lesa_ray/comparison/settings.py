@@ -81,8 +81,8 @@ class ComparisonConfig(GraphConfig):
     """The arm (by name) whose final loss the others are measured by, and whose compute the control gets. By default the
     first arm."""
     losses: tuple[float, ...] = ()
-    """Held-out losses for which it is told when each run reached them. By default the final one of the best control,
-    and of each arm."""
+    """Held-out losses for which it is told when each run reached them. By default what the best control and
+    each method ended at with the same seed."""
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between measurements of the held-out loss. By default a twentieth of the run."""
     tasks: Several = ()

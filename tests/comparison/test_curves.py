@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lesa_ray.comparison.collect import all_reached
 from lesa_ray.comparison.curves import Point, curve, reached, whole
 from lesa_ray.report.comparison import comparison_table, reading
 
@@ -119,3 +120,20 @@ def test_what_is_said_of_the_table_is_what_the_intervals_leave_open() -> None:
     unknown = content(lesa, copy)
     unknown["base"]["loss"] = None
     assert reading(unknown)[5] == "the untrained base's loss is not known: no control here trains the base"
+
+
+def test_a_level_is_that_of_the_same_seed() -> None:
+    """The second seed's data is harder for both; each run of lesa ends below copy's of its seed, in the mean above."""
+    lesa, copy = arm("lesa", [3.0, 4.4, 3.1]), arm("copy", [3.1, 4.5, 3.2], control=True)
+    of_copy, of_lesa = all_reached([lesa, copy], (0, 1, 2), ())
+    assert (of_copy["of"], of_copy["levels"], of_copy["loss"]) == ("copy", [3.1, 4.5, 3.2], pytest.approx(3.6))
+    assert of_copy["arms"]["copy"] == [60, 60, 60]
+    assert of_copy["arms"]["lesa"] == pytest.approx([60 * 1.9 / 2.0, 60 * 0.5 / 0.6, 60 * 1.8 / 1.9])
+    assert of_copy["flops"]["lesa"] == pytest.approx([60 * tokens for tokens in of_copy["arms"]["lesa"]])
+    assert of_lesa["arms"] == {"lesa": [60, 60, 60], "copy": [None, None, None]}
+    (named,) = all_reached([lesa, copy], (0, 1, 2), (3.15,))
+    assert (named["of"], named["levels"]) == (None, [3.15, 3.15, 3.15])
+    assert [tokens is None for tokens in named["arms"]["copy"]] == [False, True, True]
+    lost = arm("lost", [3.0, None, 3.0])
+    of_lost = all_reached([lesa, lost], (0, 1, 2), ())[1]
+    assert (of_lost["of"], of_lost["levels"], of_lost["arms"]["lost"]) == ("lost", [3.0, None, 3.0], [60, None, 60])

@@ -178,6 +178,25 @@ def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
     assert table.rows[0] == ("lesa", "93 % ± 0 %", "74 % ± 0 %", "93 % ± 0 %")
 
 
+def test_tokens_to_a_loss_are_told_seed_by_seed(tmp_path: Path) -> None:
+    """A loss that is named is the same for all seeds; lesa's third run ends above it. Its own arm is always there."""
+    content = samples.comparison()
+    path = tmp_path / "toy"
+    see = sections_of(samples.write(path, "comparison.json", content))[2]["tokens-to-loss"].see
+    end = content["arms"][0]["runs"]
+    assert [run["final_loss"] <= 2.6415 for run in end] == [True, True, False]
+    assert see == (
+        "First at what llama-pro ended at with the same seed (2.6610 in the mean) is lesa, after 528 tokens; 1 arm did "
+        "not come there with every seed."
+    )
+    content["arms"][0]["runs"] = end[:1]
+    see = sections_of(samples.write(path, "comparison.json", content))[2]["tokens-to-loss"].see
+    assert "First at a loss of 2.6415 is lesa" in see
+    content["reached"] = [{"loss": 2.641, "of": "lesa"}]
+    see = sections_of(samples.write(path, "comparison.json", content))[2]["tokens-to-loss"].see
+    assert see == "No arm comes to one of these losses with every seed, but those that ended there."
+
+
 def test_a_model_with_gates_costs_no_less(tmp_path: Path) -> None:
     sentences = []
     for tokens in (None, 3000):

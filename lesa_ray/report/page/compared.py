@@ -6,12 +6,12 @@ the mean of the others. Bands and means are over the steps at which all of an ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from lesa_ray.comparison.statistics import UNTRAINED, Spread, spread
+from lesa_ray.comparison.statistics import UNTRAINED, Spread, cost_to_reach, spread
 from lesa_ray.report.page.figure import Entry
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.schema import Arm, Comparison, Evaluation, Trial
@@ -75,6 +75,18 @@ class ArmView:
         points = [(_cost(at, cost), at.loss) for at in there]
         whole = [(x, y) for x, y in points if x is not None and y is not None]
         return [x for x, _ in whole], [y for _, y in whole]
+
+    def spent(self, levels: Mapping[int, float], cost: Cost) -> dict[int, float | None]:
+        """What each complete run had spent when it first was at the level of its seed, by seed; None: it never was.
+
+        Seeds without a level, and runs whose cost is not known, are left out."""
+        found: dict[int, float | None] = {}
+        for trial in self.complete:
+            xs, _ = self.curve(trial, cost)
+            if trial.seed in levels and xs and xs[-1] > 0:
+                xs, losses = self.curve(trial, cost, since=self.arm.inserted_tokens or 0)  # a model with gates is none
+                found[trial.seed] = cost_to_reach(xs, losses, levels[trial.seed])
+        return found
 
     def mean_curve(self, cost: Cost) -> MeanCurve | None:
         """None without a step that all complete runs share."""

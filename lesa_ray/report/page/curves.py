@@ -11,10 +11,11 @@ spent is 100 %. A run is asked when it first came down to the level, linear betw
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lesa_ray.comparison.statistics import cost_to_reach, spread
+from lesa_ray.comparison.statistics import spread
 from lesa_ray.report.page.compared import AXES, COSTS, ArmView, Cost, MeanCurve, how_compare, legend, ranked
 from lesa_ray.report.page.figure import (
     Entry,
@@ -27,9 +28,9 @@ from lesa_ray.report.page.figure import (
     rows_height,
     short_ticks,
 )
-from lesa_ray.report.page.measures import evenly, value_at
+from lesa_ray.report.page.measures import evenly, known, value_at
 from lesa_ray.report.page.palette import CONTROL, INK, MUTED, SERIES, Stroke
-from lesa_ray.report.page.schema import Comparison
+from lesa_ray.report.page.schema import Comparison, Reached
 from lesa_ray.report.page.words import big, called, percent, plural, some
 
 if TYPE_CHECKING:
@@ -201,16 +202,10 @@ def reference_arm(arms: list[ArmView]) -> ArmView | None:
 
 def _shares(view: ArmView, reference: ArmView, cost: Cost) -> list[float | None]:
     """For each seed that both have the share of what the reference's run cost; None for one that did not get there."""
-    runs = {trial.seed: reference.curve(trial, cost)[0] for trial in reference.complete}
-    found: list[float | None] = []
-    for trial in view.complete:
-        xs, losses = view.curve(trial, cost)
-        whole = runs.get(trial.seed)
-        if xs and xs[-1] > 0 and whole and whole[-1] > 0:
-            xs, losses = view.curve(trial, cost, since=view.arm.inserted_tokens or 0)  # a model with gates is none
-            spent = cost_to_reach(xs, losses, reference.finals[trial.seed])
-            found.append(None if spent is None else spent / whole[-1])
-    return found
+    costs = {trial.seed: reference.curve(trial, cost)[0] for trial in reference.complete}
+    ends = {seed: xs[-1] for seed, xs in costs.items() if xs and xs[-1] > 0}
+    spent = view.spent(reference.finals, cost)
+    return [None if (found := spent[seed]) is None else found / ends[seed] for seed in spent if seed in ends]
 
 
 def _saving_words(reference: ArmView, level: float, tokens: dict[str, float], never: list[str]) -> str:
@@ -269,45 +264,50 @@ def _saving_panel(
 
 
 def reached_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
-    """Tokens to each of the losses that the comparison lists."""
-    named = {view.name for view in arms if view.finals}
-    levels = [
-        (one.loss, {name: values for name, values in one.arms.items() if values and name in named}, one.of)
-        for one in sorted(comparison.reached, key=lambda one: -one.loss)
-    ]
-    levels = [one for one in levels if any(value is not None for row in one[1].values() for value in row)]
+    """Tokens to each of the levels that the comparison lists: a loss, or what the runs of an arm ended at."""
+    finals, seeds = {view.name: view.finals for view in arms}, {seed for view in arms for seed in view.finals}
+    levels = []
+    for one in sorted(comparison.reached, key=lambda one: -one.loss):
+        level = dict.fromkeys(seeds, one.loss) if one.of is None else finals.get(one.of, {})
+        row = {view.name: list(spent.values()) for view in arms if (spent := view.spent(level, "tokens"))}
+        if any(value is not None for values in row.values() for value in values):
+            levels.append((_level_words(one, level), one.of, row))
     if not levels:
         return None
     all_levels = len(levels)
     levels = [levels[at] for at in evenly(all_levels, _LEVELS)]
-    see = "None of these losses is reached by an arm with every seed."
-    for loss, found, _ in reversed(levels):
-        whole = {name: fmean(v for v in row if v is not None) for name, row in found.items() if None not in row}
-        if whole:
-            name = min(whole, key=lambda key: whole[key])
-            rest = len(found) - len(whole)
-            see = f"{loss:.4f} is reached first by {called(name)}, after {big(whole[name])} tokens"
-            see += f"; {plural(rest, 'arm')} did not reach it with every seed." if rest else "."
+    see = "No arm comes to one of these losses with every seed, but those that ended there."
+    for words, of, row in reversed(levels):
+        whole = {name: fmean(there) for name, values in row.items() if len(there := known(values)) == len(values)}
+        if first := sorted(whole.keys() - {of}, key=whole.__getitem__)[:1]:
+            rest = len(row) - len(whole)
+            see = f"First at {words} is {called(first[0])}, after {big(whole[first[0]])} tokens"
+            see += f"; {plural(rest, 'arm')} did not come there with every seed." if rest else "."
             break
     if all_levels > len(levels):
         see += f" {len(levels)} of {all_levels} losses are shown."
-    there = [value for _, row, _ in levels for values in row.values() for value in values if value is not None]
+    there = [value for _, _, row in levels for values in row.values() for value in known(values)]
     end = max([comparison.tokens or 0, *there])
-    shown = [view for view in arms if any(view.name in row for _, row, _ in levels)]
+    shown = [view for view in arms if any(view.name in row for _, _, row in levels)]
     return Figure(
         "tokens-to-loss",
         "Tokens to reach a loss",
         see,
         how_compare(comparison),
-        tuple(
-            _reached_panel(f"{loss:.4f}" + (f" ({called(of)})" if of else ""), row, shown, end)
-            for loss, row, of in levels
-        ),
+        tuple(_reached_panel(words, row, shown, end) for words, _, row in levels),
         (
-            Entry("mean over seeds that got there", Stroke(INK, "o"), line=False),
+            Entry("mean over seeds", Stroke(INK, "o"), line=False),
             Entry("not reached by every seed", Stroke(MUTED, ">"), line=False, filled=False),
         ),
     )
+
+
+def _level_words(one: Reached, level: Mapping[int, float]) -> str:
+    """What is to be reached."""
+    if one.of is None or not level:
+        return f"a loss of {one.loss:.4f}"
+    mean = f"{fmean(level.values()):.4f}" + (" in the mean" if len(level) > 1 else "")
+    return f"what {called(one.of)} ended at with the same seed ({mean})"
 
 
 def _reached_panel(title: str, row: dict[str, list[float | None]], shown: list[ArmView], end: float) -> Panel:
@@ -318,14 +318,14 @@ def _reached_panel(title: str, row: dict[str, list[float | None]], shown: list[A
         axes.grid(axis="y", visible=False)
         for at, view in enumerate(shown):
             values = row.get(view.name, [])
-            there = [value for value in values if value is not None]
-            if there:
+            there = known(values)
+            if len(there) < len(values):  # a mean of those that got there would be of the easier seeds
+                plot_marks(axes, [edge], [at], Stroke(view.stroke.colour, ">"), filled=False, clip_on=False)
+            elif there:
                 plot_marks(axes, [fmean(there)], [at], view.stroke)
                 axes.plot([min(there), max(there)], [at, at], color=view.stroke.colour, linewidth=2, alpha=0.45)
-            if values and len(there) < len(values):
-                plot_marks(axes, [edge], [at], Stroke(view.stroke.colour, ">"), filled=False, clip_on=False)
         axes.set_xlim(0, edge)
         short_ticks(axes)
         axes.set_xlabel("tokens trained on")
 
-    return Panel(f"loss {title}", draw, height=rows_height(len(shown)) + 0.15)
+    return Panel(title, draw, height=rows_height(len(shown)) + 0.15)

@@ -84,11 +84,11 @@ class Arm(_Read):
 
 
 class Reached(_Read):
-    """Tokens that each arm took to a loss, by seed; None: not within its budget. of: the arm that ended there."""
+    """A loss that runs are asked for, or the arm whose runs say it, each for its seed. When they came there the page
+    works out from the curves."""
 
     loss: float
     of: str | None = None
-    arms: dict[str, list[Number]] = Field(default_factory=dict)
 
 
 class Comparison(_Read):
