@@ -62,6 +62,7 @@ class Collector:
         arms = [self._arm(arm, standings) for arm in comparison.arms]
         before = [run["loss_before"] for arm in arms if arm["method"] is None for run in arm["runs"]]
         base_tasks = standings.get(comparison.base_evaluate or "")
+        measured = [_chosen(standings[stage.id]) for stage in comparison.stages if stage.kind == "evaluate"]
         return {
             "kind": "comparison",
             "version": VERSION,
@@ -84,6 +85,11 @@ class Collector:
             "lesa_ray": code_version(),
             "notes": list(comparison.notes),
             "remarks": list(comparison.remarks),
+            "task_metrics": {
+                name: {"metric": one["metric"], "higher_is_better": one["higher_is_better"]}
+                for tasks in measured
+                for name, one in tasks.items()
+            },
             "arms": arms,
             "reached": all_reached(arms, config.seeds, config.losses),
         }
@@ -246,13 +252,20 @@ def _reached(arm: Mapping[str, Any], run: Mapping[str, Any], levels: Mapping[int
 
 
 def _tasks(standing: Standing) -> dict[str, float] | None:
-    """The value of each task's first metric; `acc_norm` where a task has it, as published tables do."""
+    """The value of each task."""
+    return None if standing.record is None else {name: one["value"] for name, one in _chosen(standing).items()}
+
+
+def _chosen(standing: Standing) -> dict[str, dict[str, Any]]:
+    """Of each task the metric that counts, its value, and its direction as lm-evaluation-harness says. It is the first,
+    or `acc_norm` where there is one, as in published tables."""
     if standing.record is None:
-        return None
-    values: dict[str, float] = {}
+        return {}
+    found: dict[str, dict[str, Any]] = {}
     for name, task in (standing.record["metrics"]["checkpoints"][-1].get("tasks") or {}).items():
         metrics = task["metrics"]
-        chosen = metrics.get("acc_norm") or next(iter(metrics.values()), None)
-        if chosen is not None and chosen["value"] is not None:
-            values[name] = chosen["value"]
-    return values
+        metric = "acc_norm" if "acc_norm" in metrics else next(iter(metrics), None)
+        if metric is not None and metrics[metric]["value"] is not None:
+            better = metrics[metric].get("higher_is_better")
+            found[name] = {"metric": metric, "value": metrics[metric]["value"], "higher_is_better": better}
+    return found

@@ -15,6 +15,7 @@ from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.config import load_settings, validated
 from lesa_ray.store.catalog import Store
+from lesa_ray.store.record import make_record
 from lesa_ray.training.train_settings import TrainConfig
 from tests import families
 from tests.training import styles
@@ -207,6 +208,38 @@ def test_text_is_tokenized_first_and_runs_end_with_tuning_and_tasks(given: Path)
     tuned = stages[base.finetune].settings("out", dict.fromkeys(stages, "x"))
     assert isinstance(tuned, TrainConfig)
     assert tuned.train == ("all",)
+
+
+def test_what_a_task_s_figure_is_comes_with_it(given: Path, tmp_path: Path) -> None:
+    """lambada_openai has its perplexity first; piqa's published figure is acc_norm."""
+    comparison = made(given, store=str(tmp_path), tasks=["lambada_openai", "piqa"], arms={"method": "llama-pro"})
+    tasks = {
+        "lambada_openai": {
+            "metrics": {"perplexity": {"value": 13.0, "stderr": 0.1, "higher_is_better": False},
+                        "acc": {"value": 0.4, "stderr": 0.1, "higher_is_better": True}},
+        },
+        "piqa": {
+            "metrics": {"acc": {"value": 0.7, "stderr": 0.1, "higher_is_better": True},
+                        "acc_norm": {"value": 0.6, "stderr": 0.1, "higher_is_better": True}},
+        },
+        "own": {"metrics": {"bits_per_byte": {"value": 1.5, "stderr": None, "higher_is_better": None}}},
+        "broken": {"metrics": {"acc": {"value": None, "stderr": None, "higher_is_better": True}}},
+    }  # fmt: skip
+    stage = next(stage for stage in comparison.stages if stage.id == comparison.base_evaluate)
+    assert stage.identity is not None
+    store = Store(str(tmp_path), 60.0)
+    record = make_record(
+        stage.identity, stage.label, given={}, started="2026-01-01", seconds=1.0, files={},
+        metrics={"checkpoints": [{"tasks": tasks}]},
+    )  # fmt: skip
+    store.finish(stage.identity.place(stage.label), record)
+    content = Collector(comparison, store).collect()
+    assert content["base"]["tasks"] == {"lambada_openai": 13.0, "piqa": 0.6, "own": 1.5}
+    assert content["task_metrics"] == {
+        "lambada_openai": {"metric": "perplexity", "higher_is_better": False},
+        "piqa": {"metric": "acc_norm", "higher_is_better": True},
+        "own": {"metric": "bits_per_byte", "higher_is_better": None},
+    }
 
 
 def test_a_control_that_the_base_cannot_have_is_left_out_and_that_is_said(given: Path, tmp_path: Path) -> None:

@@ -83,6 +83,13 @@ class Arm(_Read):
     runs: list[Trial] = Field(default_factory=list)
 
 
+class TaskMetric(_Read):
+    """What the figures of a task are. higher_is_better: None where lm-evaluation-harness did not say."""
+
+    metric: str
+    higher_is_better: bool | None = None
+
+
 class Reached(_Read):
     """A loss that runs are asked for, or the arm whose runs say it, each for its seed. When they came there the page
     works out from the curves."""
@@ -108,6 +115,7 @@ class Comparison(_Read):
     """What was left out."""
     remarks: list[str] = Field(default_factory=list)
     """What one has to know to read the result."""
+    task_metrics: dict[str, TaskMetric] = Field(default_factory=dict)
     arms: list[Arm]
     reached: list[Reached] = Field(default_factory=list)
 

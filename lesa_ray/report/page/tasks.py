@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _MOST = 12
 _BASE = Stroke(MUTED, "o", (4, 2))
 _FALLING = ("perplexity", "wikitext", "bits_per_byte", "loss")
-"""Words in the names of tasks whose figures are better when lower."""
+"""Words in the names of metrics, or of tasks whose metric is not known, that are better when lower."""
 
 
 def task_values(view: ArmView) -> dict[str, list[float]]:
@@ -41,7 +41,7 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     best = []
     for name in names:
         means = {view.name: fmean(values[view.name][name]) for view in shown if name in values[view.name]}
-        pick = min if _falls(name) else max
+        pick = min if _falls(comparison, name) else max
         best.append((name, pick(means, key=lambda key: means[key])))
     wins: dict[str, int] = {}
     for _, arm in best:
@@ -58,7 +58,8 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         "Downstream tasks",
         f"{see}{more}.",
         how_compare(comparison),
-        tuple(_task_panel(name, shown, values, lines[name], base.get(name)) for name in names[:_MOST]),
+        tuple(_task_panel(name, _axis_words(comparison, name), shown, values, lines[name], base.get(name))
+            for name in names[:_MOST]),
         (
             Entry("mean over seeds", Stroke(INK, "o"), line=False),
             *([Entry("the base, untrained", _BASE, mark=False)] if base else []),
@@ -78,20 +79,37 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     )
 
 
-def _falls(task: str) -> bool:
-    return any(word in task for word in _FALLING)
+def _falls(comparison: Comparison, task: str) -> bool:
+    """Whether lower is better."""
+    known = comparison.task_metrics.get(task)
+    if known is not None and known.higher_is_better is not None:
+        return not known.higher_is_better
+    return any(word in (task if known is None else known.metric) for word in _FALLING)
+
+
+def _axis_words(comparison: Comparison, task: str) -> str:
+    falls, known = _falls(comparison, task), comparison.task_metrics.get(task)
+    metric = known.metric if known is not None else "perplexity" if falls else "score"
+    return f"{metric} ({'lower' if falls else 'higher'} is better)"
 
 
 def _lines(comparison: Comparison, arms: list[ArmView], task: str) -> dict[str, float]:
     """What was published for this task by method: only wikitext's word perplexity is given task by task."""
-    if "wikitext" not in task:
+    if not _is_wikitext(comparison, task):
         return {}
     tables = [one for one in published_for(comparison, arms) if one.columns[0].startswith("wikitext")]
     return {m: row[0] for m, row in tables[0].rows.items() if row[0] is not None} if tables else {}
 
 
+def _is_wikitext(comparison: Comparison, task: str) -> bool:
+    """Whether a task's figures are what was published: the word perplexity of wikitext."""
+    known = comparison.task_metrics.get(task)
+    return "wikitext" in task and (known is None or known.metric == "word_perplexity")
+
+
 def _task_panel(
     name: str,
+    label: str,
     shown: list[ArmView],
     values: dict[str, dict[str, list[float]]],
     lines: dict[str, float],
@@ -111,7 +129,7 @@ def _task_panel(
             axes.axvline(base, color=_BASE.colour, dashes=_BASE.dashes, linewidth=1.2, zorder=1)
         axes.margins(x=0.1)
         axes.locator_params(axis="x", nbins=4)
-        axes.set_xlabel("perplexity (lower is better)" if _falls(name) else "score (higher is better)")
+        axes.set_xlabel(label)
 
     return Panel(name, draw, height=rows_height(len(shown)))
 
@@ -184,14 +202,14 @@ def _ours(table: Published, column: str, comparison: Comparison, arms: list[ArmV
         if view.arm.method is not None and view.arm.layers == table.layers and not view.arm.control:
             means = {name: fmean(values) for name, values in task_values(view).items()}
             measured.setdefault(view.arm.method, means)
-    found = {method: _column(column, means) for method, means in measured.items() if method in table.rows}
+    found = {method: _column(comparison, column, means) for method, means in measured.items() if method in table.rows}
     return {method: value for method, value in found.items() if value is not None}
 
 
-def _column(column: str, means: dict[str, float]) -> float | None:
+def _column(comparison: Comparison, column: str, means: dict[str, float]) -> float | None:
     """The value of a published column from this study's tasks; None if one of them is missing."""
     if column.startswith("wikitext"):
-        return next((value for name, value in means.items() if "wikitext" in name), None)
+        return next((value for name, value in means.items() if _is_wikitext(comparison, name)), None)
     if not column.startswith("mean of 7"):
         return None
     values = [next((v for name, v in means.items() if name.split("/")[0] == task), None) for task in TASKS]
