@@ -51,15 +51,17 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     see = f"{called(first)} has the best mean in {wins[first]} of {plural(len(names), 'task')}"
     see += "; with one seed that is no finding" if seeds == 1 else f" ({plural(seeds, 'seed')})"
     more = f"; {len(names) - _MOST} more tasks are in the table only" if len(names) > _MOST else ""
-    lines = {name: _lines(comparison, arms, name) for name in names}
+    lines = {name: published_lines(comparison, arms, name) for name in names}
     base = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
     return Figure(
         "tasks",
         "Downstream tasks",
         f"{see}{more}.",
         how_compare(comparison),
-        tuple(_task_panel(name, _axis_words(comparison, name), shown, values, lines[name], base.get(name))
-            for name in names[:_MOST]),
+        tuple(
+            _task_panel(name, _axis_words(comparison, name), shown, values, lines[name], base.get(name))
+            for name in names[:_MOST]
+        ),
         (
             Entry("mean over seeds", Stroke(INK, "o"), line=False),
             *([Entry("the base, untrained", _BASE, mark=False)] if base else []),
@@ -93,12 +95,19 @@ def _axis_words(comparison: Comparison, task: str) -> str:
     return f"{metric} ({'lower' if falls else 'higher'} is better)"
 
 
-def _lines(comparison: Comparison, arms: list[ArmView], task: str) -> dict[str, float]:
-    """What was published for this task by method: only wikitext's word perplexity is given task by task."""
+def published_lines(comparison: Comparison, arms: list[ArmView], task: str) -> dict[str, float]:
+    """What was published for this task by method, of models tuned like these: only wikitext's word perplexity is given
+    task by task."""
     if not _is_wikitext(comparison, task):
         return {}
-    tables = [one for one in published_for(comparison, arms) if one.columns[0].startswith("wikitext")]
+    tables = [one for one in published_for(comparison, arms)
+              if one.columns[0].startswith("wikitext") and one.tuned == _tuned(comparison)]  # fmt: skip
     return {m: row[0] for m, row in tables[0].rows.items() if row[0] is not None} if tables else {}
+
+
+def _tuned(comparison: Comparison) -> bool:
+    """Whether the models were fine-tuned before they were measured."""
+    return bool(comparison.settings.get("finetune"))
 
 
 def _is_wikitext(comparison: Comparison, task: str) -> bool:
@@ -193,7 +202,7 @@ def published_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | No
 def _ours(table: Published, column: str, comparison: Comparison, arms: list[ArmView]) -> dict[str, float]:
     """This study's figure for a column, by method; empty where it did not measure all that the column is made of, or
     measured models that were fine-tuned beside published ones that were not."""
-    if table.tuned != bool(comparison.settings.get("finetune")):
+    if table.tuned != _tuned(comparison):
         return {}
     measured: dict[str, dict[str, float]] = {}
     if not table.tuned:
