@@ -49,8 +49,9 @@ def training_card(
         name = _short(base.base)
         lines += [f"# {name}, trained on", "", f"`{name}` ({family}), trained on.", ""]
     if manifest is not None:
+        named = f"[{manifest['method']}]({manifest['paper']})" if manifest["paper"] else manifest["method"]
         lines += [
-            f"Before that it was grown deeper with [{manifest['method']}]({manifest['paper']}) from "
+            f"Before that it was grown deeper with {named} from "
             f"`{_short(manifest['base'])}`, {len(manifest['layers']) - len(manifest['new_layers'])} → "
             f"{len(manifest['layers'])} layers. New layers: {', '.join(map(str, manifest['new_layers']))}; "
             "`expansion.json` says where each layer comes from.",

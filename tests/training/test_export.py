@@ -29,6 +29,7 @@ from lesa_ray import Expanded
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, filesystem_options
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.report.training_card import training_card
 from lesa_ray.training import export as export_module
 from lesa_ray.training.export import Exported, begin_export, export, plan_export, write_file
 from lesa_ray.training.trained_state import TrainedState
@@ -130,6 +131,8 @@ def test_an_expanded_checkpoint_stays_one(
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nbase_model: somebody/small\nbase_model_relation: finetune\n")
     assert "- llama-pro" in card
+    assert "grown deeper with [llama-pro](https://arxiv.org/abs/2401.02415) from" in card
+    assert "grown deeper with llama-pro from" in training_card(None, {**expanded.manifest, "paper": ""}, {}, {})
     assert "5 → 8 layers" in card
     assert "not been trained" not in card
     assert "| tokens | 1,228,800 |" in card
