@@ -145,12 +145,12 @@ def table(summaries: Sequence[Summary]) -> Table:
     shown = Table(title="held-out loss, nats a token; difference to isotropic over the same seeds")
     for name in ("layers", "profile"):
         shown.add_column(name)
-    for name in ("parameters", "seeds", "loss", "± seeds", "difference", "± error", "tokens/s", "speed"):
+    for name in ("parameters", "seeds", "loss", "± seeds", "difference", "± 95 %", "tokens/s", "speed"):
         shown.add_column(name, justify="right")
     for one in summaries:
         shown.add_row(
             str(one.layers), one.profile, f"{one.parameters:,}", str(one.seeds), f"{one.heldout_loss:.4f}",
-            _spread(one.spread), f"{one.difference:+.4f}", _spread(one.difference_error),
+            _spread(one.spread), f"{one.difference:+.4f}", _spread(one.difference_half),
             f"{one.tokens_per_second:,.0f}", f"{100 * one.speed:.0f} %",
         )  # fmt: skip
     return shown

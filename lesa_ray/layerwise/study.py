@@ -7,22 +7,23 @@ Decides
 - One multiple of the FFN widths for all models of a depth, the largest with which all meet the budget: a profile with
   rounder widths than another would be compared at another speed.
 - A seed decides the initial weights and the order of the rows. Runs of one seed see the same rows, so a profile is
-  compared with the isotropic model seed by seed: mean difference and its standard error over seeds.
+  compared with the isotropic model seed by seed, by the rule of `lesa_ray.comparison.statistics`: mean difference and
+  its 95 % interval over seeds.
 - The data is looked at first. The published ablation (arXiv 2509.06518) read int32 tokens as uint16, so that every
   second token was 0, as its authors note there; one id that makes up a quarter of all tokens stops the study.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from lesa_ray.comparison.statistics import Difference, paired, spread
 from lesa_ray.config import Settings
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.profiles import ProfileName
@@ -143,8 +144,8 @@ class Summary:
     spread: float | None
     difference: float
     """To the isotropic model of this depth: mean over seeds; below zero is better."""
-    difference_error: float | None
-    """Standard error of that mean."""
+    difference_half: float | None
+    """Half of the 95 % interval of that mean."""
     tokens_per_second: float
     """Median over seeds."""
     speed: float
@@ -186,22 +187,21 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     for (layers, profile), own in by_model.items():
         base = by_model.get((layers, BASELINE), {})
         seeds = [seed for seed in own if seed in base]
-        if not seeds:
+        difference = paired(_losses(own), _losses(base))
+        losses = spread([own[seed].heldout_loss for seed in seeds])
+        if difference is None or losses is None:
             continue
-        losses = [own[seed].heldout_loss for seed in seeds]
-        differences = [own[seed].heldout_loss - base[seed].heldout_loss for seed in seeds]
         speed = statistics.median(own[seed].tokens_per_second for seed in seeds)
-        error = _spread(differences)
         found.append(
             Summary(
                 layers=layers,
                 profile=profile,
                 parameters=own[seeds[0]].parameters,
                 seeds=len(seeds),
-                heldout_loss=statistics.fmean(losses),
-                spread=_spread(losses),
-                difference=statistics.fmean(differences),
-                difference_error=None if error is None else error / math.sqrt(len(seeds)),
+                heldout_loss=losses.mean,
+                spread=losses.sd,
+                difference=difference.mean,
+                difference_half=difference.half,
                 tokens_per_second=speed,
                 speed=speed / statistics.median(base[seed].tokens_per_second for seed in seeds),
             )
@@ -209,19 +209,19 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
     return found
 
 
-def _spread(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+def _losses(rows: Mapping[int, Row]) -> dict[int, float]:
+    return {seed: row.heldout_loss for seed, row in rows.items()}
 
 
 def reading(summaries: Sequence[Summary]) -> list[str]:
-    """What the figures say of the paper's claims, a line for each depth. Two standard errors count as a difference:
-    with three seeds that is a hint, no more."""
+    """What the figures say of the paper's claims, a line for each depth. A difference is one whose interval leaves out
+    zero."""
     lines = []
     for layers in dict.fromkeys(summary.layers for summary in summaries):
         others = [s for s in summaries if s.layers == layers and s.profile != BASELINE]
         if not others:
             continue
-        clear = [s for s in others if s.difference_error is not None and abs(s.difference) > 2 * s.difference_error]
+        clear = [s for s in others if Difference(s.difference, s.difference_half, s.seeds).clear]
         better = [s.profile for s in clear if s.difference < 0]
         worse = [s.profile for s in clear if s.difference > 0]
         rest = [s.profile for s in others if s not in clear]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import load_settings
@@ -145,15 +146,20 @@ def test_differences_are_taken_seed_by_seed() -> None:
     base, crown, vanilla, framed = summarise(rows)
     assert base.spread == pytest.approx(0.1)
     assert (crown.seeds, crown.difference) == (3, pytest.approx(-0.29 / 3))
-    assert crown.difference_error == pytest.approx(np.std([-0.1, -0.09, -0.1], ddof=1) / np.sqrt(3))
+    interval = ttest_rel(losses["crown"], losses["isotropic"]).confidence_interval(0.95)
+    assert crown.difference_half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
     assert (vanilla.spread, vanilla.difference) == (pytest.approx(0.0), pytest.approx(0.0))
     assert framed.difference == pytest.approx(0.1)
     (said,) = reading([base, crown, vanilla, framed])
     assert said.startswith("18 layers: below isotropic: crown; above it: framed; not told apart: vanilla.")
     assert said.endswith("The profiles lie 0.1967 nats apart.")
     alone = summarise(rows[:1])[0]
-    assert (alone.spread, alone.difference_error, alone.seeds) == (None, None, 1)
+    assert (alone.spread, alone.difference_half, alone.seeds) == (None, None, 1)
     assert summarise([row("crown", 0, 3.0)]) == []
+    hint = {"isotropic": (3.0, 3.0, 3.0), "crown": (3.02, 3.09, 3.16)}  # 2.2 standard errors above with every seed
+    rows = [row(name, seed, loss) for name, values in hint.items() for seed, loss in enumerate(values)]
+    assert "above it" not in reading(summarise(rows))[0]
+    assert "not told apart: crown" in reading(summarise(rows))[0]
 
 
 @pytest.mark.parametrize(
