@@ -101,9 +101,9 @@ def _rank(arm: Mapping[str, Any]) -> float:
 
 
 def _reached(arm: Mapping[str, Any], losses: Mapping[int, float], axis: Axis) -> float | str:
-    """Mean over an arm's runs, if all of them came to the loss of their seed; else how many did."""
-    found = [reached(arm, run, losses[run["seed"]], axis) for run in arm["runs"] if run["seed"] in losses
-             and run["curve"]]  # fmt: skip
+    """Mean over an arm's runs that ended, if all of them came to the loss of their seed; else how many did."""
+    ended = [run for run in arm["runs"] if run["final_loss"] is not None and run["seed"] in losses]
+    found = [reached(arm, run, losses[run["seed"]], axis) for run in ended]
     there = [one for one in found if one is not None]
     if not found:
         return "–"

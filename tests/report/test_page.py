@@ -320,17 +320,17 @@ def test_nothing_ran_yet(tmp_path: Path) -> None:
 def test_the_best_of_a_task_is_the_lowest_where_lower_is_better(tmp_path: Path) -> None:
     content = samples.with_tasks(samples.comparison())
     _, _, figures = sections_of(samples.write(tmp_path / "now", "comparison.json", content))
-    assert figures["tasks"].see == "lesa has the best mean in 3 of 3 tasks (3 seeds)."
+    assert figures["tasks"].see == "lesa has the best mean in 3 of 3 tasks, told apart from all others in 2."
     perplexity, score, unknown = svgs(figures["tasks"])
     assert "perplexity (lower is better)" in perplexity
     assert "acc_norm (higher is better)" in score
     assert "perplexity (lower is better)" in unknown
     content["task_metrics"]["piqa"] = {"metric": "nll_loss", "higher_is_better": None}
     _, _, figures = sections_of(samples.write(tmp_path / "loss", "comparison.json", content))
-    assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks (3 seeds)."
+    assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 2."
     del content["task_metrics"]  # as older files are: what a name does not say is taken for a score
     _, _, figures = sections_of(samples.write(tmp_path / "old", "comparison.json", content))
-    assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks (3 seeds)."
+    assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 1."
 
 
 def test_published_results_of_the_same_setting(tmp_path: Path) -> None:

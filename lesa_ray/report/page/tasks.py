@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from lesa_ray.comparison.statistics import paired
 from lesa_ray.report.page.compared import ArmView, how_compare
 from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, plot_marks, rows_axis, rows_height
 from lesa_ray.report.page.palette import INK, MUTED, Stroke
@@ -21,13 +22,13 @@ _FALLING = ("perplexity", "wikitext", "bits_per_byte", "loss")
 """Words in the names of metrics, or of tasks whose metric is not known, that are better when lower."""
 
 
-def task_values(view: ArmView) -> dict[str, list[float]]:
-    """Values over the seeds, by task."""
-    found: dict[str, list[float]] = {}
+def task_values(view: ArmView) -> dict[str, dict[int, float]]:
+    """Values by task and seed."""
+    found: dict[str, dict[int, float]] = {}
     for trial in view.complete:
         for name, value in (trial.tasks or {}).items():
             if value is not None:
-                found.setdefault(name, []).append(value)
+                found.setdefault(name, {})[trial.seed] = value
     return found
 
 
@@ -38,18 +39,17 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     if not names:
         return None
     shown = [view for view in arms if view.name in values]
-    best = []
+    wins: dict[str, list[bool]] = {}
     for name in names:
-        means = {view.name: fmean(values[view.name][name]) for view in shown if name in values[view.name]}
+        scores = {arm: found[name] for arm, found in values.items() if name in found}
         pick = min if _falls(comparison, name) else max
-        best.append((name, pick(means, key=lambda key: means[key])))
-    wins: dict[str, int] = {}
-    for _, arm in best:
-        wins[arm] = wins.get(arm, 0) + 1
-    first = max(wins, key=lambda key: wins[key])
+        best = pick(scores, key=lambda arm: fmean(scores[arm].values()))
+        rest = [paired(scores[best], theirs) for arm, theirs in scores.items() if arm != best]
+        wins.setdefault(best, []).append(all(found is not None and found.clear for found in rest))
+    first = max(wins, key=lambda arm: len(wins[arm]))
     seeds = max(len(v) for found in values.values() for v in found.values())
-    see = f"{called(first)} has the best mean in {wins[first]} of {plural(len(names), 'task')}"
-    see += "; with one seed that is no finding" if seeds == 1 else f" ({plural(seeds, 'seed')})"
+    see = f"{called(first)} has the best mean in {len(wins[first])} of {plural(len(names), 'task')}"
+    see += "; with one seed that is no finding" if seeds == 1 else f", told apart from all others in {sum(wins[first])}"
     more = f"; {len(names) - _MOST} more tasks are in the table only" if len(names) > _MOST else ""
     lines = {name: published_lines(comparison, arms, name) for name in names}
     base = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
@@ -73,12 +73,13 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         ),
         Table(
             ("arm", *names),
-            tuple(
-                (view.name, *(f"{fmean(v):.4g}" if (v := values[view.name].get(name)) else "–" for name in names))
-                for view in shown
-            ),
+            tuple((view.name, *(_mean(values[view.name].get(name)) for name in names)) for view in shown),
         ),
     )
+
+
+def _mean(found: dict[int, float] | None) -> str:
+    return f"{fmean(found.values()):.4g}" if found else "–"
 
 
 def _falls(comparison: Comparison, task: str) -> bool:
@@ -120,7 +121,7 @@ def _task_panel(
     name: str,
     label: str,
     shown: list[ArmView],
-    values: dict[str, dict[str, list[float]]],
+    values: dict[str, dict[str, dict[int, float]]],
     lines: dict[str, float],
     base: float | None,
 ) -> Panel:
@@ -128,7 +129,7 @@ def _task_panel(
         rows_axis(axes, [view.name for view in shown], wrap=16)
         axes.grid(axis="y", visible=False)
         for at, view in enumerate(shown):
-            found = values[view.name].get(name, [])
+            found = list(values[view.name].get(name, {}).values())
             if found:
                 axes.plot([min(found), max(found)], [at, at], color=view.stroke.colour, linewidth=2, alpha=0.45)
                 plot_marks(axes, [fmean(found)], [at], view.stroke)
@@ -209,7 +210,7 @@ def _ours(table: Published, column: str, comparison: Comparison, arms: list[ArmV
         measured["base"] = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
     for view in arms:
         if view.arm.method is not None and view.arm.layers == table.layers and not view.arm.control:
-            means = {name: fmean(values) for name, values in task_values(view).items()}
+            means = {name: fmean(values.values()) for name, values in task_values(view).items()}
             measured.setdefault(view.arm.method, means)
     found = {method: _column(comparison, column, means) for method, means in measured.items() if method in table.rows}
     return {method: value for method, value in found.items() if value is not None}
