@@ -325,9 +325,10 @@ def test_the_best_of_a_task_is_the_lowest_where_lower_is_better(tmp_path: Path) 
     assert "perplexity (lower is better)" in perplexity
     assert "acc_norm (higher is better)" in score
     assert "perplexity (lower is better)" in unknown
-    content["task_metrics"]["piqa"] = {"metric": "nll_loss", "higher_is_better": None}
-    _, _, figures = sections_of(samples.write(tmp_path / "loss", "comparison.json", content))
-    assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 2."
+    for metric in ({"metric": "wer", "higher_is_better": False}, {"metric": "nll_loss", "higher_is_better": None}):
+        content["task_metrics"]["piqa"] = metric
+        _, _, figures = sections_of(samples.write(tmp_path / "loss", "comparison.json", content))
+        assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 2."
     del content["task_metrics"]  # as older files are: what a name does not say is taken for a score
     _, _, figures = sections_of(samples.write(tmp_path / "old", "comparison.json", content))
     assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 1."
