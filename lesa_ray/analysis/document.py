@@ -50,6 +50,7 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
         "uneven": _uneven(subject),
         "created_with": _versions(),
         "settings": subject.config.model_dump(mode="json", exclude={"out"}),
+        "fit_missing": subject.why_not_fitted,
         "matched_missing": subject.why_not_matched,
         **_rounded(measured),
     }

@@ -37,7 +37,7 @@ from lesa_ray.expansion.widths import Width, Widths, read_widths
 from lesa_ray.layerwise.names import MODEL_TYPE
 from lesa_ray.lesa.alignment import Layer
 from lesa_ray.lesa.cost import Task, unit_cost
-from lesa_ray.lesa.streams import Load
+from lesa_ray.lesa.streams import Load, only
 
 SMALL = 200_000_000
 """Weights in all layers up to which predictors are fitted and layers matched unless told otherwise."""
@@ -78,11 +78,25 @@ class Subject:
         """Whether what takes long is done without being asked for."""
         return sum(t.d1 * t.d2 for t in self.anatomy.matrices) * self.anatomy.layers <= SMALL
 
+    @cached_property
+    def old_layers(self) -> list[int]:
+        """The others: the base's, in its order."""
+        return [layer for layer in range(self.anatomy.layers) if layer not in self.new_layers]
+
+    @property
+    def why_not_fitted(self) -> str | None:
+        """Why predictors are not fitted, or None."""
+        if not (self.is_small if self.config.fit is None else self.config.fit):
+            return "not asked for" if self.config.fit is None else "not wanted"
+        if len(self.old_layers) < 3:
+            of = "old layers of a grown model" if self.new_layers else "layers"
+            return f"a predictor learns from three layers in a row; there are {len(self.old_layers)} {of}"
+        return None
+
     @property
     def fits(self) -> bool:
-        """Whether predictors are fitted. They learn from three layers in a row."""
-        wanted = self.is_small if self.config.fit is None else self.config.fit
-        return wanted and self.anatomy.layers >= 3
+        """Whether predictors are fitted."""
+        return self.why_not_fitted is None
 
     @property
     def why_not_matched(self) -> str | None:
@@ -122,7 +136,7 @@ class Subject:
         task = Task(
             d1=members[0].d1,
             d2=len(members) * members[0].d2,
-            layers=self.anatomy.layers,
+            layers=len(self.old_layers),
             slots=0,
             settings=LesaSettings(rank=min(DIRECTIONS, members[0].d1), ridge_yardstick=False),
             element_bytes=FLOAT_BYTES[members[0].dtype],
@@ -139,7 +153,7 @@ class Subject:
     def old_widths(self) -> set[Width]:
         """Of the layers that no method put in, where layers differ."""
         base = () if self.widths is None else self.widths.base
-        return {width for layer, width in enumerate(base) if layer not in self.new_layers}
+        return {base[layer] for layer in self.old_layers} if base else set()
 
     def shapes(self, name: str) -> list[tuple[int, int]] | None:
         """A type's in each layer as it is stored, where they differ."""
@@ -197,10 +211,8 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     subject = Subject(config, checkpoint, anatomy, None if widths is None or widths.are_even else widths)
     if not subject.types:
         raise UserError(f"BASE {config.base}: its layers have no matrix to look at")
-    if config.fit and anatomy.layers < 3:
-        raise UserError(
-            f"--fit: a predictor learns from three layers in a row, BASE {config.base} has {anatomy.layers}"
-        )
+    if config.fit and (why := subject.why_not_fitted) is not None:
+        raise UserError(f"--fit: BASE {config.base}: {why}")
     if config.match:
         read_blocks(anatomy, "--match")
     return subject
@@ -209,7 +221,10 @@ def open_subject(config: AnalyzeConfig) -> Subject:
 def work_on_type(
     subject: Subject, name: str, device: str, progress: Callable[[str, float], None] = lambda phase, share: None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The schema's `types[name]` and `fit[name]` (None without a fit). Raises: UserError, MachineError."""
+    """The schema's `types[name]` and `fit[name]` (None without a fit). Raises: UserError, MachineError.
+
+    Of a grown model the fit is that of the old layers, as they followed one another in the base: a copy is predicted by
+    repeating its neighbour, and what a predictor made by that predictor."""
     config, layers = subject.config, subject.anatomy.layers
     budget = config.memory_budget or default_budget()
     keeps = budget is None or subject.nbytes(name) <= KEPT_SHARE * budget
@@ -224,6 +239,7 @@ def work_on_type(
     figures = analyse_type(
         side_by_side,
         layers,
+        new=subject.new_layers,
         shapes=subject.shapes(name),
         members=len(loads),
         seed=config.seed,
@@ -235,8 +251,8 @@ def work_on_type(
     fit = None
     if subject.fits:
         fit = held_out_fit(
-            loads,
-            layers,
+            [only(load, subject.old_layers) for load in loads],
+            len(subject.old_layers),
             config.lesa,
             config.seed,
             device=device,

@@ -1,7 +1,7 @@
 """One weight type, from its layers to its figures.
 
     each layer: its norm, its singular values, its cosine with the layer below   one pass
-    all layers: Σ and the leading coefficients in their common basis (`lesa.spectral`), the layers as points
+    old layers: Σ and the leading coefficients in their common basis (`lesa.spectral`), the layers as points
 
 The common basis takes at most `DIRECTIONS` directions, so that large types go through the streamed randomised route:
 4 passes of products with a matrix of that width, in place of a Gram matrix of d1² and its eigenvectors (d1 = 14,336:
@@ -10,6 +10,9 @@ The common basis takes at most `DIRECTIONS` directions, so that large types go t
 Layers of several widths come padded with zeros to the widest, which leaves norms as they are; the singular values that
 padding adds, zeros, are left out. The common basis and cosines are of the padded layers.
 
+Of a grown model the common basis is that of the old layers alone: copies of a layer would count it twice, and what some
+method made of its neighbours lies in their basis by construction. New layers have places in the picture.
+
 Experts of a kind count as one type: side by side they are one matrix (d1, experts·d2) of each layer. Their order within
 a layer is free, so the likeness of neighbouring layers says little of them.
 """
@@ -17,7 +20,7 @@ a layer is free, so the likeness of neighbouring layers says little of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +31,7 @@ from lesa_ray.analysis import pictures
 from lesa_ray.analysis.spectra import effective_rank, singular_values, spread, stable_rank
 from lesa_ray.lesa.clock import Clock
 from lesa_ray.lesa.spectral import Decomposition, decompose
-from lesa_ray.lesa.streams import Layers, Load, square_norm, working_dtype
+from lesa_ray.lesa.streams import Layers, Load, only, square_norm, working_dtype
 
 DIRECTIONS = 256
 """Of the common basis that are looked at."""
@@ -58,13 +61,13 @@ class TypeFigures:
     spectra: list[list[float]]
     """Of each layer, descending."""
     common_spectrum: list[float]
-    """The leading Σ of all layers side by side, descending."""
+    """The leading Σ of the old layers side by side, descending."""
     common_directions: int
-    """How many there are in all: min(d1, L·d2)."""
+    """How many there are in all: min(d1, old layers·d2)."""
     route: str
     """The spectral route of the common basis; `randomized` is approximate towards the end of `common_spectrum`."""
     captured: dict[str, float]
-    """Share of ‖W‖²_F of all layers that lies in so many leading directions."""
+    """Share of the old layers' ‖W‖²_F that lies in so many leading directions."""
     neighbour_cosine: list[float | None]
     """⟨W_i, W_{i+1}⟩ / (‖W_i‖·‖W_{i+1}‖), in the coordinates of the files."""
     pictures: dict[str, Any]
@@ -75,6 +78,7 @@ def analyse_type(
     load: Load,
     layers: int,
     *,
+    new: Collection[int] = (),
     shapes: Sequence[tuple[int, int]] | None = None,
     members: int = 1,
     seed: int = 0,
@@ -83,7 +87,8 @@ def analyse_type(
     memory_budget: int | None = None,
     progress: Callable[[str, float], None] = lambda phase, share: None,
 ) -> TypeFigures:
-    """load: layer → its matrix (d1, d2), called several times for each. shapes: of each before it was padded.
+    """load: layer → its matrix (d1, d2), called several times for each. new: layers that were put in; one at least was
+    not. shapes: of each before it was padded.
 
     Raises: UserError for matrices that are not finite, or not of one shape.
     """
@@ -101,10 +106,11 @@ def analyse_type(
         below = weight
     del below, weight
     progress("common basis", 0.7)
+    old = [layer for layer in range(layers) if layer not in new]
     parts = decompose(
-        [load],
-        layers,
-        rank=min(DIRECTIONS, d1, layers * d2),
+        [only(load, old)],
+        len(old),
+        rank=min(DIRECTIONS, d1, len(old) * d2),
         seed=seed,
         device=device,
         scratch_dir=scratch_dir,
@@ -112,7 +118,11 @@ def analyse_type(
         clock=Clock(),
     )
     progress("pictures", 0.95)
-    rows = parts.coefficients[0, :, : pictures.DIRECTIONS]  # (L, directions, d2)
+    leading = parts.coefficients[0, :, : pictures.DIRECTIONS].cpu()
+    rows = leading.new_empty(layers, *leading.shape[1:])  # (L, directions, d2)
+    rows[old] = leading
+    for i in sorted(new):
+        rows[i] = parts.project(load(i))[: pictures.DIRECTIONS].cpu()
     return TypeFigures(
         shape=[d1, d2],
         shapes=None if shapes is None else [list(shape) for shape in shapes],
@@ -123,16 +133,16 @@ def analyse_type(
         spectrum_index=spread(min(d1, d2), SPECTRUM),
         spectra=[values[spread(len(values), SPECTRUM)].tolist() for values in spectra],
         common_spectrum=parts.sigma.tolist(),
-        common_directions=min(d1, layers * d2),
+        common_directions=min(d1, len(old) * d2),
         route=parts.route,
         captured=captured(parts),
         neighbour_cosine=cosines,
-        pictures={**asdict(pictures.draw(rows.flatten(1))), "directions": rows.shape[1]},
+        pictures={**asdict(pictures.draw(rows.flatten(1), new)), "directions": rows.shape[1]},
     )
 
 
 def captured(parts: Decomposition, counts: Sequence[int] = CAPTURED) -> dict[str, float]:
-    """Shares of the energy of all layers in the leading directions; 1 for layers that are all zero."""
+    """Shares of the energy of the basis's layers in the leading directions; 1 for layers that are all zero."""
     total, directions = float(parts.squares.sum()), len(parts.sigma)
     shares = parts.sigma.square().cumsum(0) / total if total > 0 else torch.ones(directions, dtype=torch.float64)
     kept = [count for count in counts if count <= directions] or [directions]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FILE, PAGE_FILE = "analysis.json", "analysis.html"
 _RESIDUAL = "residual stream"
-_KEPT = 2
+_KEPT = 3
 """Changes with what is kept of a finished piece, so that an older version's is not taken up."""
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers
 

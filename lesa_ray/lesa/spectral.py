@@ -77,6 +77,15 @@ class Decomposition:
         scaled = coefficients * self.multipliers.to(coefficients).unsqueeze(1)
         return scaled if self.left is None else self.left.to(coefficients.device) @ scaled
 
+    def project(self, weight: Tensor) -> Tensor:
+        """Coefficients (r, d2), on the compute device, of a weight (d1, d2) that the basis need not be of: what
+        `compose` makes of them is the part of it that lies in the basis."""
+        device = self.coefficients.device if self.left is None else self.left.device
+        weight = weight.to(device, self.coefficients.dtype)
+        rows = weight if self.left is None else self.left.T @ weight
+        divisor = self.multipliers.clamp_min(torch.finfo(rows.dtype).tiny).to(rows)
+        return rows / divisor.unsqueeze(1)
+
 
 def decompose(
     loads: Sequence[Load],

@@ -21,6 +21,11 @@ Load = Callable[[int], Tensor]
 """Layer number → its weight (d1, d2), any float dtype, on the CPU. Called several times per layer."""
 
 
+def only(load: Load, layers: Sequence[int]) -> Load:
+    """Those layers alone, numbered anew from 0."""
+    return lambda at: load(layers[at])
+
+
 def seed_for(seed: int, *purpose: object) -> int:
     """A seed of its own for each use of randomness, so that one use never shifts the numbers of another."""
     text = "/".join(str(part) for part in (seed, *purpose))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -34,27 +34,36 @@ def _head(report: dict[str, Any]) -> Text:
     return Text(f"{report['checkpoint']}: {report['family']}, {report['layers']} layers{width}{grown}", style="bold")
 
 
+def old_pairs(layers: int, new_layers: Collection[int]) -> list[int]:
+    """The i for which layers i and i+1 are both old. What is said of pairs is said of these: a copy is like its source
+    whatever the model, so a grown model's other pairs tell of the method."""
+    return [at for at in range(layers - 1) if not {at, at + 1} & {*new_layers}]
+
+
 def _types(report: dict[str, Any]) -> Table:
-    table = _table("Weights, means over the layers", "weight type", "shape")
+    old = [layer for layer in range(report["layers"]) if layer not in report["new_layers"]]
+    of = "old layers" if report["new_layers"] else "layers"
+    table = _table(f"Weights, means over the {of}", "weight type", "shape")
     for name in ("norm", "effective rank", "stable rank", "in 64 directions"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, found in report["types"].items():
-        shapes = found["shapes"] or [found["shape"]]
-        rank, full = _mean(found["effective_rank"]), _mean([min(shape) for shape in shapes])
+        shapes = [found["shapes"][layer] for layer in old] if found["shapes"] else [found["shape"]]
+        norm, rank, stable = (
+            _mean([found[key][layer] for layer in old]) for key in ("norms", "effective_rank", "stable_rank")
+        )
+        full = _mean([min(shape) for shape in shapes])
         table.add_row(
             name.removesuffix(".weight"),
             " × ".join(_range(sizes) for sizes in zip(*shapes, strict=True)),
-            _number(_mean(found["norms"])),
+            _number(norm),
             "–" if rank is None else f"{rank:,.0f} of {full:,.0f}",
-            _number(_mean(found["stable_rank"])),
+            _number(stable),
             _share(found["captured"]),
         )
     return table
 
 
-_TYPES_CAPTION = (
-    "norm: Frobenius; in 64 directions: share of all layers' energy in the leading 64 of their common basis"
-)
+_TYPES_CAPTION = "norm: Frobenius; in 64 directions: their energy's share in the leading 64 of their common basis"
 
 
 def _neighbours(report: dict[str, Any]) -> Table:
@@ -64,10 +73,10 @@ def _neighbours(report: dict[str, Any]) -> Table:
     names += ["R² fit", "R² mean", "R² ridge"] if fitted else []
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
+    pairs = old_pairs(report["layers"], report["new_layers"])
+    kinds = ["", *(["_matched", "_chance"] if matched else [])]
     for name, found in report["types"].items():
-        cells = [_number(_mean(found["neighbour_cosine"]))]
-        if matched:
-            cells += [_number(_mean(found[f"neighbour_cosine_{kind}"])) for kind in ("matched", "chance")]
+        cells = [_number(_mean([found[f"neighbour_cosine{kind}"][at] for at in pairs])) for kind in kinds]
         if fitted:
             cells += [_number(report["fit"][name].get(one, {}).get("r2")) for one in ("predictor", "mean", "ridge")]
         table.add_row(name.removesuffix(".weight"), *cells)
@@ -78,11 +87,13 @@ def _neighbours_caption(report: dict[str, Any]) -> str:
     text = "cosine: of a layer and the next, number by number"
     if report["matched_missing"] is None:
         text += "; matched: after neurons and heads were matched; by chance: a random layer, matched in the same way"
-        if report["new_layers"]:
-            text += "; both between old layers only"
     else:
         text += f"; not matched: {report['matched_missing']}"
-    if _is_fitted(report):
+    if report["new_layers"]:
+        text += "; all of old layers alone, cosines of those side by side"
+    if not _is_fitted(report):
+        text += f"; not fitted: {report['fit_missing']}"
+    else:
         on = sorted({one["on"] for one in report["fit"].values()})
         text += f"; R² on {' and '.join(on)}: 1 is perfect, 0 is predicting zero"
     return text

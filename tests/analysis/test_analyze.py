@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lesa_ray import MachineError, UserError
 from lesa_ray.analysis import subject as subject_module
@@ -57,6 +58,46 @@ def test_an_expanded_checkpoint_is_told_whole(bases: Bases, grow: Callable[..., 
     assert report["residual"] is None
     assert report["matched_missing"] is None
     Analysis.model_validate(report)  # what the page reads
+
+
+def printed(report: dict[str, Any], log: Path) -> str:
+    with log.open("w") as file:
+        Console(width=200, file=file).print(analysis_table(report))
+    return log.read_text()
+
+
+def test_copies_say_nothing_of_a_grown_model(
+    bases: Bases, grow: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said of the base is said of its old layers in a grown model."""
+    settings = {"match": False, "lesa": LesaSettings(epochs=1, ridge_yardstick=False)}
+    grown = look(grow(bases("llama"), method="llama-pro", layers=7, position="1,3").out, **settings)
+    base = look(bases("llama"), **settings)
+    assert grown["new_layers"] == [2, 5]
+    old = [0, 1, 3, 4, 6]
+    assert grown["fit"] == base["fit"]
+    for name, found in grown["types"].items():
+        own = base["types"][name]
+        assert (found["captured"], found["common_spectrum"]) == (own["captured"], own["common_spectrum"])
+        plane, expected = np.array(found["pictures"]["pca"]), np.array(own["pictures"]["pca"])
+        np.testing.assert_allclose(plane[old], expected, atol=1e-4 * np.abs(expected).max())
+        if name not in (DOWN, "self_attn.o_proj.weight"):  # zero in a new layer
+            np.testing.assert_allclose(plane[[2, 5]], plane[[1, 4]], atol=1e-4 * np.abs(expected).max())
+    text = printed(grown, tmp_path / "grown")
+    assert "means over the old layers" in text
+    for found in grown["types"].values():
+        for layer in grown["new_layers"]:
+            for key in ("norms", "effective_rank", "stable_rank"):
+                found[key][layer] = 1e6
+            for pair in (layer - 1, layer):
+                found["neighbour_cosine"][pair] = 1.0
+    assert printed(grown, tmp_path / "changed") == text
+    monkeypatch.setattr(subject_module.Subject, "new_layers", [1, 2, 3])
+    why = open_subject(AnalyzeConfig(base=bases("llama"))).why_not_fitted
+    assert why is not None
+    assert "there are 2 old layers of a grown model" in why
+    grown |= {"fit": None, "fit_missing": why}
+    assert why in " ".join(printed(grown, tmp_path / "few").split())
 
 
 def test_the_fit_is_lesas_own(bases: Bases) -> None:
@@ -165,8 +206,6 @@ def _blocks(folder: Path) -> str:
 
 
 def test_what_is_printed_names_every_type_and_layer(bases: Bases, tmp_path: Path) -> None:
-    from rich.console import Console
-
     report = look(bases("llama"))
     report["residual"] = {
         "tokens": 9,

@@ -161,8 +161,26 @@ def test_sentences_are_computed(whole: tuple[Page, set[str], Path]) -> None:
     assert "A new layer changes the stream by 0.050 of its norm on average, an old one by 0.500" in text
     assert "in trained a new one by 0.150, an old one by 0.600" in text
     assert "aligned mean +0.110" in text
-    order = orderliness([[float(i), 0.1 * i * i] for i in range(6)])
+    order = orderliness([[float(i), 0.1 * i * i] for i in range(6) if i != 3])
     assert f"gate_proj, order {order:.2f}" in text
+
+
+def test_neighbours_of_a_grown_model_are_old(tmp_path: Path) -> None:
+    content = samples.analysis(new_layers=(3,))
+    for figures in content["types"].values():
+        figures["neighbour_cosine"] = [0.01, -0.03, 0.9, 0.9, 0.01]
+        figures["pictures"]["pca"][3] = [50.0, -50.0]
+    said, _, figures = sections_of(samples.write(tmp_path / "grown", "analysis.json", content))
+    assert "no weight type is alike between old layers (mean cosines within ±0.02)" in said
+    assert [row[1] for row in figures["neighbours"].table.rows] == ["−0.003", "−0.003"]
+    order = orderliness([[float(i), 0.1 * i * i] for i in (0, 1, 2, 4, 5)])
+    assert f"consecutive old layers are {order:.2f} times" in figures["pca"].see
+    assert "energy over old layers" in figures["captured"].see
+    assert any("with a new layer" in entry.label for entry in figures["neighbours"].legend)
+    content |= {"new_layers": [1, 3, 4], "fit": None, "fit_missing": "a predictor learns from three layers in a row"}
+    said, missing, _ = sections_of(samples.write(tmp_path / "between", "analysis.json", content))
+    assert "No two old layers lie side by side" in said
+    assert "Of grown: the quick fit: a predictor learns from three layers in a row." in missing
 
 
 def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 Neurons and heads may be permuted freely within a layer, so entries of neighbouring layers need not correspond. Matching
 them lifts the cosine of any two layers, a random one's too: only what exceeds that says something.
+
+Of a grown model the words and the table are of neighbours that are both old; the picture marks the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, layer_axis, plot_line
+from lesa_ray.report.analysis import old_pairs
+from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, layer_axis, plot_line, plot_marks
 from lesa_ray.report.page.measures import known
-from lesa_ray.report.page.palette import MUTED, SERIES, Stroke
+from lesa_ray.report.page.palette import MUTED, NEW, SERIES, Stroke
 from lesa_ray.report.page.schema import Analysis, TypeFigures
 from lesa_ray.report.page.weights import PANEL_HEIGHT, how_analyze, shown_types
 from lesa_ray.report.page.words import short_type
@@ -27,6 +31,7 @@ _COSINES = (
     ("neighbour_cosine_matched", "after the best matching", Stroke(SERIES[1], "s")),
     ("neighbour_cosine_chance", "a random layer, matched alike", Stroke(MUTED, "D", (2, 2))),
 )
+_WITH_NEW = Entry("with a new layer, as they lie in the files", Stroke(NEW, "D"), line=False, filled=False)
 
 
 def neighbours_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
@@ -34,6 +39,7 @@ def neighbours_figure(analysis: Analysis, label: str, name: str) -> Figure | Non
     types = {t: f for t, f in shown_types(analysis).items() if known(f.neighbour_cosine or [])}
     if not types:
         return None
+    pairs = old_pairs(analysis.layers, analysis.new_layers)
     present = [
         (key, text, stroke)
         for key, text, stroke in _COSINES
@@ -45,26 +51,36 @@ def neighbours_figure(analysis: Analysis, label: str, name: str) -> Figure | Non
         _neighbour_words(types, analysis),
         how_analyze(analysis),
         tuple(_neighbour_panel(t, f, analysis) for t, f in types.items()),
-        tuple(Entry(text, stroke) for _, text, stroke in present),
+        (*(Entry(text, stroke) for _, text, stroke in present), *([_WITH_NEW] if analysis.new_layers else [])),
         Table(
             ("weight type", *(text for _, text, _ in present)),
-            tuple((short_type(t), *(_mean_cell(getattr(f, key)) for key, _, _ in present)) for t, f in types.items()),
+            tuple(
+                (short_type(t), *(_mean_cell(_of(getattr(f, key), pairs)) for key, _, _ in present))
+                for t, f in types.items()
+            ),
         ),
     )
 
 
-def _mean_cell(values: list[float | None] | None) -> str:
-    found = known(values or [])
+def _of(values: list[float | None] | None, pairs: Sequence[int]) -> list[float]:
+    """Those of the pairs, where they are known."""
+    return known([(values or [])[at] for at in pairs if at < len(values or [])])
+
+
+def _mean_cell(found: list[float]) -> str:
     return f"{fmean(found):.3f}".replace("-", "−") if found else "–"
 
 
 def _neighbour_words(types: dict[str, TypeFigures], analysis: Analysis) -> str:
-    plain = {t: fmean(known(f.neighbour_cosine or [])) for t, f in types.items()}
+    pairs = old_pairs(analysis.layers, analysis.new_layers)
+    plain = {t: fmean(found) for t, f in types.items() if (found := _of(f.neighbour_cosine, pairs))}
+    if not plain:
+        return "No two old layers lie side by side, so of their likeness nothing can be said here; analyze the base."
     most = max(plain, key=lambda t: abs(plain[t]))
-    said = f"As stored, {short_type(most)} is most alike from layer to layer (mean cosine {plain[most]:.3f})"
+    of = "between old layers" if analysis.new_layers else "from layer to layer"
+    said = f"As stored, {short_type(most)} is most alike {of} (mean cosine {plain[most]:.3f})"
     if abs(plain[most]) < _NONE:
-        said = f"As stored, no weight type is alike from layer to layer (mean cosines within ±{_NONE})"
-    pairs = old_pairs(analysis)
+        said = f"As stored, no weight type is alike {of} (mean cosines within ±{_NONE})"
     excess = {}
     for t, f in types.items():
         both = zip(f.neighbour_cosine_matched or [], f.neighbour_cosine_chance or [], strict=False)
@@ -74,26 +90,21 @@ def _neighbour_words(types: dict[str, TypeFigures], analysis: Analysis) -> str:
     if not excess:
         return f"{said.replace('-', '−')}; neurons and heads may be permuted freely, and no matching was measured."
     best = max(excess, key=lambda t: excess[t])
-    of = " (between old layers)" if analysis.new_layers else ""
     if excess[best] > 0:
-        said += f"; after matching neurons and heads {short_type(best)} exceeds chance most, by {excess[best]:.3f}{of}"
+        said += f"; after matching neurons and heads {short_type(best)} exceeds chance most, by {excess[best]:.3f}"
     else:
-        said += f"; after matching neurons and heads no weight type exceeds chance{of}"
+        said += "; after matching neurons and heads no weight type exceeds chance"
     return f"{said.replace('-', '−')}. Matching lifts a random layer too: only the excess counts."
-
-
-def old_pairs(analysis: Analysis) -> set[int]:
-    """The pairs (i, i+1) of neighbours that are both old; all pairs, if there is none such."""
-    new = set(analysis.new_layers)
-    pairs = set(range(analysis.layers - 1))
-    return {at for at in pairs if not {at, at + 1} & new} or pairs
 
 
 def _neighbour_panel(name: str, figures: TypeFigures, analysis: Analysis) -> Panel:
     def draw(axes: Axes) -> None:
+        pairs = old_pairs(analysis.layers, analysis.new_layers)
         for key, _, stroke in _COSINES:
-            values = getattr(figures, key) or []
-            points = [(i + 0.5, v) for i, v in enumerate(values) if v is not None]
+            points = [(i + 0.5, v) for i, v in enumerate(getattr(figures, key) or []) if v is not None]
+            others = [(x, v) for x, v in points if int(x) not in pairs]
+            points = [(x, v) for x, v in points if int(x) in pairs]
+            plot_marks(axes, [x for x, _ in others], [v for _, v in others], _WITH_NEW.stroke, filled=False)
             plot_line(
                 axes,
                 [x for x, _ in points],

@@ -2,7 +2,7 @@
 
 The picture of the LESA paper (arXiv 2502.13794), which reads continuity in it, mostly for gate_proj. A picture misleads
 easily, t-SNE's above all, so each panel has a number: the mean distance of consecutive layers over that of all pairs.
-1 is no order at all; a smooth path of many layers comes near 0.
+1 is no order at all; a smooth path of many layers comes near 0. New layers are drawn and do not count in it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def picture_figure(analysis: Analysis, label: str, name: str, kind: str) -> Figu
             points[t] = found
     if not points:
         return None
-    orders = {t: value for t, found in points.items() if (value := orderliness(found)) is not None}
+    orders = {t: value for t, found in points.items() if (value := orderliness(_old(found, analysis))) is not None}
+    of = "old layers" if analysis.new_layers else "layers"
     see = "There are too few layers for an order."
     if orders:
         best, worst = min(orders, key=lambda t: orders[t]), max(orders, key=lambda t: orders[t])
         see = (
-            f"{short_type(best)} follows the depth most closely: consecutive layers are {orders[best]:.2f} times as "
+            f"{short_type(best)} follows the depth most closely: consecutive {of} are {orders[best]:.2f} times as "
             f"far apart as any two (1 would be no order); {short_type(worst)} least, {orders[worst]:.2f}."
         )
     title = "Principal components" if kind == "pca" else "t-SNE"
@@ -47,10 +48,14 @@ def picture_figure(analysis: Analysis, label: str, name: str, kind: str) -> Figu
         tuple(_panel(t, found, analysis, orders.get(t), kind) for t, found in points.items()),
         depth_entries(analysis),
         Table(
-            ("weight type", "distance of consecutive layers over that of all pairs"),
+            ("weight type", f"distance of consecutive {of} over that of all pairs"),
             tuple((short_type(t), f"{value:.3f}") for t, value in orders.items()),
         ),
     )
+
+
+def _old(points: Points, analysis: Analysis) -> Points:
+    return [point for at, point in enumerate(points) if at not in analysis.new_layers]
 
 
 def _panel(name: str, points: Points, analysis: Analysis, order: float | None, kind: str) -> Panel:

@@ -184,6 +184,7 @@ class Analysis(_Read):
     created_with: dict[str, Any] = Field(default_factory=dict)
     types: dict[str, TypeFigures] = Field(default_factory=dict)
     fit: dict[str, dict[str, Any]] | None = None
+    fit_missing: str | None = None
     matched_missing: str | None = None
     uneven: str | None = None
     """What to know where layers differ in width."""

@@ -209,6 +209,11 @@ def _analysis(label: str, analysis: Analysis, suffix: str, missing: list[str]) -
     held = [plural(analysis.layers, "layer"), plural(len(analysis.types), "weight type")]
     held += [plural(len(analysis.new_layers), "new layer")] if analysis.new_layers else []
     section.texts = [f"{', '.join(held)}; read from the checkpoint, without training."]
+    if analysis.new_layers:
+        section.texts.append(
+            "What is said of neighbours, of the common basis, of the order of layers and of the fit is said of the old "
+            "layers alone: a copy is like its source whatever the model."
+        )
     if analysis.uneven:
         section.texts.append(f"{analysis.uneven[0].upper()}{analysis.uneven[1:]}.")
     if len(analysis.types) > weights.MOST_TYPES:
@@ -217,7 +222,13 @@ def _analysis(label: str, analysis: Analysis, suffix: str, missing: list[str]) -
         )
     how = weights.how_analyze(analysis)
     scores, held_out = fit.analysis_scores(analysis)
-    fitted = fit.fit_figure(scores, name=f"analysis-fit{suffix}", of=label, how=f"{how} --fit", held_out=held_out)
+    fitted = fit.fit_figure(
+        scores,
+        name=f"analysis-fit{suffix}",
+        of=f"{label}, old layers" if analysis.new_layers else label,
+        how=f"{how} --fit",
+        held_out=held_out,
+    )
     matched = fit.matched_figure(analysis, label, f"matched{suffix}", f"{how} --match")
     made = (
         ("norms", weights.norms_figure(analysis, label, f"norms{suffix}")),
@@ -235,6 +246,8 @@ def _analysis(label: str, analysis: Analysis, suffix: str, missing: list[str]) -
     lacking = [what for what, figure in made if figure is None]
     if lacking:
         missing.append(f"Of {label}: {listed(lacking)} (not in its analysis.json).")
+    if analysis.fit_missing:
+        missing.append(f"Of {label}: the quick fit: {analysis.fit_missing}.")
     if analysis.matched_missing:
         missing.append(f"Of {label}: matched layers: {analysis.matched_missing}.")
     missing += _no_tsne(label, analysis)

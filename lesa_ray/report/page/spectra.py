@@ -1,4 +1,4 @@
-"""Singular values: of each layer, their effective number, and of all layers side by side (LESA's common basis)."""
+"""Singular values: of each layer, their effective number, and of the old layers side by side (LESA's common basis)."""
 
 from __future__ import annotations
 
@@ -164,18 +164,18 @@ def _ranks_panel(
 
 
 def captured_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
-    """The spectrum of all layers side by side, and how much of it a smaller rank keeps."""
+    """The spectrum of the old layers side by side, and how much of it a smaller rank keeps."""
     types = {t: f for t, f in shown_types(analysis).items() if known(list(f.captured.values()))}
     if not types:
         return None
     ranks = sorted({int(rank) for f in types.values() for rank in f.captured})
     rank = str(ranks[len(ranks) // 2])
     shares = {t: share for t, f in types.items() if (share := f.captured.get(rank)) is not None}
-    see = "How much a smaller rank keeps differs by type."
+    see, of = "How much a smaller rank keeps differs by type.", "old" if analysis.new_layers else "all"
     if shares:
         high, low = max(shares, key=lambda t: shares[t]), min(shares, key=lambda t: shares[t])
         see = (
-            f"{rank} common directions hold {percent(shares[high])} of {short_type(high)}'s energy over all layers, "
+            f"{rank} common directions hold {percent(shares[high])} of {short_type(high)}'s energy over {of} layers, "
             f"and {percent(shares[low])} of {short_type(low)}'s."
         )
     strokes = type_strokes(list(types))
@@ -188,11 +188,11 @@ def captured_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
         plain_log(axes, "x")
         axes.set_ylim(0, 105)
         axes.set_xlabel("singular directions kept (LESA's --rank)")
-        axes.set_ylabel("energy of all layers kept (%)")
+        axes.set_ylabel(f"energy of {of} layers kept (%)")
 
     return Figure(
         name,
-        f"What a basis common to all layers keeps: {label}",
+        f"What a basis common to {of} layers keeps: {label}",
         see,
         how_analyze(analysis),
         (Panel("", draw, width=4.4, height=2.9),),
