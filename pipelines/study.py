@@ -27,6 +27,7 @@ from lesa_ray.errors import MachineError, UserError
 from pipelines.jobs import exits
 
 if TYPE_CHECKING:
+    from lesa_ray.comparison.graph import Comparison
     from lesa_ray.comparison.settings import ComparisonConfig
     from lesa_ray.training.tokens import TokenBlocks
     from lesa_ray.training.train_settings import TrainConfig
@@ -47,7 +48,7 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     out, store = Storage(config.out), store_of(config)
     blocks = {base.name: _blocks(config, base) for base in config.bases if base.checkpoint is None}
     for base in config.bases:
-        _check_arms(config, base, blocks.get(base.name))
+        try_arms(config, base, blocks.get(base.name))
     comparisons, places = {}, {}
     missing: list[str] = []
     for base, checkpoint in [(base, make_base(config, base, blocks.get(base.name))) for base in config.bases]:
@@ -92,16 +93,16 @@ def _where(config: StudyConfig, base: StudyBase) -> str:
     return f"study {config.name}, base {base.name}"
 
 
-def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None) -> None:
-    """Try every arm on a base: one that is there, or one of random weights, since none is trained yet.
+def try_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None) -> Comparison:
+    """What would be run on a base, every arm tried: one that is there, or one of random weights, since none is trained
+    yet.
 
     Raises: UserError."""
     from lesa_ray.comparison.graph import build
 
     if blocks is None:
         assert base.checkpoint is not None
-        build(comparison_of(config, base, base.checkpoint, None), _where(config, base))
-        return
+        return build(comparison_of(config, base, base.checkpoint, None), _where(config, base))
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -114,7 +115,7 @@ def _check_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None
         settings = build_model(given, f"{_where(config, base)}: architecture").config
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
         model.save_pretrained(folder)
-        build(comparison_of(config, base, folder, blocks), _where(config, base))
+        return build(comparison_of(config, base, folder, blocks), _where(config, base))
 
 
 def _architecture(base: StudyBase, blocks: TokenBlocks) -> dict[str, Any]:

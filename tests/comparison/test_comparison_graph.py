@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.config import load_settings, validated
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.record import make_record
+from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import TrainConfig
+from pipelines import study
 from tests import families
 from tests.training import styles
 from tests.training.blocks import make_blocks
@@ -25,6 +28,7 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 CONTROLS = ("random, zero output projections", "copy")
 STUDIES = [PIPELINES / "compare.yaml", *sorted((PIPELINES / "studies").glob("*.yaml"))]
 SEVERAL_BASES = sorted(PIPELINES.glob("study_*.yaml"))
+HUB = {"meta-llama/Meta-Llama-3-8B": "llama", "Qwen/Qwen2.5-7B": "qwen2", "mistralai/Mistral-7B-v0.3": "mistral"}
 
 
 @pytest.fixture(scope="module")
@@ -320,11 +324,23 @@ def test_every_shipped_comparison_fits_together(path: Path, stand_ins: Path) -> 
 
 
 @pytest.mark.parametrize("path", SEVERAL_BASES, ids=lambda path: path.stem)
-def test_every_shipped_study_fits_together(path: Path, stand_ins: Path) -> None:
-    config = load_settings(StudyConfig, str(path))
-    base = config.bases[0].model_copy(update={"data": (str(stand_ins / "text.txt"),)})
-    place, store = str(stand_ins / "base-8"), str(stand_ins / "store")
-    blocks = None if base.checkpoint else str(stand_ins / "blocks")
-    comparison = build(config.comparison(base, place, store, blocks), path.name)
-    assert comparison.notes == ()
-    assert {"lesa", "mean-aligned zero-init", "aligned-lesa ridge", "copy"} < planned(comparison).keys()
+def test_every_shipped_study_fits_together(path: Path, stand_ins: Path, tmp_path: Path) -> None:
+    """Every arm on every base: those that are pre-trained first as they will be, of random weights; the hub's in
+    miniature."""
+    config = load_settings(StudyConfig, str(path)).model_copy(update={"out": str(tmp_path), "store": None})
+    for base in config.bases:
+        blocks = None
+        if base.architecture is not None:
+            folder = make_blocks(str(tmp_path / base.name), seq_len=config.tokenize["seq_len"], rows=8)
+            blocks = replace(open_blocks(folder), vocab_size=config.vocab_size)
+        else:
+            family = HUB[base.checkpoint or ""]
+            families.make(family, tmp_path / base.name, layers=8, max_position_embeddings=2048)
+            styles.qwen(styles.CHATML).save_pretrained(tmp_path / base.name)
+            given = {"checkpoint": str(tmp_path / base.name), "data": (str(stand_ins / "text.txt"),)}
+            base = base.model_copy(update=given)
+        comparison = study.try_arms(config, base, blocks)
+        assert comparison.notes == ()
+        assert {"lesa", "mean-aligned zero-init", "aligned-lesa ridge", "copy"} < planned(comparison).keys()
+        for arm in comparison.arms:
+            assert arm.arm.method is None or arm.facts.layers == round(1.5 * comparison.base.layers)

@@ -16,11 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.lesa import fit, ridge, spectral
+from lesa_ray.lesa import ridge, spectral
 from lesa_ray.lesa.cost import (
-    DEVICE_SHARE,
-    RIDGE_FEATURES,
-    SCORED,
     Phase,
     Task,
     UnitCost,
@@ -32,7 +29,6 @@ from lesa_ray.lesa.cost import (
 from lesa_ray.lesa.fit import fit_weight_type
 from lesa_ray.lesa.predictor import Predictor, train, train_together
 from lesa_ray.lesa.rates import CPU_CORE, GPU_MEMORY, GPUS, LOOKED, unit_seconds
-from lesa_ray.lesa.room import DEVICE_SHARE as ROOM_SHARE
 from tests.lesa.layers import related_layers
 
 
@@ -60,10 +56,7 @@ def counted(call: Callable[[], object]) -> int:
     return products.flops
 
 
-def test_bounds_are_those_of_the_code_that_is_modelled():
-    assert RIDGE_FEATURES == ridge.RIDGE_FEATURES
-    assert SCORED == fit.SCORED
-    assert DEVICE_SHARE == ROOM_SHARE
+def test_every_gpu_whose_rates_are_known_has_a_memory():
     assert GPUS.keys() == GPU_MEMORY.keys()
 
 
