@@ -30,115 +30,26 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = 130
-Base = Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="lesa, llama-pro, solar, opt-deus, avg-deus, aligned-lesa, mean-aligned; random, copy (controls); "
-        "auto: what measured best. [default: lesa]"
-    ),
-]
-Factor = Annotated[float | None, typer.Option(help="Layers afterwards over layers before. [default: 1.5]")]
-Layers = Annotated[int | None, typer.Option(help="Layers afterwards, instead of --factor.")]
-Position = Annotated[
-    str | None,
-    typer.Option(
-        help="top, middle, bottom, ends, uniform, most-important, least-important, or gaps as in 15-30 or 1,5,9. "
-        "[default: as published]"
-    ),
-]
-Importance = Annotated[
-    str | None, typer.Option(help="analysis.json of BASE, for the positions most-important and least-important.")
-]
-ZeroInit = Annotated[
-    bool | None, typer.Option("--zero-init/--no-zero-init", help="Zero the new layers' output projections.")
-]
-Vectors = Annotated[
-    str | None, typer.Option(help="New norms and biases: lower, mean or first. [default: as published]")
-]
-NewWidth = Annotated[
-    str | None,
-    typer.Option(
-        help="New layers' FFN and query heads over their neighbours': 0.5, or 0.5,1.0 from the lowest to the highest. "
-        "Llama, Mistral, Qwen2, Qwen3. [default: 1]"
-    ),
-]
-Recipe = Annotated[str | None, typer.Option(help="paper or released-code, where the two differ. [default: paper]")]
-Svd = Annotated[str | None, typer.Option(help="lesa: auto, exact, gram, randomized or none. [default: auto]")]
-Rank = Annotated[int | None, typer.Option(help="lesa: singular directions kept. [default: all]")]
-Predictor = Annotated[
-    str | None, typer.Option(help="lesa: mlp, the paper's network, or ridge, far quicker. [default: mlp]")
-]
-ShareExperts = Annotated[
-    bool | None,
-    typer.Option("--share-experts/--no-share-experts", help="lesa: one predictor for all experts of a kind."),
-]
-Epochs = Annotated[int | None, typer.Option(help="lesa: passes over the training rows. [default: 5]")]
-Holdout = Annotated[float | None, typer.Option(help="lesa: share of layer triples held out. [default: 0.2]")]
-Variants = Annotated[
-    list[str] | None, typer.Option(help="lesa: another checkpoint of the same shape to learn from; repeatable.")
-]
-GpusPerTask = Annotated[float | None, typer.Option(help="GPUs for one unit. [default: 1 if there are some]")]
-MemoryBudget = Annotated[str | None, typer.Option(help="Memory for one unit, e.g. 8GB. [default: 4/5 of what is free]")]
-CpusPerTask = Annotated[int | None, typer.Option(help="CPU cores for one unit. [default: 1]")]
+_growing = with_options(
+    ExpandConfig,
+    leave_out=("base", "out"),
+    inner={"lesa": ("svd", "rank", "predictor", "share_experts", "epochs", "holdout")},
+)
+"""The options of `expand` and `inspect`."""
 
 
 @app.command()
+@_growing
 def expand(
     base: OptionalBase = None,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder or an fsspec URL.")] = None,
-    method: Method = None,
-    factor: Factor = None,
-    layers: Layers = None,
-    position: Position = None,
-    importance: Importance = None,
-    zero_init: ZeroInit = None,
-    vectors: Vectors = None,
-    new_width: NewWidth = None,
-    recipe: Recipe = None,
-    svd: Svd = None,
-    rank: Rank = None,
-    predictor: Predictor = None,
-    share_experts: ShareExperts = None,
-    epochs: Epochs = None,
-    holdout: Holdout = None,
-    variants: Variants = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Largest file of the result. [default: 5GB]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the base's]")] = None,
-    gpus_per_task: GpusPerTask = None,
-    memory_budget: MemoryBudget = None,
-    cpus_per_task: CpusPerTask = None,
     config: ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
     """Grow a checkpoint deeper: BASE to OUT."""
-    settings = load_settings(
-        ExpandConfig,
-        config,
-        base=base,
-        out=out,
-        method=method,
-        factor=factor,
-        layers=layers,
-        position=position,
-        importance=importance,
-        zero_init=zero_init,
-        vectors=vectors,
-        new_width=new_width,
-        recipe=recipe,
-        lesa=_given(
-            svd=svd, rank=rank, predictor=predictor, share_experts=share_experts, epochs=epochs, holdout=holdout
-        ),
-        variants=tuple(variants) if variants else None,
-        seed=seed,
-        shard_size=shard_size,
-        dtype=dtype,
-        gpus_per_task=gpus_per_task,
-        memory_budget=memory_budget,
-        cpus_per_task=cpus_per_task,
-    )
+    settings = load_settings(ExpandConfig, config, base=base, out=out, **given)
     from lesa_ray.report import terminal
 
     if dry_run:
@@ -179,62 +90,21 @@ def expand(
 
 
 @app.command()
+@_growing
 def inspect(
-    base: Base,
-    method: Method = None,
-    factor: Factor = None,
-    layers: Layers = None,
-    position: Position = None,
-    importance: Importance = None,
-    zero_init: ZeroInit = None,
-    new_width: NewWidth = None,
-    recipe: Recipe = None,
-    svd: Svd = None,
-    rank: Rank = None,
-    predictor: Predictor = None,
-    share_experts: ShareExperts = None,
-    epochs: Epochs = None,
-    holdout: Holdout = None,
-    variants: Variants = None,
-    gpus_per_task: GpusPerTask = None,
-    memory_budget: MemoryBudget = None,
-    cpus_per_task: CpusPerTask = None,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")],
     cluster: Annotated[
         str | None, typer.Option(help="YAML file that describes a cluster, to predict for. [default: this machine]")
     ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
-    """Show a checkpoint, the plan, and what it would cost."""
+    """Show a checkpoint, the plan, and what it would cost. Options are those of expand."""
     from lesa_ray.expansion.prepare import prepare
 
-    settings = load_settings(
-        ExpandConfig,
-        config,
-        base=base,
-        out="expanded",
-        method=method,
-        factor=factor,
-        layers=layers,
-        position=position,
-        importance=importance,
-        zero_init=zero_init,
-        new_width=new_width,
-        recipe=recipe,
-        lesa=_given(
-            svd=svd, rank=rank, predictor=predictor, share_experts=share_experts, epochs=epochs, holdout=holdout
-        ),
-        variants=tuple(variants) if variants else None,
-        gpus_per_task=gpus_per_task,
-        memory_budget=memory_budget,
-        cpus_per_task=cpus_per_task,
-    )
+    settings = load_settings(ExpandConfig, config, base=base, out="expanded", **given)
     _show(prepare(settings), cluster, as_json)
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """Those that were given."""
-    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _show(expansion: Any, cluster: str | None, as_json: bool) -> None:

@@ -1,18 +1,20 @@
-"""What commands share: options out of settings (every field a flag, its docstring the help), results as JSON.
+"""What commands share: options out of settings (every field a flag), results as JSON.
 
-So a setting is described in one place, and a new one is on the command line at once. Flags that are not given are
-None, which lets a YAML file (`--config`) or the default decide.
+A field's docstring is the option's help, up to the first empty line: what follows is for those who read the code. So a
+setting is described in one place, and a new one is on the command line at once. Flags that are not given are None,
+which lets a YAML file (`--config`) or the default decide.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import typer
@@ -30,21 +32,40 @@ OptionalBase = Annotated[
 _PLAIN = (str, int, float)
 
 
-def with_options(kind: type[Settings], leave_out: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Any]:
-    """A decorator: the function's `**given` receives one option for each field of `kind` but `leave_out`."""
+def with_options(
+    kind: type[Settings], leave_out: tuple[str, ...] = (), inner: Mapping[str, tuple[str, ...]] | None = None
+) -> Callable[[Callable[..., None]], Any]:
+    """A decorator: the function's `**given` receives one option for each field of `kind` but `leave_out`.
+
+    inner: fields that are settings themselves, and which of theirs are options too, in the place of the field, as
+    mappings of what was given."""
+    within = inner or {}
+
+    def options() -> Iterator[tuple[str, Any]]:
+        for name, field in kind.model_fields.items():
+            if name in within:
+                yield from ((one, _option(field.annotation, one, f"{name}: ")) for one in within[name])
+            elif name not in leave_out:
+                yield name, _option(kind, name)
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            for outer, names in within.items():
+                flags = {name: given.pop(name) for name in names}
+                given[outer] = {name: value for name, value in flags.items() if value is not None}
+            function(**given)
+
         own = inspect.signature(function, eval_str=True)
         kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(kind, name))
-            for name in kind.model_fields
-            if name not in leave_out
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in options()
         ]
         keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept]
-        function.__signature__ = own.replace(parameters=[*keyword_only, *added])  # type: ignore[attr-defined]
-        function.__annotations__ = {p.name: p.annotation for p in [*keyword_only, *added]}
-        return function
+        command.__signature__ = own.replace(parameters=[*added, *keyword_only])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*added, *keyword_only]}
+        return command
 
     return decorate
 
@@ -82,10 +103,12 @@ def _ray_is_up() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _option(kind: type[Settings], name: str) -> Any:
-    """The annotation of one option."""
+def _option(kind: Any, name: str, prefix: str = "") -> Any:
+    """The annotation of one option; its help begins with `prefix`."""
     field = kind.model_fields[name]
-    described = " ".join((field.description or "").split())
+    described = " ".join((field.description or "").split("\n\n")[0].split())
+    if prefix:
+        described = f"{prefix}{described[:1].lower()}{described[1:]}"
     shown = _shown(field.default)
     text = f"{described} [default: {shown}]" if shown and not field.is_required() else described
     flag = f"--{name.replace('_', '-')}"
@@ -115,4 +138,6 @@ def _shown(default: Any) -> str:
         return ""
     if isinstance(default, tuple):
         return ",".join(str(value) for value in default)
-    return f"{default:g}" if isinstance(default, float) else str(default).lower()
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)

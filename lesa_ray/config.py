@@ -58,7 +58,7 @@ class LesaSettings(Settings):
     svd: SvdRoute = "auto"
     """How the common basis U Σ is found; `none` is the paper's ablation without SVD (coefficients = weights)."""
     rank: int | None = Field(default=None, ge=1)
-    """Singular directions kept; None keeps all min(d1, layers·d2) of them (the paper)."""
+    """Singular directions kept. By default all min(d1, layers·d2) of them (the paper)."""
     oversampling: int = Field(default=10, ge=0)
     """Extra random directions of the randomised route (Halko, Martinsson, Tropp 2011, section 4.2)."""
     power_iterations: int = Field(default=2, ge=0)
@@ -74,15 +74,17 @@ class LesaSettings(Settings):
     """`neighbours` sets the Frobenius norm of each predicted matrix to the mean of its two neighbours' (ours): a
     regression shrinks what it cannot predict. The report's norm ratio is that before."""
     predictor: PredictorKind = "mlp"
-    """What predicts a layer from its neighbours: the paper's network, or ridge regression in closed form, which takes a
-    small part of the time and no training, and is often no worse."""
+    """What predicts a layer from its neighbours: the paper's network, or ridge regression in closed form, far quicker.
+
+    It takes no training, and is often no worse; see `ridge`."""
     ridge: float = Field(default=1e-3, gt=0)
     """λ of the ridge regression, relative to the mean diagonal of its normal equations. 1e-3 is small enough to fit
     what there is, and large enough that fewer rows than unknowns, or equal layers, leave it well conditioned.
     Where R² on held-out layers is far below that on training layers (few layers, wide inputs), take a larger one."""
     share_experts: bool = False
-    """Mixture of experts: one basis and one predictor for all experts of a kind (gate, up, down), trained on the
-    triples of all of them, instead of one for each expert. A new expert is predicted from those of its number."""
+    """One basis and one predictor for all experts of a kind (gate, up, down), instead of one for each expert.
+
+    It is trained on the triples of all of them. A new expert is predicted from those of its number."""
     ridge_yardstick: bool = True
     """Fit ridge beside the network too and report both. It adds about a fifth to the training time at 1,024 input
     features, and more where there are more."""
@@ -97,8 +99,9 @@ class LesaSettings(Settings):
     batch_size: int = Field(default=64, ge=1)
     """Rows in a batch (released code)."""
     holdout: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the layer triples kept out of training for the held-out figures (120/30 split of the paper).
-    0, as in the released code, trains on all of them and reports no held-out figures."""
+    """Share of layer triples kept out of training for the held-out figures: 120/30 split of the paper, 0 in the code.
+
+    0 trains on all of them and reports no held-out figures."""
 
     @model_validator(mode="after")
     def _rank_needs_directions(self) -> LesaSettings:
@@ -121,48 +124,59 @@ class ExpandConfig(Settings):
     out: str
     """Where the expanded checkpoint goes: a folder or an fsspec URL."""
     method: str = "lesa"
-    """A name of the method registry (`lesa_ray.expansion.registry`)."""
+    """lesa, llama-pro, solar, opt-deus, avg-deus, aligned-lesa, mean-aligned; random, copy (controls); auto: what
+    measured best.
+
+    Names of the method registry (`lesa_ray.expansion.registry`)."""
     factor: float | None = None
-    """Layers afterwards over layers before; 1.5 (the papers' 32 → 48) if neither `layers` nor a list of gaps is
-    given."""
+    """Layers afterwards over layers before. By default 1.5 (the papers' 32 → 48) unless `layers` or gaps are given."""
     layers: int | None = None
-    """Layers afterwards; instead of `factor`."""
+    """Layers afterwards, instead of `factor`."""
     position: str | None = None
-    """top | middle | bottom | ends | uniform | most-important | least-important, or gaps as in `15-30` or `1,5,9`;
-    None: the method's published one."""
+    """Where new layers go: top, middle, bottom, ends, uniform, most-important, least-important, or gaps as in `15-30`
+    or `1,5,9`. By default as the method was published."""
     importance: str | None = None
-    """The analysis.json (a file or URL) of `lesa-ray analyze BASE --data …` from which the positions most-important and
-    least-important follow: new layers go above those whose block influence is largest or smallest."""
+    """analysis.json of BASE (a file or URL), for the positions most-important and least-important.
+
+    From `lesa-ray analyze BASE --data …`: new layers go above those whose block influence is largest or smallest."""
     zero_init: bool | None = None
-    """Zero every projection through which a new layer writes into the residual stream; None: as published."""
+    """Zero the new layers' output projections, through which they write into the residual stream. By default as
+    published."""
     output_scale: float | None = Field(default=None, ge=0)
-    """What every projection through which a new layer writes into the residual stream is multiplied by in the result:
-    a gate on each new layer, between 0 (the same as `zero_init`) and 1, as residual branches are started small in
-    SkipInit (arXiv 2002.10444) and ReZero (arXiv 2003.04887). None: as `zero_init` says."""
+    """Multiply those projections by this instead, between 0 (the same as `zero_init`) and 1.
+
+    A gate on each new layer, as residual branches are started small in SkipInit (arXiv 2002.10444) and ReZero (arXiv
+    2003.04887). None: as `zero_init` says."""
     vectors: VectorRule | None = None
-    """Where the 1-D tensors (norms, biases) of a new layer come from; None: as published."""
+    """Where the 1-D tensors (norms, biases) of a new layer come from. By default as published."""
     new_width: Annotated[tuple[NewWidth, ...], BeforeValidator(_knots), Field(min_length=1)] | None = None
-    """How wide new layers are, FFN and query heads, over the old ones they lie between: one factor for all, or several,
-    `0.5,1.0`, spread evenly from the lowest new layer to the highest with straight lines between (`expansion.widths`).
-    A base that is not layer-wise scaled becomes one, for which it has to be a Llama, Mistral, Qwen2 or Qwen3. None: as
-    wide as their neighbours."""
+    """New layers' FFN and query heads over their neighbours': 0.5, or 0.5,1.0 from the lowest to the highest; of a
+    Llama, Mistral, Qwen2 or Qwen3. By default 1.
+
+    Several factors are spread evenly over the new layers, with straight lines between (`expansion.widths`). A base that
+    is not layer-wise scaled becomes one, for which it has to be of those families."""
     recipe: Recipe = "paper"
-    """Where a paper and its released code differ: the paper's choice, or the code's."""
+    """Where a paper and its released code differ, the paper's choice or the code's."""
     lesa: LesaSettings = LesaSettings()
     variants: tuple[str, ...] = ()
     """Other checkpoints of the same shape whose layer triples join LESA's training rows (paper, section 4.4)."""
     seed: int = 0
+    """Of all random numbers."""
     shard_size: str = "5GB"
-    """Largest size of one file of the result, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)."""
+    """Largest file of the result, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)."""
     dtype: DtypeName | None = None
-    """Element type of the result; None keeps each tensor's own."""
+    """Element type of the result. By default each tensor's own."""
     gpus_per_task: float | None = Field(default=None, ge=0)
-    """GPUs one unit of work asks Ray for; None: one where the cluster has GPUs, else none."""
+    """GPUs that one unit of work asks Ray for. By default one where the cluster has GPUs, else none."""
     memory_budget: Bytes | None = None
-    """Host memory of one unit of work beside the interpreter's, in bytes or with a unit (GB, GiB …). LESA's
-    coefficients go to node-local scratch where they do not fit. None: four fifths of what is free where it runs."""
+    """Host memory of one unit of work beside the interpreter's, e.g. 8GB. By default four fifths of what is free where
+    it runs.
+
+    LESA's coefficients go to node-local scratch where they do not fit."""
     cpus_per_task: int = Field(default=1, ge=1)
-    """CPU cores and threads of one unit. It is part of the result's identity: sums over threads round differently."""
+    """CPU cores and threads of one unit.
+
+    It is part of the result's identity: sums over threads round differently."""
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -295,6 +296,41 @@ def test_dry_run_and_inspect_write_nothing_and_agree(
     assert seen["plan"]["layers"] == 8
     tensors = {k: v for f in Path(base).glob("*.safetensors") for k, v in load_file(f).items()}
     assert seen["base"]["parameters"] == sum(t.numel() for t in tensors.values())
+
+
+def test_inspect_takes_the_options_of_expand(
+    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, helps = [], []
+    for name in ("expand", "inspect"):
+        code, out, _ = run(capsys, monkeypatch, name, "--help")
+        assert code == 0
+        flags.append(set(re.findall(r"^  (--[\w-]+)", out, re.MULTILINE)))
+        helps.append(" ".join(out.split()))
+    assert flags[0] - {"--dry-run"} == flags[1] - {"--cluster"}
+    assert {"--method", "--vectors", "--new-width", "--rank", "--share-experts", "--holdout", "--shard-size"} < flags[0]
+    assert all("--vectors lower|mean|first" in text and "[default: 5GB]" in text for text in helps)
+    assert all("lesa: singular directions kept" in text and "SkipInit" not in text for text in helps)
+    config = tmp_path / "config.yaml"
+    config.write_text("method: solar\nlesa: {svd: none}\nvectors: mean\n")
+    for more, says in (
+        (["--rank", "3"], "lesa: rank 3 with svd none"),  # from the file and from a flag
+        (["--vectors", "middle"], "vectors: Input should be 'lower', 'mean' or 'first'"),
+        (["--svd", "auto", "--rank", "4"], "rank: a setting of lesa"),
+    ):
+        code, _, line = run(capsys, monkeypatch, "inspect", bases("llama"), "--config", config, *more)
+        assert code == 2
+        assert says in line
+
+
+def test_help_waits_for_no_torch() -> None:
+    script = (
+        "import sys; from lesa_ray import cli; sys.argv = ['lesa-ray', 'expand', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'ray', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_settings_from_a_file_and_flags_win(
