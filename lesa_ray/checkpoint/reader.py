@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Element sizes in bytes of the float types that weights may have."""
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ELEMENT_NAMES = {**TORCH_NAMES, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+                 "BOOL": "bool"}  # fmt: skip
+"""The float types, and those that buffers may have beside them."""
 FORMAT_NAMES = {name: key for key, name in TORCH_NAMES.items()}
 
 INDEX_FILE = "model.safetensors.index.json"

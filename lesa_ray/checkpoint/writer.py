@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 
 from lesa_ray.checkpoint.copying import Readers, write_run
 from lesa_ray.checkpoint.part_plan import Piece, plan_parts, uploaded_ranges
-from lesa_ray.checkpoint.reader import FLOAT_BYTES, SINGLE_FILE, TORCH_NAMES
+from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FLOAT_BYTES, SINGLE_FILE
 from lesa_ray.checkpoint.server_copy import ServerCopies
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
@@ -221,9 +221,9 @@ def _write_made(out: IO[bytes], planned: OutTensor, tensor: torch.Tensor, hint: 
     import torch
 
     assert planned.shape == tuple(tensor.shape), (planned, tensor.shape)
-    narrow = tensor.detach().to("cpu", getattr(torch, TORCH_NAMES[planned.dtype])).contiguous()
+    narrow = tensor.detach().to("cpu", getattr(torch, ELEMENT_NAMES[planned.dtype])).contiguous()
     if not torch.isfinite(narrow).all():
-        raise UserError(f"the new tensor {planned.name} holds NaN or Inf in {TORCH_NAMES[planned.dtype]}{hint}")
+        raise UserError(f"the new tensor {planned.name} holds NaN or Inf in {ELEMENT_NAMES[planned.dtype]}{hint}")
     out.write(narrow.view(-1).view(torch.uint8).numpy().data)
 
 

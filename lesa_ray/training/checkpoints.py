@@ -5,8 +5,8 @@
 
 Decides
 - The state is a flat mapping of `model.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` for the trained parameters; frozen
-  ones are in the base. Data, schedule and metrics follow from the step. Any number of workers reads what any other
-  wrote.
+  ones are in the base, and persistent buffers too. Without a base the buffers are `model.NAME` beside the parameters.
+  Data, schedule and metrics follow from the step. Any number of workers reads what any other wrote.
 - A checkpoint counts once `complete.json` is there, which is written when every worker's file and the metadata are; it
   carries the run's identity and the sizes of the files, so that one half written or of another run is never taken.
 - Workers copy their shards to CPU memory (training waits for that) and a thread uploads them, one checkpoint at a time,
@@ -99,23 +99,35 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def state_of(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state that is saved and loaded, as the tensors themselves."""
-    state: dict[str, Any] = {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
+def state_of(
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """The state that is saved and loaded, as the tensors themselves. buffers: those that no base holds."""
+    held = {**trained, **(buffers or {})}
+    state: dict[str, Any] = {f"model.{name}": tensor.detach() for name, tensor in held.items()}
     for name, parameter in trained.items():
         state |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in _MOMENTS}
     return state
 
 
-def load(out: str, record: Record, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Fill parameters and optimizer from a checkpoint, each worker reading its part.
+def load(
+    out: str,
+    record: Record,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Fill parameters, buffers and optimizer from a checkpoint, each worker reading its part.
 
     Raises: UserError if it is one of other parameters; MachineError if it cannot be read."""
     if record.names != list(trained):
         raise UserError(f"{out}: its checkpoint holds other parameters than are to be trained now")
     storage = Storage(out).within(f"{FOLDER}/{folder_name(record.step)}")
+    state = state_of(trained, optimizer, buffers)
     try:
-        load_state(state_of(trained, optimizer), storage_reader=StateReader(storage), no_dist=not dist.is_initialized())
+        load_state(state, storage_reader=StateReader(storage), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise MachineError(f"{storage.url}: cannot be read ({_first_cause(error)})") from error
     for group in optimizer.param_groups:
@@ -126,8 +138,17 @@ def load(out: str, record: Record, trained: Mapping[str, nn.Parameter], optimize
 class Saver:
     """Writes checkpoints of a run in the background. All workers make one and call it at the same steps."""
 
-    def __init__(self, out: str, identity: str, keep: int, group: dist.ProcessGroup) -> None:
-        """group: of its own, on gloo: what the thread that uploads says to the others must not mix with training's."""
+    def __init__(
+        self,
+        out: str,
+        identity: str,
+        keep: int,
+        group: dist.ProcessGroup,
+        buffers: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """group: of its own, on gloo: what the thread that uploads says to the others must not mix with training's.
+        buffers: those that no base holds."""
+        self._buffers = buffers
         self._out, self._identity, self._keep, self._group = out, identity, keep, group
         self._under_way: tuple[Any, int, int, float | None, list[str]] | None = None
 
@@ -148,7 +169,7 @@ class Saver:
             _remove(storage)  # what an earlier try left, maybe of another number of workers
         dist.barrier(self._group)
         future = async_save(
-            state_of(trained, optimizer), storage_writer=StateWriter(storage), process_group=self._group
+            state_of(trained, optimizer, self._buffers), storage_writer=StateWriter(storage), process_group=self._group
         )
         self._under_way = (future, step, tokens, heldout_loss, list(trained))
 

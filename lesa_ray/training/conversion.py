@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 
 from lesa_ray.checkpoint.reader import TensorEntry
 from lesa_ray.errors import UserError
+from lesa_ray.training.buffers import persistent_buffers
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -104,12 +105,7 @@ def revert(model: PreTrainedModel, conversion: Conversion, tensors: Tensors) -> 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name, tied ones once."""
-    found: dict[str, torch.Tensor] = dict(model.named_parameters())
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
+    return {**dict(model.named_parameters()), **persistent_buffers(model)}
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, str]:

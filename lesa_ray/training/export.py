@@ -26,7 +26,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.manifest import read_manifest
-from lesa_ray.checkpoint.reader import FORMAT_NAMES, INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
+from lesa_ray.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_bytes, plan_shards, write_shard
@@ -132,8 +132,7 @@ def plan_export(
     if config is None:
         raise UserError(f"training checkpoint {state}: without a base the model's configuration is needed")
     limit = shard_limit(shard_size)
-    sources, shapes, model = sources_of_scratch(config, trained)
-    tensors = [OutTensor(name, FORMAT_NAMES[dtype], shape, None) for name, shape in shapes.items()]
+    sources, tensors, model = sources_of_scratch(config, trained, dtype)
     files = tuple(OutFile(shard.file, shard.nbytes, shard) for shard in plan_shards([tensors], limit))
     content = {"architectures": [model], **config, "dtype": dtype, "use_cache": True}
     content.pop("torch_dtype", None)  # its old name

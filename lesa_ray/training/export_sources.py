@@ -12,8 +12,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FORMAT_NAMES, Checkpoint
+from lesa_ray.checkpoint.writer import OutTensor
+from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
+from lesa_ray.training.buffers import persistent_buffers
 from lesa_ray.training.conversion import Conversion, convert, plan_conversions, revert
 from lesa_ray.training.model import build
 from lesa_ray.training.trained_state import TrainedState
@@ -59,38 +62,42 @@ def sources_of_base(base: Checkpoint, state: TrainedState) -> Sources:
 
 
 def sources_of_scratch(
-    config: Mapping[str, Any], state: TrainedState
-) -> tuple[Sources, dict[str, tuple[int, ...]], str]:
-    """The tensors of a model trained from random weights, in the model's order, their shapes, and the model's class.
+    config: Mapping[str, Any], state: TrainedState, dtype: DtypeName
+) -> tuple[Sources, list[OutTensor], str]:
+    """The tensors of a model trained from random weights, in the model's order, and the model's class.
 
-    They have the names that transformers gives them in files. Raises: UserError if the training checkpoint does not
-    hold the whole model."""
+    They have the names that transformers gives them in files. dtype: of the parameters; persistent buffers, which are
+    small, keep their own. Raises: UserError if the training checkpoint does not hold the whole model."""
     import torch
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
     model = build(dict(config), "configuration")
-    names = [name for name, _ in model.named_parameters()]
-    for name in names:
+    kinds = {name: FORMAT_NAMES[dtype] for name, _ in model.named_parameters()}
+    for name, buffer in persistent_buffers(model).items():
+        kinds[name] = next(
+            kind for kind, torch_name in ELEMENT_NAMES.items() if buffer.dtype == getattr(torch, torch_name)
+        )
+    for name in kinds:
         if name not in state.shapes:
             raise UserError(
                 f"training checkpoint {state.url}: lacks {name}, so it cannot be exported without a base; give the "
                 "checkpoint the training began from"
             )
-    if strange := state.shapes.keys() - set(names):
+    if strange := state.shapes.keys() - kinds.keys():
         raise UserError(
             f"training checkpoint {state.url}: holds {min(strange)}, which the configuration has no place for"
         )
     converts = bool(get_model_conversion_mapping(model))
     sources: Sources = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
+    tensors = []
+    for name, kind in kinds.items():
         whole = torch.empty(state.shapes[name], device="meta")
         made = revert_weight_conversion(model, {name: whole}) if converts else {name: whole}
         conversion = Conversion(tuple(made), (name,), plain=not converts)
         sources |= dict.fromkeys(made, conversion)
-        shapes |= {source: tuple(tensor.shape) for source, tensor in made.items()}
-    return sources, shapes, type(model).__name__
+        tensors += [OutTensor(source, kind, tuple(tensor.shape), None) for source, tensor in made.items()]
+    return sources, tensors, type(model).__name__
 
 
 class Maker:

@@ -2,6 +2,8 @@
 
     configuration ▸ modules on the meta device ▸ freeze ▸ activation checkpointing ▸ compile ▸ FSDP2 ▸ memory ▸ weights
 
+Buffers are not sharded and have a file of their own (`lesa_ray.training.buffers`).
+
 Decides
 - FSDP2 (`fully_shard`): each layer a group, the rest (embeddings, last norm, head) the root group. Each worker reads
   exactly the byte ranges of its shards (rows of dimension 0), so no process ever holds a whole model; a tensor at a
@@ -34,10 +36,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lesa_ray.checkpoint.reader import TORCH_NAMES, Checkpoint
+from lesa_ray.checkpoint.reader import ELEMENT_NAMES, TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.register import register
+from lesa_ray.training.buffers import initial_buffers, place_buffers
 from lesa_ray.training.conversion import Conversion, convert, model_tensors
 from lesa_ray.training.freeze import layer_of
 
@@ -94,8 +97,10 @@ def shard(
     """Apply, in the order in which they must be: activation checkpointing, compile, FSDP2; then allocate memory.
 
     stored: element types (as safetensors calls them) of parameters in the files, by name; none from scratch.
-    lowest: the lowest trained layer (None: below all). The parameters' values are still undefined afterwards."""
+    lowest: the lowest trained layer (None: below all). Buffers are those of a new model afterwards, the parameters'
+    values still undefined."""
     layers = layers_of(model)
+    buffers = initial_buffers(model)
     if activation_checkpointing:
         for layer in layers[lowest or 0 :]:
             _checkpoint_activations(layer)
@@ -119,7 +124,7 @@ def shard(
     fully_shard(model, reshard_after_forward=False, **policy)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
-    _fill_buffers(model, mesh.device_type)
+    place_buffers(model, buffers, mesh.device_type)  # with cpu_offload too: FSDP2 leaves them where they are
 
 
 def _allow_graphs(count: int) -> None:
@@ -161,19 +166,6 @@ def _set_storage(parameters: Iterable[nn.Parameter], names: Mapping[int, str], s
             parameter.data = parameter.data.to(getattr(torch, TORCH_NAMES[kind]))
 
 
-def _fill_buffers(model: PreTrainedModel, device: str) -> None:
-    """Buffers that no file holds (rotary frequencies): their module's own initialisation makes them."""
-    for module in model.modules():
-        if module._non_persistent_buffers_set:
-            names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-            if not names:
-                continue
-            clone = {name: torch.empty_like(module._buffers[name], device=device) for name in names}
-            module._buffers.update(clone)
-            with torch.no_grad():
-                model._init_weights(module)
-
-
 def load(model: PreTrainedModel, checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> None:
     """Fill the shards of this process from the checkpoint's files.
 
@@ -206,7 +198,7 @@ def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 def _read_rows(checkpoint: Checkpoint, name: str, start: int, local: torch.Tensor) -> None:
     """Copy rows [start, start + len(local)) of a stored tensor into `local`, in its element type."""
     entry = checkpoint.tensors[name]
-    dtype = getattr(torch, TORCH_NAMES[entry.dtype])
+    dtype = getattr(torch, ELEMENT_NAMES[entry.dtype])
     width = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
     rows = local.shape[0] if local.ndim else 1
     step = max(1, _CHUNK // max(width, 1))
@@ -222,7 +214,9 @@ def _read_rows(checkpoint: Checkpoint, name: str, start: int, local: torch.Tenso
 
 
 def initialise(model: PreTrainedModel, raw: dict[str, Any], seed: int) -> None:
-    """Fill the shards of this process with initial weights, the same for any number of workers."""
+    """Fill the shards of this process with initial weights, the same for any number of workers.
+
+    Buffers have their values since `shard`."""
     twin = build(raw, "architecture")
     targets = dict(model.named_parameters(remove_duplicate=False))
     done: set[int] = set()

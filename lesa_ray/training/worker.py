@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lesa_ray.training import checkpoints
+from lesa_ray.training.buffers import persistent_buffers
 from lesa_ray.training.flops import peak_flops, step_flops
 from lesa_ray.training.freeze import freeze
 from lesa_ray.training.gates import Gates
@@ -52,7 +54,7 @@ def set_up(run: Run, device: torch.device, *, fresh: bool = False) -> tuple[Trai
     elif last is None:
         initialise(model, run.architecture, config.seed)
     if last is not None:
-        checkpoints.load(config.out, last, trained, optimizer)
+        checkpoints.load(config.out, last, trained, optimizer, _kept_buffers(run, model))
     scored = config.batch * (seq_len - 1) if run.blocks.kind == "text" else None
     trainer = Trainer(model, trained, optimizer, config, place, run.steps, seq_len, scored, gates)
     return trainer, last.step if last is not None else 0, flops
@@ -64,7 +66,8 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
     tell: is called on rank 0 now and then. Raises: UserError, MachineError."""
     config = run.config
     trainer, first, flops = set_up(run, device)
-    saver = checkpoints.Saver(config.out, run.identity, config.keep, dist.new_group(backend="gloo"))
+    kept = _kept_buffers(run, trainer.model)
+    saver = checkpoints.Saver(config.out, run.identity, config.keep, dist.new_group(backend="gloo"), kept)
     metrics = None
     if trainer.place.rank == 0:
         metrics = MetricsLog(
@@ -82,6 +85,11 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
     finally:
         if metrics is not None:
             metrics.close()
+
+
+def _kept_buffers(run: Run, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that training checkpoints hold: those that no base does."""
+    return {} if run.checkpoint is not None else persistent_buffers(model)
 
 
 def _last_checkpoint(run: Run) -> checkpoints.Record | None:
