@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
-from lesa_ray.expansion.method import Device, Job
+from lesa_ray.expansion.method import Device, Job, RunContext
 from lesa_ray.lesa.cost import Route, Task, route_of
 
 
@@ -35,6 +35,20 @@ def lesa_task(
         device=device,
         memory_budget=memory_budget,
         device_memory=device_memory,
+    )
+
+
+def task_here(job: Job, types: Iterable[WeightType], context: RunContext) -> Task:
+    """The same unit where it runs, for the budget that was given.
+
+    What its GPU has no room for lies in host memory: a budget that does on a large GPU may be refused on a smaller one,
+    and in a cluster of several sizes by the units that are dealt those."""
+    return lesa_task(
+        job,
+        types,
+        device=context.device,
+        memory_budget=job.config.memory_budget,
+        device_memory=context.device_memory,
     )
 
 

@@ -8,23 +8,42 @@ from pathlib import Path
 
 UNIT_SHARE = 0.8
 """Of the free memory that one unit takes by default; the rest is for its worker's own and for the page cache."""
+_CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),  # version 2
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
+"""Of both versions: the limit, what is taken of it, and the figures that say how much of that are pages of files."""
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 4 * 2**20
 
 
-def free_memory() -> int:
+def free_memory(groups: str = "/sys/fs/cgroup") -> int:
     """Bytes that this process can still take without swapping: the machine's, or its control group's where that has a
-    limit (a container, a Kubernetes pod)."""
+    limit (a container, a Kubernetes pod).
+
+    Pages of files do not count as taken, neither by the kernel in what a machine has available nor here: they make
+    room when memory is asked for, and after a unit has read its layers from a disk they fill what a container has.
+    Ray's watch over memory counts likewise. groups: where the kernel shows control groups."""
     with open("/proc/meminfo", encoding="ascii") as info:
         free = next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable:"))
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),  # control groups, version 2
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit_file, used_file, stat_file, of_files in _CONTROL_GROUPS:
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit_file, used_file))
-            free = min(free, limit - used)
+            limit, used = (int((Path(groups) / name).read_text()) for name in (limit_file, used_file))
+            free = min(free, limit - max(used - _sum_of(Path(groups) / stat_file, of_files), 0))
     return max(free, 0)
+
+
+def _sum_of(stat_file: Path, names: tuple[str, ...]) -> int:
+    """Some of the figures that a control group gives of its memory; 0 where it gives none."""
+    with contextlib.suppress(OSError):
+        lines = (line.split() for line in stat_file.read_text().splitlines())
+        return sum(int(line[1]) for line in lines if line[0] in names)
+    return 0
 
 
 def default_budget() -> int | None:
@@ -33,6 +52,15 @@ def default_budget() -> int | None:
         return int(UNIT_SHARE * free_memory())
     except (OSError, StopIteration):
         return None
+
+
+def gpu_memory(share: float | None) -> int:
+    """Bytes of this process' GPU that belong to a unit which asks for that share of one (None: all of it), whatever
+    others have taken by now: what is refused must not depend on the moment."""
+    import torch
+
+    total: int = torch.cuda.get_device_properties(0).total_memory
+    return int(total * min(1.0 if share is None else share, 1.0))
 
 
 def return_freed_memory() -> None:

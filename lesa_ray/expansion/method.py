@@ -237,6 +237,8 @@ class RunContext:
     """What the place where a unit runs gives it."""
 
     device: Device = "cpu"
+    device_memory: int = 0
+    """Bytes of the GPU that are the unit's; without a GPU 0."""
     scratch_dir: str | None = None
     memory_budget: int | None = None
     progress: Progress | None = None

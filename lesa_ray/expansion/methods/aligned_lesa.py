@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.blocks import Attention, Block
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
+from lesa_ray.expansion.lesa_task import lesa_route, lesa_task, task_here
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.expansion.methods.alignments import (
     Blocks,
@@ -88,8 +88,7 @@ class AlignedLesa(Method):
         viewed = _viewed(weight_type, blocks)
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(unit.name, viewed.d2, context.device)
-        task = lesa_task(job, (viewed,), device=context.device, memory_budget=job.config.memory_budget)
-        require_budget(task, unit.name)
+        require_budget(task_here(job, (viewed,), context), unit.name)
         block = _block_of(weight_type, blocks)
         part, maps = block.parts[weight_type.name], maps_to_first(block, job.anatomy.layers, tensors)
         wanted = {slot for slot, _ in unit.makes}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
+from lesa_ray.expansion.lesa_task import lesa_route, lesa_task, task_here
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.lesa.cost import require_budget, stack_size, unit_cost
 
@@ -60,7 +60,7 @@ class Lesa(Method):
         types = _together(job)[unit.name]
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(unit.name, types[0].d2, context.device)
-        require_budget(lesa_task(job, types, device=context.device, memory_budget=job.config.memory_budget), unit.name)
+        require_budget(task_here(job, types, context), unit.name)
         wanted = set(unit.makes)
 
         def fit(name: str, members: Sequence[WeightType]) -> Fit:

@@ -1,0 +1,79 @@
+"""What memory a unit may take: free in a container, its GPU's, and the budget that was given beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lesa_ray import ExpandConfig
+from lesa_ray.errors import UserError
+from lesa_ray.expansion.lesa_task import task_here
+from lesa_ray.expansion.memory import free_memory, gpu_memory
+from lesa_ray.expansion.method import Job, RunContext
+from lesa_ray.expansion.prepare import prepare
+from lesa_ray.lesa.cost import unit_cost
+
+Bases = Callable[[str], str]
+V2 = ("memory.max", "memory.current", "memory.stat", "")
+V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_")
+MIB = 2**20
+
+
+@pytest.mark.parametrize("version", [V2, V1], ids=["v2", "v1"])
+def test_pages_of_files_are_free_in_a_container(version: tuple[str, str, str, str], tmp_path: Path) -> None:
+    limit, used, stat, prefix = version
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{90 * MIB}\n")
+    (tmp_path / used).write_text(f"{85 * MIB}\n")
+    assert free_memory(str(tmp_path)) == 5 * MIB  # nothing is said of what is taken
+    lines = {"anon": 4, f"{prefix}inactive_file": 50, f"{prefix}active_file": 20, "inactive_anon": 3, "file": 75}
+    (tmp_path / stat).write_text("".join(f"{name} {count * MIB}\n" for name, count in lines.items()))
+    assert free_memory(str(tmp_path)) == 75 * MIB
+    (tmp_path / used).write_text(f"{165 * MIB}\n")
+    assert free_memory(str(tmp_path)) == 0
+    (tmp_path / limit).write_text("max\n")
+    assert free_memory(str(tmp_path)) > 90 * MIB  # the machine's
+
+
+def test_a_unit_has_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1000))
+    assert [gpu_memory(share) for share in (None, 1, 0.25, 2)] == [1000, 1000, 250, 1000]
+
+
+class _Reached(Exception):
+    pass
+
+
+def _reached(*given: Any, **named: Any) -> Any:
+    raise _Reached
+
+
+def _job(base: str, out: Path, **settings: Any) -> Job:
+    return prepare(ExpandConfig.model_validate({"base": base, "out": str(out), **settings})).job
+
+
+@pytest.mark.parametrize("method", ["lesa", "aligned-lesa"])
+def test_a_budget_is_for_what_the_gpu_has_no_room_for(
+    method: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors: Any = SimpleNamespace(read=_reached, kept=_reached)
+    monkeypatch.setattr("lesa_ray.lesa.fit.fit_each", _reached)
+    job = _job(bases("llama"), tmp_path / "out", method=method)
+    unit = next(unit for unit in job.method.units(job) if unit.name == "mlp.gate_proj.weight")
+    large = RunContext(device="cuda", device_memory=10**9)
+    small = replace(large, device_memory=1000)
+    types = job.method.fitted(job, unit)
+    beside, all_of_it = (unit_cost(task_here(job, types, context)).host_memory for context in (large, small))
+    assert beside < all_of_it
+    budget = (beside + all_of_it) // 2
+    job = replace(job, config=job.config.model_copy(update={"memory_budget": budget}))
+    with pytest.raises(UserError, match=r"--memory-budget 0\.00 GB: mlp\.gate_proj\.weight needs"):
+        job.method.run(unit, job, tensors, small)
+    with pytest.raises(_Reached):
+        job.method.run(unit, job, tensors, large)
