@@ -17,8 +17,8 @@ from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.schedule import Placed, Work, peak_memory, schedule
 from lesa_ray.expansion.workbench import unit_tensors
-from lesa_ray.lesa.cost import unit_cost
-from lesa_ray.lesa.rates import Rates, unit_seconds
+from lesa_ray.lesa.cost import DEVICE_SHARE, unit_cost
+from lesa_ray.lesa.rates import CPU_CORE, Rates, unit_seconds
 
 INTERPRETER_BYTES = 600 * 2**20
 """A process with torch imported."""
@@ -166,8 +166,12 @@ def _unit(
     written = sum(tensor.nbytes for tensor in unit_tensors(job, unit))
     if not types:
         read = unit.reads or 2 * written
+        on_gpu = unit.device_memory if unit.device_memory <= DEVICE_SHARE * device_memory else 0
+        if unit.device_memory and device_memory and not on_gpu:  # then it runs on the GPU's host
+            rates = CPU_CORE.times(min(job.config.cpus_per_task, cluster.cpus_per_node))
         seconds = {"read": read / storage, "compute": unit.flops / rates.fp32, "write": written / storage}
-        return UnitEstimate(unit.name, unit.flops, seconds, read, written, unit.memory + interpreter, 0)
+        memory = unit.memory - on_gpu + interpreter
+        return UnitEstimate(unit.name, unit.flops, seconds, read, written, memory, on_gpu)
     task = lesa_task(
         job,
         types,

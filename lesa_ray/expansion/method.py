@@ -69,13 +69,16 @@ class Unit:
     flops: float
     """Rough arithmetic: the largest unit starts first."""
     memory: int
-    """Rough peak in bytes beside the interpreter."""
+    """Rough peak in bytes beside the interpreter, where no GPU takes a part of it."""
     after: tuple[str, ...] = ()
     """Units whose tensors this one reads: slots of an earlier round, or what they keep."""
     keeps: tuple[Kept, ...] = ()
     """Left before what it makes, in this order."""
     reads: int = 0
     """Rough bytes read; 0: twice what it writes."""
+    device_memory: int = 0
+    """The part of `memory` that lies on a GPU instead, where the unit has one with room for it; 0: it makes no use of
+    one, or its method counts for itself."""
     sized: bool = False
     """Whether what it makes has the slots' own widths (`Job.widths`), not the widest layer's."""
 

@@ -13,11 +13,14 @@ import torch
 
 from lesa_ray import ExpandConfig
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.cluster_spec import ClusterSpec
+from lesa_ray.expansion.estimate import estimate
 from lesa_ray.expansion.lesa_task import task_here
 from lesa_ray.expansion.memory import free_memory, gpu_memory
 from lesa_ray.expansion.method import Job, RunContext
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.lesa.cost import unit_cost
+from lesa_ray.lesa.rates import GPU_MEMORY
 
 Bases = Callable[[str], str]
 V2 = ("memory.max", "memory.current", "memory.stat", "")
@@ -77,3 +80,44 @@ def test_a_budget_is_for_what_the_gpu_has_no_room_for(
         job.method.run(unit, job, tensors, small)
     with pytest.raises(_Reached):
         job.method.run(unit, job, tensors, large)
+
+
+def test_transport_plans_go_to_a_gpu_with_room_for_them(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def fuse(*given: Any, device: str, **named: Any) -> Any:
+        seen.append(device)
+        raise _Reached
+
+    monkeypatch.setattr("lesa_ray.expansion.transport.fuse_layer", fuse)
+    monkeypatch.setattr("lesa_ray.lesa.room.fits_device", lambda nbytes, device: nbytes < 10**9)
+    job = _job(bases("llama"), tmp_path / "out", method="opt-deus")
+    (unit, *_) = job.method.units(job)
+    assert unit.device_memory >= 40 * 96**2  # five matrices of doubles, for 96 neurons
+    large = RunContext(device="cuda", device_memory=2 * unit.device_memory)
+    small = replace(large, device_memory=unit.device_memory)
+    tight = replace(job, config=job.config.model_copy(update={"memory_budget": unit.memory - 1}))
+    for given, context in ((job, RunContext()), (job, small), (job, large), (tight, large)):
+        with pytest.raises(_Reached):
+            job.method.run(unit, given, SimpleNamespace(), context)  # type: ignore[arg-type]
+    assert seen == ["cpu", "cpu", "cuda", "cuda"]
+    with pytest.raises(UserError, match=r"--memory-budget 0\.00 GB: opt-deus needs 0\.00 GB to align two layers"):
+        job.method.run(unit, tight, SimpleNamespace(), small)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="opt-deus needs"):  # no GPU to look for: said before anything is started
+        _job(bases("llama"), tmp_path / "out", method="opt-deus", memory_budget=unit.memory - 1, gpus_per_task=0)
+
+
+def test_transport_plans_are_reckoned_where_they_lie(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = ClusterSpec(cpus_per_node=16, memory_per_node="256GB", gpus_per_node=2, gpu="h100")
+    expansion = prepare(ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="opt-deus"))
+    unit, on_gpu = expansion.units[0], estimate(expansion, cluster).units[0]
+    assert on_gpu.device_memory == unit.device_memory
+    monkeypatch.setitem(GPU_MEMORY, "h100", unit.device_memory)
+    beside = estimate(expansion, cluster).units[0]
+    assert beside.device_memory == 0
+    assert beside.host_memory - on_gpu.host_memory == unit.device_memory
+    assert beside.seconds["compute"] > on_gpu.seconds["compute"]

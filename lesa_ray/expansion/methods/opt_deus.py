@@ -4,10 +4,15 @@ github.com/voalmciaf/OpT-DeUS, Model/OT-DUS.py). Output projections are zero, so
 One slot is one unit. The alignment of attention's output is needed for the feed-forward even though that tensor itself
 ends up zero; the feed-forward's output is not aligned unless a later slot is made from it. The arithmetic is in
 `lesa_ray.expansion.transport`; here the tensors of a layer get their roles, by their names.
+
+The memory is in the plans: five matrices of n² doubles for n rows, 33 GB for 28,672, 113 GB for 53,248. A GPU that has
+no room for them is left alone and the unit runs on its cores; a memory budget that was given is held against what
+lies in host memory where the unit runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.blocks import in_attention
 from lesa_ray.checkpoint.residual import residual_writers
+from lesa_ray.errors import UserError
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.expansion.methods.slots import slot_units
+from lesa_ray.lesa.cost import DEVICE_SHARE
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +49,27 @@ class OptDeus(Method):
         types = tuple(t for t in job.anatomy.types.values() if t.kind == "matrix" or (fused and t.kind == "vector"))
         rows = max((t.d1 for t in job.anatomy.matrices), default=0)
         flops = 4.0 * _ITERATIONS * rows + 4.0 * rows
-        return slot_units(job, types, flops_per_element=flops, tensors_in_memory=6, extra_bytes=40 * rows * rows)
+        work, made = _work_bytes(job), 4 * sum(math.prod(t.shape) for t in types)
+        units = slot_units(
+            job,
+            types,
+            flops_per_element=flops,
+            tensors_in_memory=2,  # as they are read
+            extra_bytes=made + work,
+            device_bytes=work,
+        )
+        if job.config.gpus_per_task == 0:
+            for unit in units:
+                _require_budget(job, unit.memory)
+        return units
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.expansion.transport import fuse_layer
+        from lesa_ray.lesa.room import fits_device
 
+        its_share = unit.device_memory <= DEVICE_SHARE * context.device_memory
+        device = "cuda" if its_share and fits_device(unit.device_memory, context.device) else "cpu"
+        _require_budget(job, unit.memory - (unit.device_memory if device == "cuda" else 0))
         slot = next(slot for slot in job.plan.slots if slot.id == unit.makes[0][0])
         assert slot.upper is not None, "a fused layer lies between two"
         makes = [name for _, name in unit.makes]
@@ -65,11 +88,31 @@ class OptDeus(Method):
             _Layer(slot.upper, tuple(needed), tensors, lambda name: None),
             needed,
             divide_marginals=job.config.recipe == "paper",
-            device=context.device,
+            device=device,
         )
         for slot_id, name in unit.makes:
             tensors.write(slot_id, name, fused.tensors[name])
         return {"transport": {name: asdict(solve) for name, solve in fused.solves.items()}}
+
+
+def _work_bytes(job: Job) -> int:
+    """Peak bytes of an alignment where it is computed, all float64: two matrices and the lower one aligned, five
+    matrices of the plan's size, and attention's map, which waits for the feed-forward."""
+    rows = max((t.d1 for t in job.anatomy.matrices), default=0)
+    largest = max((math.prod(t.shape) for t in job.anatomy.matrices), default=0)
+    outputs = [name for name, role in tensor_roles(job.anatomy.types).items() if _shapes_others(role)]
+    width = max((job.anatomy.types[name].d1 for name in outputs), default=0)
+    return 24 * largest + 40 * rows**2 + 8 * width**2
+
+
+def _require_budget(job: Job, needed: int) -> None:
+    """Raises: UserError if a budget that was given is smaller."""
+    budget = job.config.memory_budget
+    if budget is not None and needed > budget:
+        raise UserError(
+            f"--memory-budget {budget / 1e9:.2f} GB: {job.method.name} needs {needed / 1e9:.2f} GB to align two "
+            "layers; give that much, or take avg-deus"
+        )
 
 
 class _Layer(Mapping[str, "torch.Tensor"]):

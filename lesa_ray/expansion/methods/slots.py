@@ -22,8 +22,11 @@ def slot_units(
     flops_per_element: float,
     tensors_in_memory: int,
     extra_bytes: int = 0,
+    device_bytes: int = 0,
 ) -> list[Unit]:
-    """One unit for each slot with something to make, ordered after the units of the slots it lies between."""
+    """One unit for each slot with something to make, ordered after the units of the slots it lies between.
+
+    tensors_in_memory: as many as the largest, in float32, and `extra_bytes`; `device_bytes` of both go to a GPU."""
     units: list[Unit] = []
     named: set[int] = set()
     largest = max((math.prod(t.shape) for t in types), default=0)
@@ -41,6 +44,7 @@ def slot_units(
                 flops=flops_per_element * elements,
                 memory=4 * tensors_in_memory * largest + extra_bytes,
                 after=after,
+                device_memory=device_bytes,
             )
         )
     return units
