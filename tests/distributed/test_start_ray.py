@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,22 @@ def test_a_ray_embedded_in_another_process_is_left_alone() -> None:
         text=True, timeout=110, check=False,
     )  # fmt: skip
     assert "EMBEDDED True" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.timeout(120)
+def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str], tmp_path: Path) -> None:
+    """Ray would print a stack, and abort what takes longer than three seconds to end."""
+    command = [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(tmp_path / "out"), "--factor", "1.5"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen(command, env={**clean, "RAY_ADDRESS": "local"}, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        said = ""
+        while "starting Ray" not in said:
+            line = running.stderr.readline()
+            assert line, said
+            said += line
+        running.terminate()
+        _, rest = running.communicate(timeout=60)
+    assert running.returncode == 130, rest
+    assert rest.strip().splitlines()[-1] == "lesa-ray: interrupted; the same command goes on from here"
+    assert "SIGTERM" not in rest
