@@ -129,6 +129,7 @@ def test_the_base_may_be_trained_on_with_settings_of_its_own() -> None:
         ({"arms": {"label": ["a", "b"]}}, "file: arms.label: must be a text"),
         ({"arms": {"label": "–"}}, "file: arms: label '–': has no letter or digit"),
         ({"arms": [{"position": "top"}, {"position": "top"}]}, "'lesa top' and 'lesa top' have one name"),
+        ({"arms": {"label": "base, untrained"}}, "'base, untrained' and 'base, untrained' have one name"),
         ({"arms": {"method": [["lesa"]]}}, "method must be a name"),
         (
             {"reference": "solar"},
