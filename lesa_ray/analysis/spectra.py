@@ -33,9 +33,3 @@ def effective_rank(values: Tensor) -> float:
 def stable_rank(values: Tensor) -> float:
     """‖W‖²_F / σ₁² (Rudelson, Vershynin 2007) from the singular values (n,), the largest first; 0 for a zero matrix."""
     return float((values / values[0]).square().sum()) if values[0] > 0 else 0.0
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 … count−1, evenly from the first to the last."""
-    kept = min(count, most)
-    return [round(at * (count - 1) / max(kept - 1, 1)) for at in range(kept)]

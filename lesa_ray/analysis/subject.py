@@ -11,7 +11,6 @@ read once and kept.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +43,6 @@ SMALL = 200_000_000
 KEPT_SHARE = 0.25
 """Of the memory budget, for layers that are read once and kept."""
 _ONE_WIDTH = f"; analyze needs layers of one width, or those of a {MODEL_TYPE} model, with the same KV heads in all"
-_EXPERT = re.compile(r"experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,7 @@ class Subject:
     @cached_property
     def types(self) -> dict[str, tuple[WeightType, ...]]:
         """The matrices by name; experts of a kind are one type, `experts.*`."""
-        kinds: dict[str, tuple[WeightType, ...]] = {}
-        for weight_type in self.anatomy.matrices:
-            kind = _EXPERT.sub("experts.*.", weight_type.name) if weight_type.is_expert else weight_type.name
-            kinds[kind] = (*kinds.get(kind, ()), weight_type)
-        return kinds
+        return self.anatomy.kinds
 
     @cached_property
     def new_layers(self) -> list[int]:

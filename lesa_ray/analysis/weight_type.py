@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from lesa_ray.analysis import pictures
-from lesa_ray.analysis.spectra import effective_rank, singular_values, spread, stable_rank
+from lesa_ray.analysis.spectra import effective_rank, singular_values, stable_rank
 from lesa_ray.lesa.clock import Clock
+from lesa_ray.lesa.fit import evenly
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Layers, Load, only, square_norm, working_dtype
 
@@ -130,8 +131,8 @@ def analyse_type(
         norms=source.squares[0].sqrt().tolist(),
         effective_rank=[effective_rank(values) for values in spectra],
         stable_rank=[stable_rank(values) for values in spectra],
-        spectrum_index=spread(min(d1, d2), SPECTRUM),
-        spectra=[values[spread(len(values), SPECTRUM)].tolist() for values in spectra],
+        spectrum_index=evenly(range(min(d1, d2)), SPECTRUM),
+        spectra=[values[evenly(range(len(values)), SPECTRUM)].tolist() for values in spectra],
         common_spectrum=parts.sigma.tolist(),
         common_directions=min(d1, len(old) * d2),
         route=parts.route,

@@ -21,7 +21,7 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys that hold the number of layers, in the order in which they are looked for."""
 
 _LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<type>.+)$")
-_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
+_EXPERT = re.compile(r"(?P<before>^|\.)experts\.(?P<number>\d+)\.")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 Kind = Literal["matrix", "vector", "router", "other"]
@@ -49,8 +49,19 @@ class WeightType:
         return self.shape[0] if self.transposed else self.shape[1]
 
     @property
+    def expert(self) -> int | None:
+        """Which of the experts it is of; None of what is no expert's."""
+        match = _EXPERT.search(self.name)
+        return int(match["number"]) if match else None
+
+    @property
     def is_expert(self) -> bool:
-        return _EXPERT.search(self.name) is not None
+        return self.expert is not None
+
+    @property
+    def of_its_kind(self) -> str:
+        """The name that experts of a kind share, `experts.*`; of all else the name itself."""
+        return _EXPERT.sub(r"\g<before>experts.*.", self.name)
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,29 @@ class Anatomy:
         return tuple(t for t in self.types.values() if t.kind == "matrix")
 
     @property
+    def kinds(self) -> dict[str, tuple[WeightType, ...]]:
+        """The matrices, experts of a kind together under the name that they share."""
+        found: dict[str, tuple[WeightType, ...]] = {}
+        for weight_type in self.matrices:
+            kind = weight_type.of_its_kind
+            found[kind] = (*found.get(kind, ()), weight_type)
+        return found
+
+    @property
     def vectors(self) -> tuple[WeightType, ...]:
         return tuple(t for t in self.types.values() if t.kind == "vector")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor or parameter belongs to; None outside the layers."""
+    match = _LAYER.match(name)
+    return int(match["index"]) if match else None
+
+
+def longest_window(text_config: Any) -> int | None:
+    """Positions a model was made for, by its text configuration; None if it has no such bound (Mamba)."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:

@@ -58,10 +58,10 @@ class FactFinder:
     def _of(
         self, architecture: Mapping[str, Any], train: tuple[str, ...], manifest: Manifest | None, where: str
     ) -> Facts:
+        from lesa_ray.checkpoint.anatomy import longest_window
         from lesa_ray.training.flops import step_flops
         from lesa_ray.training.freeze import default_choice, freeze, trained_names
         from lesa_ray.training.model import build
-        from lesa_ray.training.run import longest
 
         chosen = train or default_choice(manifest, where)
         key = canonical([architecture, chosen, manifest and manifest["new_layers"]])
@@ -69,7 +69,7 @@ class FactFinder:
             return self._known[key]
         model = build(dict(architecture), where)
         text_config = model.config.get_text_config()
-        positions = longest(text_config)
+        positions = longest_window(text_config)
         if positions is not None and positions < self._seq_len:
             raise UserError(f"{where}: was made for {positions} tokens, the rows of the data have {self._seq_len}")
         trained = trained_names(model, chosen, manifest, where)

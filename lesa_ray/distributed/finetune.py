@@ -7,6 +7,7 @@ Token blocks made before (`lesa-ray tokenize --kind chat`) are taken as they are
 
 from __future__ import annotations
 
+from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
@@ -20,7 +21,7 @@ from lesa_ray.training.freeze import trained_names
 from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.model import build
 from lesa_ray.training.packing_check import check_packing
-from lesa_ray.training.run import RUN_FILE, check_place, longest
+from lesa_ray.training.run import RUN_FILE, check_place
 from lesa_ray.training.tokenizer import load_tokenizer, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig
@@ -66,7 +67,7 @@ def _check_model(config: FinetuneConfig) -> None:
     where = f"checkpoint {config.checkpoint}"
     model = build(checkpoint.config, where)
     text_config = model.config.get_text_config()
-    positions = longest(text_config)
+    positions = longest_window(text_config)
     if positions is not None and config.seq_len > positions:
         raise UserError(
             f"seq_len {config.seq_len}: {where} was made for {positions} tokens; give --seq-len {positions} or less"

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.config import DtypeName
@@ -74,12 +75,6 @@ def _text_config(name: str, raw: dict[str, Any]) -> Any:
         return CONFIG_MAPPING[family].from_dict(dict(raw)).get_text_config()
     except Exception as error:  # each family validates in its own way
         raise UserError(f"checkpoint {name}: config.json: transformers refuses it ({explain(error)[:200]})") from error
-
-
-def longest_window(config: Any) -> int | None:
-    """Positions a model was made for; None if it has no such bound (Mamba). `config`: its text configuration."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _read_config(name: str, folder: str) -> dict[str, Any]:

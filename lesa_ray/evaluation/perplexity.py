@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
-from lesa_ray.evaluation.checkpoints import choose_device, load_model, longest_window
+from lesa_ray.evaluation.checkpoints import choose_device, load_model
 from lesa_ray.training.tokens import UNSCORED
 
 LONGEST_WINDOW = 2048  # default where the model allows more: the usual window of published WikiText figures

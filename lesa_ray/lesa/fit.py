@@ -234,11 +234,11 @@ def split_triples(checkpoints: int, layers: int, holdout: float, seed: int) -> t
     return sorted(chosen[count:]), sorted(chosen[:count])
 
 
-def evenly(middles: Sequence[int], count: int) -> list[int]:
+def evenly(numbers: Sequence[int], count: int) -> list[int]:
     """At most `count` of them (two or more), spread from the first to the last."""
-    if len(middles) <= count:
-        return list(middles)
-    return [middles[round(at * (len(middles) - 1) / (count - 1))] for at in range(count)]
+    if len(numbers) <= count:
+        return list(numbers)
+    return [numbers[round(at * (len(numbers) - 1) / (count - 1))] for at in range(count)]
 
 
 def _fit_predictors(

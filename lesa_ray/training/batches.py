@@ -17,10 +17,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from lesa_ray.training.tokens import UNSCORED
+
 WINDOW = 16
 """Row groups that are shuffled together."""
-IGNORED = -100
-"""Label of a token that is not scored."""
 
 Rows = dict[str, NDArray[np.int32]]
 
@@ -87,13 +87,13 @@ def labelled(rows: Rows, filler: int) -> Rows:
     labels = rows["labels"] if "labels" in rows else rows["input_ids"]
     if filler:
         labels = labels.copy()
-        labels[-filler:] = IGNORED
+        labels[-filler:] = UNSCORED
     return {**rows, "labels": labels}
 
 
 def scored_tokens(labels: NDArray[np.int32]) -> int:
     """Tokens that are predicted: the first of a row is not."""
-    return int((labels[:, 1:] != IGNORED).sum())
+    return int((labels[:, 1:] != UNSCORED).sum())
 
 
 def cut(rows: Rows, size: int) -> Sequence[Rows]:

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-_LAYER = re.compile(r"^(?:.*?\.)?(?:layers|layer|h|blocks|block)\.(\d+)\.")
-"""As in `lesa_ray.checkpoint.anatomy`."""
+from lesa_ray.checkpoint.anatomy import layer_of
+
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -130,8 +130,7 @@ def _matrices(model: torch.nn.Module, config: Any) -> tuple[list[_Matrix], int]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             full = f"{path}.{name}" if path else name
-            match = _LAYER.match(full)
-            layer = int(match[1]) if match else None
+            layer = layer_of(full)
             layers = max(layers, (layer if layer is not None else -1) + 1)
             if parameter.ndim < 2 or name.endswith("bias") or isinstance(module, torch.nn.Embedding):
                 continue
@@ -153,9 +152,9 @@ def _reach(model: torch.nn.Module, layers: int) -> tuple[int, bool]:
             if not parameter.requires_grad or module is head:  # a tied head is met again as the embedding
                 continue
             into_head = True
-            match = _LAYER.match(f"{path}.{name}")
-            if match:
-                first = min(first, int(match[1]))
+            layer = layer_of(f"{path}.{name}")
+            if layer is not None:
+                first = min(first, layer)
             elif isinstance(module, torch.nn.Embedding) or "embed" in path:
                 first = 0
     return first, into_head

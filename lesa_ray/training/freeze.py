@@ -14,17 +14,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lesa_ray.checkpoint.anatomy import layer_of
 from lesa_ray.checkpoint.manifest import Manifest
 from lesa_ray.errors import UserError
 
-_LAYER = re.compile(r"^(?:.*?\.)?(?:layers|layer|h|blocks|block)\.(\d+)\.")
 _NORM = re.compile(r"(^|[._])(\w*norm\w*|ln_?\w*)\.(weight|bias)$", re.IGNORECASE)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer a parameter belongs to; None outside the layers."""
-    match = _LAYER.match(name)
-    return int(match[1]) if match else None
 
 
 def default_choice(manifest: Manifest | None, where: str) -> tuple[str, ...]:

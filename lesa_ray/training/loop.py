@@ -28,11 +28,11 @@ from torch.distributed.tensor import DTensor
 
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import own_peak_memory
-from lesa_ray.training.batches import IGNORED, Rows, cut, labelled, scored_tokens, spread, step_rows, worker_share
+from lesa_ray.training.batches import Rows, cut, labelled, scored_tokens, spread, step_rows, worker_share
 from lesa_ray.training.checkpoints import Saver
 from lesa_ray.training.gates import Gates
 from lesa_ray.training.schedule import learning_rate
-from lesa_ray.training.tokens import Split, TokenBlocks
+from lesa_ray.training.tokens import UNSCORED, Split, TokenBlocks
 from lesa_ray.training.train_settings import TrainConfig
 
 _MICRO_TOKENS = 4096
@@ -93,7 +93,7 @@ def total_steps(config: TrainConfig, split: Split, seq_len: int) -> int:
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of cross-entropies, in nats. logits: (B, T, vocabulary), of which [:, t] predicts labels (B, T)[:, t + 1]."""
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=UNSCORED, reduction="sum"
     )
 
 

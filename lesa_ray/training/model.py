@@ -36,13 +36,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lesa_ray.checkpoint.anatomy import layer_of
 from lesa_ray.checkpoint.reader import ELEMENT_NAMES, TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.register import register
 from lesa_ray.training.buffers import initial_buffers, place_buffers
 from lesa_ray.training.conversion import Conversion, convert, model_tensors
-from lesa_ray.training.freeze import layer_of
 
 _CHUNK = 2**28
 """Bytes read at once."""

@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
@@ -133,7 +134,7 @@ def check_data(blocks: TokenBlocks, architecture: dict[str, Any], text_config: A
     """Raises: UserError if the token blocks do not suit the model."""
     if not blocks.train.rows:
         raise UserError(f"data {blocks.url}: there is no row to train on")
-    positions = longest(text_config)
+    positions = longest_window(text_config)
     if positions is not None and positions < blocks.seq_len:
         raise UserError(
             f"data {blocks.url}: its rows have {blocks.seq_len} tokens, {where} was made for {positions}; tokenize "
@@ -145,12 +146,6 @@ def check_data(blocks: TokenBlocks, architecture: dict[str, Any], text_config: A
             f"data {blocks.url}: its tokens go up to {blocks.vocab_size - 1}, the vocabulary of {where} has {size}; "
             "tokenize with the model's own tokenizer"
         )
-
-
-def longest(text_config: Any) -> int | None:
-    """Tokens of the longest sequence a model was made for; None if it has no such bound."""
-    positions = getattr(text_config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def use_bf16(config: TrainConfig, gpus: bool) -> bool:

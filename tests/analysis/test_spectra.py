@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
-from lesa_ray.analysis.spectra import effective_rank, singular_values, spread, stable_rank
+from lesa_ray.analysis.spectra import effective_rank, singular_values, stable_rank
 
 
 @pytest.mark.parametrize("shape", [(6, 17), (17, 6), (9, 9), (1, 5)])
@@ -38,11 +36,3 @@ def test_effective_rank_is_exp_of_the_entropy() -> None:
 def test_stable_rank() -> None:
     assert stable_rank(torch.tensor([4.0, 2.0, 2.0])) == pytest.approx((16 + 4 + 4) / 16)
     assert stable_rank(torch.zeros(3)) == 0
-
-
-def test_spread_takes_both_ends_and_no_index_twice() -> None:
-    assert spread(5, 64) == [0, 1, 2, 3, 4]
-    assert spread(1, 64) == [0]
-    index = spread(4096, 64)
-    assert (len(index), index[0], index[-1]) == (64, 0, 4095)
-    assert {b - a for a, b in itertools.pairwise(index)} == {65}

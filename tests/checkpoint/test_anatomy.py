@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lesa_ray import UserError
-from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, layer_of, read_anatomy
 from lesa_ray.checkpoint.reader import open_checkpoint
 from tests import families
 
@@ -36,6 +36,8 @@ def test_a_name_is_taken_apart_and_put_together(family: str, bases: Bases) -> No
     inside = {anatomy.name(layer, t) for layer in range(anatomy.layers) for t in anatomy.types}
     assert inside | set(anatomy.outside) == names
     assert not inside & set(anatomy.outside)
+    assert all(layer_of(anatomy.name(layer, t)) == layer for layer in range(anatomy.layers) for t in anatomy.types)
+    assert {layer_of(name) for name in anatomy.outside} <= {None}
     assert anatomy.layers == families.LAYERS
     assert anatomy.stack == families.FAMILIES[family].layer_prefix
 
@@ -66,6 +68,19 @@ def test_routers_are_no_matrices(family: str, router: str, bases: Bases) -> None
     routers = [t.name for t in anatomy_of(bases(family)).types.values() if t.kind == "router"]
     assert len(routers) == 1
     assert routers[0].endswith(router)
+
+
+def test_experts_of_a_kind_share_a_name(bases: Bases) -> None:
+    anatomy = anatomy_of(bases("qwen3_moe"))
+    experts = [t.name for t in anatomy.matrices if "experts." in t.name]
+    gates = anatomy.kinds["mlp.experts.*.gate_proj.weight"]
+    assert [t.expert for t in gates] == list(range(len(gates)))
+    assert [t.name for t in gates] == [f"mlp.experts.{number}.gate_proj.weight" for number in range(len(gates))]
+    assert anatomy.kinds["self_attn.q_proj.weight"] == (anatomy.types["self_attn.q_proj.weight"],)
+    assert sum(len(types) for types in anatomy.kinds.values()) == len(anatomy.matrices)
+    assert len(experts) == 3 * len(gates) > 3
+    shared = WeightType("mlp.shared_experts.0.up_proj.weight", (4, 4), "F32", "matrix")
+    assert (shared.expert, shared.of_its_kind) == (None, shared.name)
 
 
 def test_a_square_matrix_beside_no_experts_is_no_router(bases: Bases) -> None:

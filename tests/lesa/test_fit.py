@@ -144,6 +144,12 @@ def test_a_few_of_many_are_spread_evenly(count, chosen):
     assert evenly([1, 3, 5, 9, 15, 20], count) == chosen
 
 
+def test_many_of_very_many_have_equal_gaps():
+    found = evenly(range(4096), 64)
+    assert found == list(range(0, 4096, 65))
+    assert evenly(range(1), 64) == [0]
+
+
 def test_new_layers_may_be_neighbours_in_later_rounds(monkeypatch):
     """With the mean in G's place, weights of all rounds are known."""
     monkeypatch.setattr("lesa_ray.lesa.predictor.Predictor.__call__", lambda self, a, b: (a + b) / 2)

@@ -414,7 +414,7 @@ def test_a_real_expansion_and_its_training(
     manifest = json.loads(Path(lesa.out, "expansion.json").read_text())
     ratios = [fit["norm_ratio"] for fit in manifest["fit"].values()]
     assert f"have {min(ratios):.2f} to {max(ratios):.2f} times the norm" in text
-    assert any(line.startswith("Plan and fit of random, zero output projections: the expanded") for line in missing)
+    assert any(line.startswith("Plan and fit of “random, zero output projections”: the expanded") for line in missing)
     assert "lesa.epochs 1 1 5" in text
     for name in ("plan", "fit-grown", "norm-ratios", "training"):
         assert all("<svg" in svg for svg in svgs(figures[name]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lesa_ray.training.batches import IGNORED, WINDOW, cut, labelled, scored_tokens, spread, step_rows, worker_share
+from lesa_ray.training.batches import WINDOW, cut, labelled, scored_tokens, spread, step_rows, worker_share
+from lesa_ray.training.tokens import UNSCORED
 
 
 @pytest.mark.parametrize(("rows", "group", "batch"), [(1, 4, 3), (10, 4, 4), (100, 4, 8), (331, 3, 7), (64, 64, 64)])
@@ -49,7 +50,7 @@ def test_workers_share_a_step_whatever_their_number(workers: int) -> None:
 def test_fillers_are_not_scored() -> None:
     ids = np.arange(12, dtype=np.int32).reshape(3, 4)
     found = labelled({"input_ids": ids}, 1)
-    assert (found["labels"][2] == IGNORED).all()
+    assert (found["labels"][2] == UNSCORED).all()
     assert (found["labels"][:2] == ids[:2]).all()
     assert scored_tokens(found["labels"]) == 6
     assert (ids == np.arange(12).reshape(3, 4)).all()

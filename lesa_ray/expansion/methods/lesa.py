@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import zlib
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +22,6 @@ from lesa_ray.lesa.cost import require_budget, stack_size, unit_cost
 
 if TYPE_CHECKING:
     import torch
-
-_EXPERT = re.compile(r"experts\.(\d+)\.")
 
 
 class Lesa(Method):
@@ -100,30 +96,26 @@ def _together(job: Job) -> dict[str, tuple[WeightType, ...]]:
     sharing = job.config.lesa.share_experts
     if sharing and not any(weight_type.is_expert for weight_type in job.anatomy.matrices):
         raise UserError(f"--share-experts: BASE {job.config.base} ({job.anatomy.family}) has no experts; leave it out")
-    kinds: defaultdict[str, list[WeightType]] = defaultdict(list)
-    for weight_type in job.anatomy.matrices:
-        kind = _EXPERT.sub("experts.*.", weight_type.name) if weight_type.is_expert else weight_type.name
-        kinds[kind].append(weight_type)
     units: dict[str, tuple[WeightType, ...]] = {}
-    for kind, types in kinds.items():
+    for kind, types in job.anatomy.kinds.items():
         if sharing and len({_shape(weight_type) for weight_type in types}) > 1:
             raise UserError(f"--share-experts: BASE {job.config.base}: {kind} are not of one shape and element type")
-        units |= {kind: tuple(types)} if sharing else _side_by_side(job, kind, types)
+        units |= {kind: types} if sharing else _side_by_side(job, kind, types)
     return units
 
 
-def _side_by_side(job: Job, kind: str, types: list[WeightType]) -> dict[str, tuple[WeightType, ...]]:
+def _side_by_side(job: Job, kind: str, types: Sequence[WeightType]) -> dict[str, tuple[WeightType, ...]]:
     """Experts of a kind in units of about as many, as large as `stack_size` says."""
     units = {}
     for shape in dict.fromkeys(map(_shape, types)):
-        alike = sorted((t for t in types if _shape(t) == shape), key=_number)
+        alike = sorted((t for t in types if _shape(t) == shape), key=lambda t: t.expert or 0)
         most = stack_size(lesa_task(job, alike, memory_budget=job.config.memory_budget))
         if job.config.gpus_per_task == 0:  # CPUs gain nothing by it, and more units keep more cores busy
             most = 1
         parts = math.ceil(len(alike) / most)
         for part in range(parts):
             some = tuple(alike[part * len(alike) // parts : (part + 1) * len(alike) // parts])
-            several = kind.replace("experts.*.", f"experts.{_number(some[0])}-{_number(some[-1])}.")
+            several = kind.replace("experts.*.", f"experts.{some[0].expert}-{some[-1].expert}.")
             units[some[0].name if len(some) == 1 else several] = some
     return units
 
@@ -135,12 +127,6 @@ def _fits(job: Job, types: tuple[WeightType, ...]) -> list[tuple[WeightType, ...
 
 def _shape(weight_type: WeightType) -> tuple[object, ...]:
     return weight_type.shape, weight_type.dtype, weight_type.transposed
-
-
-def _number(weight_type: WeightType) -> int:
-    """Which of the experts it is."""
-    found = _EXPERT.search(weight_type.name)
-    return int(found[1]) if found else 0
 
 
 def _seed(seed: int, weight_type: str) -> int:

@@ -20,6 +20,7 @@ from lesa_ray.checkpoint.manifest import MANIFEST_FILE, Manifest
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.report.page.schema import Analysis, Comparison
+from lesa_ray.report.page.words import listed
 
 COMPARISON_FILE, ANALYSIS_FILE, METRICS = "comparison.json", "analysis.json", "training/metrics.jsonl"
 _RUN_FILE, _RESULT_FILE = "training/run.json", "training/result.json"
@@ -178,7 +179,7 @@ def _add_plans(run: str, comparison: Comparison, material: Material) -> None:
             material.expansions.append(Expansion(arm.name, urls[0], manifest, arm_of=comparison.name))
     if gone:
         material.missing.append(
-            f"Plan and fit of {_listed(gone)}: the expanded checkpoint is no longer where {comparison.name} made it."
+            f"Plan and fit of {listed(gone)}: the expanded checkpoint is no longer where {comparison.name} made it."
         )
 
 
@@ -188,10 +189,6 @@ def _distant_manifest(url: str, run: str) -> Manifest | None:
         return _manifest(content, run)
     except (OSError, UserError, MachineError, ValueError):
         return None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _tell_apart(material: Material) -> None:
