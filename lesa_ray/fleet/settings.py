@@ -83,7 +83,7 @@ class FleetConfig(GraphConfig):
 
     families: tuple[Family, ...] = Field(min_length=1)
     methods: Several = Field(default=("lesa",), min_length=1)
-    factors: tuple[float, ...] = Field(default=(1.5,), min_length=1)
+    factors: tuple[Annotated[float, Field(gt=1, le=64)], ...] = Field(default=(1.5,), min_length=1)
     """Layers afterwards over layers before; `factor` names a single one."""
     stages: StageSettings = Field(min_length=1)
     """Which stages there are, and their settings. tokenize(family) and expand(family, method, factor) come first, then

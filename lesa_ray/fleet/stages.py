@@ -16,7 +16,9 @@ from lesa_ray.checkpoint.storage import explain
 from lesa_ray.config import ExpandConfig, Settings, validated
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
-from lesa_ray.expansion.registry import METHODS
+from lesa_ray.expansion.auto import AUTO
+from lesa_ray.expansion.method import check_settings
+from lesa_ray.expansion.registry import METHODS, get_method
 from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_identity, tokenizer_identity
 from lesa_ray.fleet.settings import Amount, absolute
 from lesa_ray.store.identity import Identity, code_version
@@ -154,63 +156,87 @@ class StageBuilder:
     def tokenize(self, label: str, options: Options, data: Sequence[str], tokenizer: str) -> Source:
         """Text → token blocks."""
         given = {"data": tuple(map(absolute, data)), "tokenizer": absolute(tokenizer)}
+        checked = self._checked("tokenize", options, given)
+        assert isinstance(checked, TokenizeConfig)
         found = {
-            "data": self._found(data_identity, given["data"], *_dataset(options.settings)),
+            "data": self._found(data_identity, given["data"], checked.dataset_config, checked.dataset_split),
             "tokenizer": self._found(tokenizer_identity, given["tokenizer"]),
         }
-        return self._add("tokenize", label, options, given, found)
+        return self._add("tokenize", checked, label, options, given, found)
 
     def expand(self, label: str, options: Options, base: Source, **given: Any) -> Source:
         """A base → a deeper checkpoint. given: method, factor, layers, seed."""
+        given["base"] = base.given
+        checked = self._checked("expand", options, given)
+        assert isinstance(checked, ExpandConfig)
+        if checked.method != AUTO:
+            try:
+                check_settings(checked, get_method(checked.method))
+            except UserError as error:
+                raise UserError(f"{options.where}: {error}") from error
         inputs = {"base": base.found}
-        variants = options.settings.get("variants")
-        if variants and isinstance(variants, list | tuple):
-            given["variants"] = tuple(map(absolute, variants))
+        if checked.variants:
+            given["variants"] = tuple(map(absolute, checked.variants))
             inputs["variants"] = [self._found(checkpoint_identity, variant) for variant in given["variants"]]
-        if options.settings.get("importance"):
-            given["importance"] = absolute(str(options.settings["importance"]))
+        if checked.importance is not None:
+            given["importance"] = absolute(checked.importance)
             inputs["importance"] = self._found(file_identity, given["importance"])
-        return self._add("expand", label, options, {"base": base.given, **given}, inputs)
+        return self._add("expand", checked, label, options, given, inputs)
 
     def pretrain(self, label: str, options: Options, checkpoint: Source, blocks: Source, **given: Any) -> Source:
         """A checkpoint → the same, trained on."""
         inputs = {"checkpoint": checkpoint.found, "data": blocks.found}
-        places = {"checkpoint": checkpoint.given, "data": blocks.given}
-        return self._add("pretrain", label, options, {**places, **given}, inputs)
+        given |= {"checkpoint": checkpoint.given, "data": blocks.given}
+        return self._add("pretrain", self._checked("pretrain", options, given), label, options, given, inputs)
 
     def finetune(self, label: str, options: Options, checkpoint: Source, **given: Any) -> Source:
         """A checkpoint → the same, fine-tuned on conversations, which the options name."""
-        more, inputs = options.settings, {"checkpoint": checkpoint.found}
-        if "data" not in more:
+        if "data" not in options.settings:
             raise UserError(f"{options.where}.data: missing; give conversations")
-        given |= {"checkpoint": checkpoint.given, "data": absolute(str(more["data"]))}
-        inputs["data"] = self._found(data_identity, (given["data"],), *_dataset(more))
-        if more.get("tokenizer"):
-            given["tokenizer"] = absolute(str(more["tokenizer"]))
+        given["checkpoint"] = checkpoint.given
+        checked = self._checked("finetune", options, given)
+        assert isinstance(checked, FinetuneConfig)
+        given["data"] = absolute(checked.data)
+        inputs = {
+            "checkpoint": checkpoint.found,
+            "data": self._found(data_identity, (given["data"],), checked.dataset_config, checked.dataset_split),
+        }
+        if checked.tokenizer is not None:
+            given["tokenizer"] = absolute(checked.tokenizer)
             inputs["tokenizer"] = self._found(tokenizer_identity, given["tokenizer"])
-        return self._add("finetune", label, options, given, inputs)
+        return self._add("finetune", checked, label, options, given, inputs)
 
     def evaluate(self, label: str, options: Options, checkpoints: Sequence[Source], blocks: Source | None) -> Source:
         """Measure checkpoints, on the options' own data if they name some, else on the blocks."""
         given: dict[str, Any] = {"checkpoints": tuple(one.given for one in checkpoints)}
         inputs: dict[str, Any] = {"checkpoints": [one.found for one in checkpoints]}
-        named = options.settings.get("data")
-        if named:
-            given["data"] = tuple(map(absolute, (named,) if isinstance(named, str) else named))
+        own = bool(options.settings.get("data"))
+        if blocks is not None and not own:
+            given["data"], inputs["data"] = (blocks.given,), blocks.found
+        checked = self._checked("evaluate", options, given)
+        assert isinstance(checked, EvaluateConfig)
+        if own:
+            given["data"] = tuple(map(absolute, checked.data))
             inputs["data"] = self._found(data_identity, given["data"])
-        elif blocks is not None:
-            given["data"] = (blocks.given,)
-            inputs["data"] = blocks.found
-        return self._add("evaluate", label, options, given, inputs)
+        return self._add("evaluate", checked, label, options, given, inputs)
 
-    def _add(
-        self, kind: str, label: str, options: Options, given: Mapping[str, Any], inputs: Mapping[str, Any]
-    ) -> Source:
+    def _checked(self, kind: str, options: Options, given: Mapping[str, Any]) -> Settings:
+        """A stage's settings, as far as they can be known before it is known where inputs will lie."""
         if taken := sorted(_KNOWN[kind] & options.settings.keys()):
             raise UserError(f"{options.where}.{taken[0]}: is given by the {self._by} itself; leave it out")
+        shown = {name: _placeholder(value) for name, value in {**options.settings, **given}.items()}
+        return validated(CONFIGS[kind], {**shown, "out": "out"}, options.where)
+
+    def _add(
+        self,
+        kind: str,
+        checked: Settings,
+        label: str,
+        options: Options,
+        given: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+    ) -> Source:
         all_given = {**options.settings, **given}
-        shown = {name: _placeholder(value) for name, value in all_given.items()}
-        checked = validated(CONFIGS[kind], {**shown, "out": "out"}, options.where)
         not_counted = checked.not_counted if isinstance(checked, TrainConfig) else _DO_NOT_COUNT[kind]
         left_out = (_KNOWN[kind] - _COUNT.get(kind, frozenset())) | not_counted | _PLACES.get(kind, frozenset())
         settings = checked.model_dump(mode="json", exclude=set(left_out))
@@ -262,11 +288,6 @@ def for_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
 def uses_lesa(method: str) -> bool:
     """Whether the settings of LESA count for a method."""
     return method in METHODS and METHODS[method].predicts
-
-
-def _dataset(settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Which part of a Hugging Face dataset."""
-    return settings.get("dataset_config"), settings.get("dataset_split", "train")
 
 
 def _identified(value: Any, stages: Mapping[str, Stage]) -> Any:

@@ -174,6 +174,15 @@ Change = Callable[[dict[str, Any]], object]
         (lambda c: c["families"][0].pop("data"), "family llama: data is missing"),
         (lambda c: c["families"][0].update(stages={"evaluat": {}}), "stages.evaluat"),
         (lambda c: c.update(resources={"expand": {"gpu": 1}}), "resources.expand.gpu"),
+        (lambda c: c.update(methods=["lesa", "magic"]), "stages.expand: --method magic: unknown; use one of lesa"),
+        (lambda c: c.update(factor=1.0), "file: factors: Input should be greater than 1"),
+        (lambda c: c.update(factor=float("inf")), "file: factors: Input should be a finite number"),
+        (lambda c: c["stages"]["evaluate"].update(data=5), "stages.evaluate: data: Input should be"),
+        (lambda c: c["stages"]["expand"].update(variants=[5]), "stages.expand: variants: Input should be"),
+        (lambda c: c["stages"]["expand"].update(importance=5), "stages.expand: importance: Input should be"),
+        (lambda c: c["stages"]["tokenize"].update(dataset_config=[1]), "stages.tokenize: dataset_config: Input should"),
+        (lambda c: c["stages"]["finetune"].update(dataset_split={}), "stages.finetune: dataset_split: Input should be"),
+        (lambda c: c["stages"]["finetune"].update(data=None), "stages.finetune: data: Input should be"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named_before_anything_runs(change: Change, says: str, models: Path) -> None:
