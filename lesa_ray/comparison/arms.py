@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,6 +119,8 @@ def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:
     if taken := [name for name in _TRAINING_OF_ALL if isinstance(given, dict) and name in given]:
         raise UserError(f"{where}: arms.pretrain.{taken[0]}: is the same for all arms; leave it out")
     grid = {name: value for name, value in entry.items() if name != "label"}
+    if nothing := next(_empty(grid), None):
+        raise UserError(f"{where}: arms.{nothing}: is an empty list; name at least one value, or leave it out")
     points = _spread({"method": "lesa", **grid})
     leaves = [flat(point) for point in points]
     varying = [path for path in leaves[0] if len({repr(one.get(path)) for one in leaves}) > 1]
@@ -126,7 +128,7 @@ def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:
     for point, values in zip(points, leaves, strict=True):
         shown = varying if label else [path for path in values if path != "method"]
         parts = [text for path in shown if (text := _said(path, values.get(path)))]
-        name = " ".join([label or str(values["method"]), *parts])
+        name = " ".join([label or str(values.get("method")), *parts])
         method, train, pretrain = point.pop("method"), point.pop("train", None), point.pop("pretrain", None) or {}
         if not isinstance(method, str) or not isinstance(pretrain, dict):
             raise UserError(f"{where}: arms: {name}: method must be a name, and pretrain a mapping")
@@ -150,6 +152,16 @@ def _spread(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [one for item in value for one in (_spread(item) if isinstance(item, dict) else [item])]
     return [value]
+
+
+def _empty(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of the settings that are lists of nothing: an arm for each of their values is none."""
+    for name, value in settings.items():
+        if value == []:
+            yield f"{prefix}{name}"
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, dict):
+                yield from _empty(one, f"{prefix}{name}.")
 
 
 def _said(path: str, value: Any) -> str:
