@@ -41,15 +41,17 @@ def _knots(value: object) -> object:
     return (value,) if isinstance(value, int | float) else numbers(value)
 
 
+Seed = Annotated[int, Field(ge=0)]
+"""NumPy's generators take no negative one."""
 NewWidth = Annotated[float, Field(gt=0, le=64)]
 Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """A field of several strings; one alone may be given as it is."""
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, unknown keys refused."""
+    """Base of all settings: immutable, unknown keys refused, and numbers that are none (NaN, infinity)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class LesaSettings(Settings):
@@ -112,8 +114,11 @@ class LesaSettings(Settings):
     @classmethod
     def from_recipe(cls, recipe: Recipe, **changes: object) -> LesaSettings:
         """The paper's values, or those of the released notebooks where they differ, with `changes` on top."""
-        published = {"epochs": 10, "norm_weight": 5e-4, "holdout": 0.0} if recipe == "released-code" else {}
-        return cls.model_validate({**published, **changes})
+        return cls.model_validate({**(_RELEASED if recipe == "released-code" else {}), **changes})
+
+
+_RELEASED = {"epochs": 10, "norm_weight": 5e-4, "holdout": 0.0}
+"""What the released notebooks have other than the paper."""
 
 
 class ExpandConfig(Settings):
@@ -160,7 +165,7 @@ class ExpandConfig(Settings):
     lesa: LesaSettings = LesaSettings()
     variants: tuple[str, ...] = ()
     """Other checkpoints of the same shape whose layer triples join LESA's training rows (paper, section 4.4)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all random numbers."""
     shard_size: str = "5GB"
     """Largest file of the result, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)."""
@@ -183,9 +188,9 @@ class ExpandConfig(Settings):
     def _apply_recipe(cls, data: object) -> object:
         """Fill the LESA settings that were not given from the recipe that was."""
         if isinstance(data, dict) and data.get("recipe") == "released-code":
-            given = data.get("lesa") or {}
+            given = data.get("lesa", {})
             if isinstance(given, dict):
-                data = {**data, "lesa": LesaSettings.from_recipe("released-code", **given)}
+                data = {**data, "lesa": {**_RELEASED, **given}}
         return data
 
     @model_validator(mode="after")
@@ -221,8 +226,9 @@ def load_settings(kind: type[Kind], path: str | None, /, **given: object) -> Kin
     data = {} if path is None else read_yaml(path)
     for name, value in given.items():
         if isinstance(value, dict):
-            inner = data.get(name) or {}
-            data[name] = {**(inner if isinstance(inner, dict) else {}), **value}
+            inner = data.get(name)
+            if inner is None or isinstance(inner, dict):  # anything else is wrong, and stays to be refused
+                data[name] = {**(inner or {}), **value}
         elif value is not None and value != () and value != []:
             data[name] = value
     return validated(kind, data, "options" if path is None else f"config {path}")

@@ -165,7 +165,10 @@ def test_a_base_that_cannot_be_expanded(
     [
         (["--factor", "1"], "must be greater than 1"),
         (["--factor", "0.5"], "must be greater than 1"),
-        (["--factor", "nan"], "must be greater than 1"),
+        (["--factor", "nan"], "factor: Input should be a finite number"),
+        (["--factor", "inf"], "factor: Input should be a finite number"),
+        (["--factor", "1e308"], "more than 64 times"),
+        (["--seed", "-1"], "seed: Input should be greater than or equal to 0"),
         (["--factor", "1.01"], "adds no layer to 5; use --layers 6"),
         (["--factor", "2", "--layers", "8"], "give factor or layers, not both"),
         (["--layers", "5"], "the base has 5 already"),
@@ -347,3 +350,9 @@ def test_settings_from_a_file_and_flags_win(
     code, _, line = run(capsys, monkeypatch, "expand", "--config", config)
     assert code == 2
     assert "methods" in line
+    for recipe in ("paper", "released-code"):
+        for lesa in ("5", "[]"):
+            config.write_text(f"base: x\nout: y\nrecipe: {recipe}\nlesa: {lesa}\n")
+            code, _, line = run(capsys, monkeypatch, "expand", "--config", config)
+            assert code == 2
+            assert f"config {config}: lesa: Input should be" in line

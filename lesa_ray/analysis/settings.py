@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from lesa_ray.config import DtypeName, LesaSettings, Settings, Several
+from lesa_ray.config import DtypeName, LesaSettings, Seed, Settings, Several
 from lesa_ray.evaluation.settings import DeviceName, SplitName
 from lesa_ray.sizes import Bytes
 
@@ -42,7 +42,7 @@ class AnalyzeConfig(Settings):
     fit; of an 8B model it takes a GPU."""
     lesa: LesaSettings = LesaSettings()
     """Settings of that fit."""
-    seed: int = 0
+    seed: Seed = 0
     memory_budget: Bytes | None = None
     """Host memory of one weight type's work, in bytes or with a unit. By default four fifths of what is free."""
     gpus_per_task: float | None = Field(default=None, ge=0)

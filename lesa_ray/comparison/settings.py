@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lesa_ray.config import Settings, Several
+from lesa_ray.config import Seed, Settings, Several
 from lesa_ray.fleet.settings import GraphConfig
 
 
@@ -69,7 +69,7 @@ class ComparisonConfig(GraphConfig):
     """Whose tokens the text becomes; by default the base's."""
     tokens: int = Field(ge=1)
     """Tokens every arm is trained on (rounded up to whole steps)."""
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
     """Each arm is run once for each seed: that of the expansion and of the order of the data."""
     arms: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_one_arm)] = Field(min_length=1)
     """Ways to grow the base. Each: `method`, any other setting of `lesa-ray expand`, `train` (what is trained; by

@@ -75,6 +75,8 @@ def target_layers(base_layers: int, factor: float | None, layers: int | None, po
         factor = 1.5 if factor is None else factor
         if not factor > 1:
             raise UserError(f"--factor {factor:g}: must be greater than 1")
+        if factor > 64:
+            raise UserError(f"--factor {factor:g}: more than 64 times the base's {base_layers} layers")
         layers = int(base_layers * factor + 0.5)
         if layers <= base_layers:
             raise UserError(

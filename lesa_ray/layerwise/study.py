@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from lesa_ray.comparison.statistics import Difference, paired, spread
-from lesa_ray.config import Settings
+from lesa_ray.config import Seed, Settings
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.profiles import ProfileName
 from lesa_ray.layerwise.settings import Count, LayerwiseConfig, with_one_multiple
@@ -54,7 +54,7 @@ class StudyConfig(Settings):
     """What is compared; isotropic is what the others are measured against."""
     layers: tuple[int, ...] = (12, 18)
     """Depths, each compared in itself."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Runs of each model."""
     parallel: int = Field(default=1, ge=1)
     """Runs at once. What each asks for (`train`: workers, cpus_per_worker, gpus_per_worker) must find room beside the

@@ -6,11 +6,11 @@ round differently, no more). Those of `OPERATIONAL` are not: they may differ whe
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lesa_ray.config import Settings
+from lesa_ray.config import Seed, Settings
 from lesa_ray.training.data_settings import TokenizeConfig
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
@@ -18,6 +18,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 ScratchDtype = Literal["float32", "bfloat16"]
 LoggerName = Literal["mlflow", "wandb"]
 InsertOrder = Literal["together", "bottom", "top"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 OPERATIONAL = (
     "out",
@@ -81,14 +82,14 @@ class TrainConfig(Settings):
     """The rate at the end, as a share of the peak."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW's, on matrices only (LLaMA Pro; GPT-3, Llama)."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's (GPT-3, Llama)."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient (LLaMA Pro; GPT-3, Llama)."""
     precision: Precision = "auto"
     """`bf16`: matrix products and activations in bfloat16; trained weights, sums of gradients and the optimizer in
     float32. `fp32`: everything in float32. `auto`: bf16 on GPUs and on CPUs with AMX, else fp32."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the data; and the initial weights from scratch."""
     dtype: ScratchDtype | None = None
     """From scratch: element type of the result, bfloat16 unless given. With a checkpoint it is the checkpoint's."""
@@ -214,7 +215,7 @@ class FinetuneConfig(TrainConfig):
     """Warm-up from zero: a share of the steps if below 1, else steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on matrices only."""
-    seed: int = 0
+    seed: Seed = 0
     """Order of the data."""
     tokenizer: str | None = None
     """A folder, repo id or URL with a tokenizer and its chat template. By default the checkpoint's."""

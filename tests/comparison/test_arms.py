@@ -144,6 +144,11 @@ def test_the_base_may_be_trained_on_with_settings_of_its_own() -> None:
         ({"pretrain": {"steps": 5}}, "file: pretrain.steps: is given by the comparison itself; name `tokens` beside"),
         ({"expand": {"method": "lesa"}}, "file: expand.method: is given by the comparison itself; name it in `arms`"),
         ({"name": "a/b"}, "file: name: name 'a/b'"),
+        ({"seeds": [0, -1]}, "file: seeds: Input should be greater than or equal to 0"),
+        ({"losses": [float("nan")]}, "file: losses: Input should be a finite number"),
+        ({"arms": {"position": []}}, "file: arms.position: is an empty list"),
+        ({"arms": {"lesa": {"epochs": []}}}, "file: arms.lesa.epochs: is an empty list"),
+        ({"arms": {"method": {"lesa": 1}}}, "method must be a name"),
     ],
 )
 def test_wrong_settings_are_named(change: dict[str, Any], says: str) -> None:
