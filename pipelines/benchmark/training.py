@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -167,11 +166,8 @@ def worker(rank: int, folder: str, settings: dict[str, Any], rounds: int, steps:
     half = prepare(
         TrainConfig.model_validate(settings | {"train": upper, "out": f"{settings['out']}-upper"}), gpus=cuda
     )
-    ways: dict[str, Callable[[int, int], None]] = {
-        HAND: Hand(whole, device).steps,
-        OURS: Ours(replace(whole), device).steps,
-        UPPER: Ours(half, device).steps,
-    }
+    hand, ours, upper_half = Hand(whole, device), Ours(whole, device), Ours(half, device)
+    ways: dict[str, Callable[[int, int], None]] = {HAND: hand.steps, OURS: ours.steps, UPPER: upper_half.steps}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, go in ways.items():
@@ -185,7 +181,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any], rounds: int, steps:
                 seconds[name].append((time.perf_counter() - begun) / steps)
     if rank == 0:
         peak = peak_flops(torch.cuda.get_device_name(device), torch.bfloat16) if cuda else None
-        flops = {OURS: Ours(whole, device).flops, UPPER: Ours(half, device).flops}
+        flops = {OURS: ours.flops, UPPER: upper_half.flops}
         with open(os.path.join(folder, "seconds.json"), "w", encoding="utf-8") as file:
             json.dump({"seconds": seconds, "flops": flops, "peak": peak}, file)
     dist.barrier()
