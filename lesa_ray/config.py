@@ -174,10 +174,10 @@ class ExpandConfig(Settings):
     gpus_per_task: float | None = Field(default=None, ge=0)
     """GPUs that one unit of work asks Ray for. By default one where the cluster has GPUs, else none."""
     memory_budget: Bytes | None = None
-    """Host memory of one unit of work beside the interpreter's, e.g. 8GB. By default four fifths of what is free where
-    it runs.
+    """Host memory of one unit of work beside the interpreter's, e.g. 8GB; LESA's coefficients that do not fit go to a file
+    in LESA_RAY_SCRATCH. By default four fifths of what is free where it runs.
 
-    LESA's coefficients go to node-local scratch where they do not fit."""
+    Without that variable on the node the file lies in its folder for temporary files."""
     cpus_per_task: int = Field(default=1, ge=1)
     """CPU cores and threads of one unit.
 

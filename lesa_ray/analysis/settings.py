@@ -44,7 +44,8 @@ class AnalyzeConfig(Settings):
     """Settings of that fit."""
     seed: Seed = 0
     memory_budget: Bytes | None = None
-    """Host memory of one weight type's work, in bytes or with a unit. By default four fifths of what is free."""
+    """Host memory of one weight type's work, in bytes or with a unit. By default four fifths of what is free.
+    What does not fit goes to a file, as `expand`'s does (LESA_RAY_SCRATCH)."""
     gpus_per_task: float | None = Field(default=None, ge=0)
     """On a cluster, GPUs that one weight type asks Ray for. By default one where there are some, else none."""
     cpus_per_task: int | None = Field(default=None, ge=1)

@@ -10,8 +10,6 @@ read once and kept.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -31,7 +29,7 @@ from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, open_checkpoint
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.memory import default_budget
+from lesa_ray.expansion.memory import default_budget, scratch_dir
 from lesa_ray.expansion.widths import Width, Widths, read_widths
 from lesa_ray.layerwise.names import MODEL_TYPE
 from lesa_ray.lesa.alignment import Layer
@@ -228,7 +226,7 @@ def work_on_type(
         return loads[0](layer) if len(loads) == 1 else torch.cat([load(layer) for load in loads], dim=1)
 
     share = 0.5 if subject.fits else 1.0
-    scratch = os.environ.get("LESA_RAY_SCRATCH", tempfile.gettempdir())
+    scratch = scratch_dir()
     left = budget - subject.nbytes(name) if budget is not None and keeps else budget
     figures = analyse_type(
         side_by_side,

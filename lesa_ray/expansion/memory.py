@@ -1,13 +1,16 @@
-"""The memory that a unit may take, and giving back what it no longer needs."""
+"""The memory that a unit may take, where it puts what does not fit, and giving back what it no longer needs."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import tempfile
 from pathlib import Path
 
 UNIT_SHARE = 0.8
 """Of the free memory that one unit takes by default; the rest is for its worker's own and for the page cache."""
+SCRATCH_VARIABLE = "LESA_RAY_SCRATCH"
 _CONTROL_GROUPS = (
     ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),  # version 2
     (
@@ -52,6 +55,12 @@ def default_budget() -> int | None:
         return int(UNIT_SHARE * free_memory())
     except (OSError, StopIteration):
         return None
+
+
+def scratch_dir() -> str:
+    """The folder on this machine's own disk for what fits in no memory: LESA_RAY_SCRATCH, else that for temporary
+    files. Each machine has its own; it is no part of a run's settings."""
+    return os.environ.get(SCRATCH_VARIABLE, tempfile.gettempdir())
 
 
 def gpu_memory(share: float | None) -> int:

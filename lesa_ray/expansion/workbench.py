@@ -8,8 +8,6 @@ whose record is there is done, whoever asks.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import read_anatomy
@@ -17,7 +15,7 @@ from lesa_ray.checkpoint.finite import assert_finite
 from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_entries
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
-from lesa_ray.expansion.memory import default_budget, gpu_memory, return_freed_memory
+from lesa_ray.expansion.memory import default_budget, gpu_memory, return_freed_memory, scratch_dir
 from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
 from lesa_ray.expansion.methods.resizing import run_resizing
 from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
@@ -102,7 +100,7 @@ def run_unit(
             context = RunContext(
                 device=device,
                 device_memory=gpu_memory(job.config.gpus_per_task) if device == "cuda" else 0,
-                scratch_dir=os.environ.get("LESA_RAY_SCRATCH", tempfile.gettempdir()),
+                scratch_dir=scratch_dir(),
                 memory_budget=job.config.memory_budget or default_budget(),
                 progress=progress,
             )

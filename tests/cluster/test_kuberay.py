@@ -14,6 +14,7 @@ import typer.main
 
 from lesa_ray.cli import app
 from lesa_ray.config import ExpandConfig, load_settings
+from lesa_ray.expansion.memory import SCRATCH_VARIABLE
 from lesa_ray.training.train_settings import TrainConfig
 from tests.cluster.manifests import CLUSTER, MANIFESTS, documents, of_kind, validate
 
@@ -82,6 +83,16 @@ def test_the_cluster_grows_from_nothing_and_its_pods_have_the_role() -> None:
     assert "eks.amazonaws.com/role-arn" in account["metadata"]["annotations"]
     limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in groups.items()}
     assert ["nvidia.com/gpu" in limits[name] for name in ("cpu", "gpu")] == [False, True]
+
+
+def test_what_fits_in_no_memory_goes_to_a_volume_of_the_worker() -> None:
+    (cluster,) = of_kind("RayCluster")
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        (place,) = [variable["value"] for variable in container["env"] if variable["name"] == SCRATCH_VARIABLE]
+        (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == place]
+        assert {"name": name, "emptyDir": {}} in pod["volumes"]
 
 
 def test_the_plain_cron_job_submits_to_that_cluster_with_its_token() -> None:

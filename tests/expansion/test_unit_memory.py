@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from lesa_ray import ExpandConfig
+from lesa_ray import ExpandConfig, cli
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.estimate import estimate
 from lesa_ray.expansion.lesa_task import task_here
-from lesa_ray.expansion.memory import free_memory, gpu_memory
+from lesa_ray.expansion.memory import SCRATCH_VARIABLE, free_memory, gpu_memory, scratch_dir
 from lesa_ray.expansion.method import Job, RunContext
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.lesa.cost import unit_cost
@@ -47,6 +49,15 @@ def test_pages_of_files_are_free_in_a_container(version: tuple[str, str, str, st
 def test_a_unit_has_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1000))
     assert [gpu_memory(share) for share in (None, 1, 0.25, 2)] == [1000, 1000, 250, 1000]
+
+
+def test_scratch_is_in_the_folder_that_the_machine_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SCRATCH_VARIABLE, raising=False)
+    assert scratch_dir() == tempfile.gettempdir()
+    monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path))
+    assert scratch_dir() == str(tmp_path)
+    told = CliRunner().invoke(cli.app, ["expand", "--help"], env={"COLUMNS": "400"})
+    assert SCRATCH_VARIABLE in told.output
 
 
 class _Reached(Exception):
