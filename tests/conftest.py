@@ -52,7 +52,9 @@ def local_ray() -> Iterator[None]:
     """One embedded Ray with four CPUs for the session."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    from lesa_ray.distributed.cluster import EMBEDDED
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, labels=EMBEDDED)
     yield
     ray.shutdown()
 

@@ -29,6 +29,7 @@ from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
 
 if TYPE_CHECKING:
+    from lesa_ray.distributed.cluster import Share
     from lesa_ray.evaluation.checkpoints import Bounds
     from lesa_ray.evaluation.measure import Job as Forward
 
@@ -55,10 +56,17 @@ class _Work:
         return [*([_RESIDUAL] if self.residual is not None else []), *self.subject.blocks, *types]
 
     def do(self, piece: str, device: str, progress: Progress = lambda phase, share: None) -> Any:
-        if piece in self.subject.types:
-            return work_on_type(self.subject, piece, device, progress)
-        if piece in self.subject.blocks:
-            return work_on_block(self.subject, piece, device, progress)
+        import torch
+
+        try:
+            if piece in self.subject.types:
+                return work_on_type(self.subject, piece, device, progress)
+            if piece in self.subject.blocks:
+                return work_on_block(self.subject, piece, device, progress)
+        except torch.OutOfMemoryError as error:
+            raise MachineError(
+                f"{piece}: the GPU's memory is full; give it a larger --gpus-per-task, or --device cpu"
+            ) from error
         from lesa_ray.analysis.residual import measure_residual
 
         assert self.residual is not None
@@ -198,33 +206,43 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     """A Ray task for each piece; the first to fail stops the others."""
     import ray
 
-    from lesa_ray.distributed.ray_runner import share_of_task, start_ray
+    from lesa_ray.distributed.cluster import share_of_task
+    from lesa_ray.distributed.ray_runner import start_ray
     from lesa_ray.distributed.tasks import Tasks
 
     listener.phase("starting Ray", 0)
     start_ray()
     config = work.subject.config
-    gpus, cpus, memory = share_of_task(
-        "a piece", len(pieces), device=config.device, gpus=config.gpus_per_task, cpus=config.cpus_per_task
+    share = share_of_task(
+        "a piece",
+        len(pieces),
+        device=config.device,
+        gpus=config.gpus_per_task,
+        cpus=config.cpus_per_task,
+        tell=lambda text: listener.phase(text, 0),
     )
     listener.phase(_title(work), len(pieces))
     shared = ray.put(work)
     with Tasks[str](_task) as tasks:
         for piece in pieces:
-            room = min(_memory(work, piece), memory)
-            tasks.start(piece, f"analyze {piece}", shared, piece, cpus, num_cpus=cpus, num_gpus=gpus, memory=room)
+            tasks.start(piece, f"analyze {piece}", shared, piece, share, **share.options(_memory(work, piece)))
         while tasks:
             for piece, result in tasks.ended():
                 finished(piece, result)
             listener.progress(len(pieces) - len(tasks), ", ".join(list(tasks)[:2]))
 
 
-def _task(work: _Work, piece: str, threads: int) -> Any:
+def _task(work: _Work, piece: str, share: Share) -> Any:
     import ray
     import torch
 
-    torch.set_num_threads(threads)
-    return work.do(piece, "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+    from lesa_ray.lesa.room import limit_device
+
+    torch.set_num_threads(share.cpus)
+    if not (ray.get_gpu_ids() and torch.cuda.is_available()):
+        return work.do(piece, "cpu")
+    limit_device(share.gpus)
+    return work.do(piece, "cuda")
 
 
 def _memory(work: _Work, piece: str) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
-
 from lesa_ray.checkpoint.storage import explain
 from lesa_ray.comparison.collect import Collector
 from lesa_ray.comparison.graph import Comparison
+from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.fleet import Say, run_fleet
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.fleet.state import Outcome
@@ -51,15 +50,15 @@ def run_comparison(comparison: Comparison, say: Say) -> tuple[dict[str, Any], li
 
 def _cluster() -> dict[str, Any]:
     """What the runs are made on."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = machines()
     prefix = "accelerator_type:"
-    kinds = sorted({name.removeprefix(prefix) for node in nodes for name in node if name.startswith(prefix)})
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    kinds = sorted({name.removeprefix(prefix) for node in there.nodes for name in node if name.startswith(prefix)})
+    gpus = there.total("GPU")
     return {
         "device": " and ".join(kinds) if gpus and kinds else "GPU" if gpus else _cpu(),
         "gpus": gpus,
-        "cpus": sum(node.get("CPU", 0.0) for node in nodes),
-        "nodes": len(nodes),
+        "cpus": there.total("CPU"),
+        "nodes": len(there.nodes),
         "when": utc_now(),
     }
 

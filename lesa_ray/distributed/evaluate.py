@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.storage import Storage, explain
 from lesa_ray.errors import MachineError, UserError
@@ -27,6 +27,9 @@ from lesa_ray.evaluation.measure import Job, Outcome, make_job, measure
 from lesa_ray.evaluation.paired import difference
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Listener, Silent
+
+if TYPE_CHECKING:
+    from lesa_ray.distributed.cluster import Share
 
 FORMAT = 1
 FILE = "evaluation.json"
@@ -107,20 +110,22 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     """One Ray task for each checkpoint; the first to fail stops the others."""
     import ray
 
+    from lesa_ray.distributed.cluster import share_of_task
     from lesa_ray.distributed.health import Health
-    from lesa_ray.distributed.ray_runner import new_board, share_of_task, start_ray
+    from lesa_ray.distributed.ray_runner import new_board, start_ray
     from lesa_ray.distributed.tasks import Tasks
 
     start_ray()
     names = job.config.checkpoints
-    listener.phase(_title(names), len(names))
-    gpus, cpus, memory = share_of_task(
+    share = share_of_task(
         "a checkpoint",
         len(names),
         device=job.config.device,
         gpus=job.config.gpus_per_task,
         cpus=job.config.cpus_per_task,
+        tell=lambda text: listener.phase(text, 0),
     )
+    listener.phase(_title(names), len(names))
     board, health = new_board(), Health(job.config.out or names[0], "evaluate")
     outcomes: dict[int, Outcome] = {}
     try:
@@ -129,10 +134,8 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
                 tasks.start(
                     index,
                     f"evaluate {bound.name}",
-                    *(job, bound, cpus, str(index), board),
-                    num_cpus=cpus,
-                    num_gpus=gpus,
-                    memory=min(_weights(bound, job.config) + _INTERPRETER_BYTES, memory),
+                    *(job, bound, share, str(index), board),
+                    **share.options(_weights(bound, job.config) + _INTERPRETER_BYTES),
                 )
             while tasks:
                 for index, outcome in tasks.ended():
@@ -152,13 +155,17 @@ def _weights(bound: Bounds, config: EvaluateConfig) -> int:
     return bound.nbytes if config.dtype is None else bound.parameters * (4 if config.dtype == "float32" else 2)
 
 
-def _task(job: Job, bound: Bounds, threads: int, key: str, board: Any) -> Outcome:
+def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any) -> Outcome:
     import ray
     import torch
 
-    torch.set_num_threads(threads)
+    from lesa_ray.lesa.room import limit_device
+
+    torch.set_num_threads(share.cpus)
     if not ray.get_gpu_ids():
         job = replace(job, config=job.config.model_copy(update={"device": "cpu"}))
+    elif torch.cuda.is_available():
+        limit_device(share.gpus)
     told, shown = -math.inf, ""
 
     def progress(phase: str, share: float) -> None:

@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import explain
+from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.ray_runner import new_board, start_ray
 from lesa_ray.distributed.stage_task import Done, run_stage
 from lesa_ray.distributed.tasks import POLL_SECONDS, result_of
@@ -159,9 +160,9 @@ class _Fleet:
         if not ready:
             return
         self._connect()
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        total = total_of(nodes, self._config.budget)
-        amounts = {s.id: s.resources or demand(s.settings("out", self._places), nodes) for s in ready}
+        there = machines()
+        total = total_of(there, self._config.budget)
+        amounts = {s.id: s.resources or demand(s.settings("out", self._places), there) for s in ready}
         running = [one.amount for one in self._running.values()]
         for stage in choose(ready, lambda one: amounts[one.id], running, total, self._config.at_once):
             with self._store_faults(stage):

@@ -24,10 +24,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
+from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
-from lesa_ray.errors import MachineError, UserError
-from lesa_ray.expansion.method import Unit
+from lesa_ray.errors import MachineError
+from lesa_ray.expansion.method import Device, Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
@@ -69,7 +70,7 @@ def start_ray() -> bool:
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     with as_before():
-        ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
     return True
 
 
@@ -100,28 +101,6 @@ def on_this_machine() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def share_of_task(
-    what: str, tasks: int, *, device: str | None, gpus: float | None, cpus: int | None
-) -> tuple[float, int, int]:
-    """GPUs and CPU cores of each of `tasks` that run side by side: as asked for, else a GPU where there are some, and
-    the cluster's cores shared out; and the bytes of memory that a task may ask for and find a node.
-
-    what: what a message calls a task. device: cpu, cuda, or None for whichever there is. Raises: UserError if a GPU is
-    asked for and there is none; MachineError if no node has so many."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most_gpus, most_cpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU"))
-    if gpus is None:
-        gpus = 1 if most_gpus and device != "cpu" else 0
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
-    cpus = cpus or max(1, int(min(most_cpus, sum(node.get("CPU", 0) for node in nodes) // tasks)))
-    if gpus > most_gpus or cpus > most_cpus:
-        raise MachineError(
-            f"{what} asks for {gpus:g} GPUs and {cpus} CPUs; the largest node has {most_gpus:g} and {most_cpus:g}"
-        )
-    return gpus, cpus, int(0.9 * max(node.get("memory", 0) for node in nodes))
-
-
 class Board:
     """Keeps how far each unit is, for the driver to look at."""
 
@@ -140,9 +119,14 @@ def new_board() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
 
 
-def _unit_task(expansion: Expansion, unit: Unit, threads: int, board: Any) -> tuple[dict[str, Any], int]:
+def _unit_task(expansion: Expansion, unit: Unit, share: Share, board: Any) -> tuple[dict[str, Any], int]:
     import torch
 
+    from lesa_ray.lesa.room import limit_device
+
+    device: Device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        limit_device(share.gpus)
     last = 0.0
 
     def progress(phase: str, share: float) -> None:
@@ -157,8 +141,8 @@ def _unit_task(expansion: Expansion, unit: Unit, threads: int, board: Any) -> tu
         expansion.made_in,
         expansion.checkpoint,
         expansion.job.config.out,
-        device="cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu",
-        threads=threads,
+        device=device,
+        threads=share.cpus,
         progress=progress,
     )
     return record, own_peak_memory()
@@ -183,20 +167,19 @@ class RayRunner:
     def __init__(self) -> None:
         start_ray()
         self._peak = own_peak_memory()
-        resources = ray.cluster_resources()
-        self._gpus = resources.get("GPU", 0)
-        self._node_memory = max(
-            (node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0
-        )
-        self._node_cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
 
     def run_units(self, expansion: Expansion, units: list[Unit], listener: Listener) -> dict[str, Any]:
         config = expansion.job.config
-        if config.cpus_per_task > self._node_cpus:
-            raise MachineError(f"a unit asks for {config.cpus_per_task} CPUs; the largest node has {self._node_cpus:g}")
-        gpus = config.gpus_per_task if config.gpus_per_task is not None else (1 if self._gpus else 0)
-        if gpus > self._gpus:
-            raise MachineError(f"a unit asks for {gpus:g} GPUs; the cluster has {self._gpus:g}")
+        memory = {unit.name: unit.memory + _INTERPRETER_BYTES for unit in units}
+        share = share_of_task(
+            "a unit",
+            len(units),
+            gpus=config.gpus_per_task,
+            cpus=config.cpus_per_task,
+            # A budget that was stated is what a unit will hold; by default it holds what there is where it runs.
+            memory=max(memory.values()) if config.memory_budget else 0,
+            tell=lambda text: listener.progress(0.0, text),
+        )
         shared = ray.put(_for_any_folder(expansion))
         board, health = new_board(), Health(Storage(config.out).url, "expand")
         waiting = sorted(units, key=lambda unit: -unit.flops)
@@ -210,10 +193,8 @@ class RayRunner:
                         tasks.start(
                             unit.name,
                             f"unit {unit.name}",
-                            *(shared, unit, config.cpus_per_task, board),
-                            num_cpus=config.cpus_per_task,
-                            num_gpus=gpus,
-                            memory=min(unit.memory + _INTERPRETER_BYTES, int(self._node_memory * 0.9)),
+                            *(shared, unit, share, board),
+                            **share.options(memory[unit.name]),
                         )
                     for name, (record, peak) in tasks.ended():
                         records[name] = record

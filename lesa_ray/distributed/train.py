@@ -17,9 +17,8 @@ import logging
 import os
 import pickle
 import threading
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,14 @@ import ray
 from ray.exceptions import RayError
 
 from lesa_ray.checkpoint.storage import Storage, explain, first_contact
+from lesa_ray.distributed.cluster import await_room, machines, may_grow
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.machines import Machines, told
 from lesa_ray.training.export import ExportPlan, OutFile, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
 from lesa_ray.training.lineage import replayed
@@ -72,13 +73,13 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     if state == "done":
         return trained_result(run, reused=True)
     listener.phase("starting Ray", 0)
-    embedded = start_ray()
-    if state == "fresh" and config.precision == "auto" and _wants_gpus(config):
+    start_ray()
+    if state == "fresh" and config.precision == "auto" and machines().gpus_each(config.gpus_per_worker):
         run = prepare(config, gpus=True)
     if not is_trained(run):
         if (warning := replayed(run)) is not None:
             log.warning(warning)
-        resources = wait_for_room(config, 0.0 if embedded else config.wait, listener)
+        resources = wait_for_room(config, listener)
         with first_contact(f"OUT {config.out}"):
             claim(run)
         _fit(run, resources, listener)
@@ -88,12 +89,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
 
 def _is_shared(run: Run) -> bool:
     """Whether more machines than this one can write at OUT."""
-    return not Storage(run.config.out).is_local or len(_alive()) > 1
-
-
-def _alive() -> list[dict[str, Any]]:
-    """What each machine of the cluster has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return not Storage(run.config.out).is_local or len(machines().nodes) > 1
 
 
 def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
@@ -109,54 +105,42 @@ def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
                 health.task_ended(sizes[name])
 
 
-def _wants_gpus(config: TrainConfig) -> bool:
-    if config.gpus_per_worker is not None:
-        return config.gpus_per_worker > 0
-    return bool(ray.cluster_resources().get("GPU", 0) > 0)
-
-
-def _resources(config: TrainConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[Resources, int]:
+def _resources(config: TrainConfig, there: Machines) -> tuple[Resources, int]:
     """What a worker asks for, and how many such workers the machines can give.
 
     Where cores are not asked for, each worker gets as many as leave room for the most workers, else for the fewest."""
     fewest, most = config.worker_range
-    gpus = config.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-    cores = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    gpus = there.gpus_each(config.gpus_per_worker)
     choices = [config.cpus_per_worker or (1 if gpus else 0)]
     if not choices[0]:
-        choices = list(range(max(1, cores), 0, -1))
-    room = {
-        cpus: sum(_fitting(node, Resources(fewest, most, cpus, gpus).per_worker) for node in nodes) for cpus in choices
-    }
+        choices = list(range(max(1, int(there.most("CPU"))), 0, -1))
+    room = {cpus: there.room(Resources(fewest, most, cpus, gpus).per_worker) for cpus in choices}
     fitting = [cpus for wanted in (most, fewest) for cpus in choices if room[cpus] >= wanted]
     cpus = fitting[0] if fitting else choices[-1]
     return Resources(fewest, most, cpus, gpus), room[cpus]
 
 
-def wait_for_room(config: TrainConfig, seconds: float, listener: Listener) -> Resources:
-    """Wait until the cluster's machines can give the fewest workers.
+def wait_for_room(config: TrainConfig, listener: Listener) -> Resources:
+    """What a worker gets, as soon as the cluster's machines can give the fewest workers; it is asked for more of them.
 
-    Raises: UserError if they still cannot after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        resources, room = _resources(config, _alive())
-        if room >= resources.fewest:
-            return resources
-        if time.monotonic() >= deadline:
-            asked = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.per_worker.items())
-            waited = f" after {seconds:g} s of waiting" if seconds else ""
-            raise UserError(
-                f"workers {resources.fewest} of {asked} each: the cluster can give {room}{waited}; ask for fewer, or "
-                "for less of each (cpus_per_worker, gpus_per_worker)"
-            )
-        listener.phase(f"waiting for {resources.fewest} workers, the cluster can give {room}", 0)
-        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
-
-
-def _fitting(node: Mapping[str, float], each: Mapping[str, float]) -> int:
-    return int(min(node.get(kind, 0.0) // amount for kind, amount in each.items()))
+    Raises: UserError if they cannot and it cannot grow; MachineError if it has not grown so far in `config.wait`."""
+    grows = may_grow()
+    least, _ = _resources(config, machines())
+    there = await_room(
+        lambda there: _resources(config, there)[1] >= least.fewest,
+        least.per_worker,
+        least.fewest,
+        config.wait if grows else 0.0,
+        lambda text: listener.phase(text, 0),
+    )
+    resources, room = _resources(config, there)
+    if room >= resources.fewest:
+        return resources
+    can = f"workers {resources.fewest} of {told(resources.per_worker)} each: the cluster can give {room}"
+    ask = "ask for fewer, or for less of each (cpus_per_worker, gpus_per_worker)"
+    if grows:
+        raise MachineError(f"{can} after {config.wait:g} s of waiting; let it grow further, or {ask}")
+    raise UserError(f"{can}; {ask}")
 
 
 def _fit(run: Run, resources: Resources, listener: Listener) -> None:
@@ -193,7 +177,7 @@ def _raise_failure(board: Any) -> None:
 
 def _trainer(run: Run, resources: Resources, board: Any) -> Any:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if len(_alive()) == 1:  # a machine that goes takes its watcher along
+    if len(machines().nodes) == 1:  # a machine that goes takes its watcher along
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from fsspec.implementations.memory import MemoryFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from lesa_ray.config import DtypeName, Settings, Several
+from lesa_ray.machines import Gpus
 
 SplitName = Literal["heldout", "train"]
 DeviceName = Literal["cpu", "cuda"]
@@ -43,7 +44,7 @@ class EvaluateConfig(Settings):
     """Worked examples before each question of a task. By default as the task says."""
     out: str | None = None
     """Where the report goes as JSON: a `.json` file or a folder, local or a URL. By default nowhere."""
-    gpus_per_task: float | None = Field(default=None, ge=0)
+    gpus_per_task: Gpus | None = None
     """GPUs one checkpoint asks Ray for. By default one where the cluster has GPUs, else none."""
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPU cores for one checkpoint. By default the cluster's, divided among the checkpoints."""

@@ -8,45 +8,39 @@ tasks always find room.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lesa_ray.config import ExpandConfig, Settings
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.settings import Amount
+from lesa_ray.machines import Machines
 from lesa_ray.training.train_settings import TrainConfig
 
 Item = TypeVar("Item")
 
 
-def demand(settings: Settings, nodes: Sequence[Mapping[str, float]]) -> Amount:
-    """What a stage asks Ray for at the same time; as its command decides where the settings do not.
-
-    nodes: the resources of each machine."""
-    most_cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-    gpu = 1.0 if any(node.get("GPU", 0.0) for node in nodes) else 0.0
+def demand(settings: Settings, there: Machines) -> Amount:
+    """What a stage asks Ray for at the same time; as its command decides where the settings do not."""
     if isinstance(settings, TrainConfig):
         workers = settings.worker_range[0]
-        gpus = gpu if settings.gpus_per_worker is None else settings.gpus_per_worker
+        gpus = there.gpus_each(settings.gpus_per_worker)
         if settings.cpus_per_worker is None and not gpus:  # the cluster's cores are shared out among the workers
-            return Amount(cpus=sum(node.get("CPU", 0.0) for node in nodes))
+            return Amount(cpus=there.total("CPU"))
         return Amount(cpus=workers * (settings.cpus_per_worker or 1), gpus=workers * gpus)
     if isinstance(settings, ExpandConfig):
-        return Amount(
-            cpus=settings.cpus_per_task, gpus=gpu if settings.gpus_per_task is None else settings.gpus_per_task
-        )
+        return Amount(cpus=settings.cpus_per_task, gpus=there.gpus_each(settings.gpus_per_task))
     if isinstance(settings, EvaluateConfig):
-        gpus = gpu if settings.gpus_per_task is None and settings.device != "cpu" else settings.gpus_per_task or 0.0
-        return Amount(cpus=settings.cpus_per_task or most_cpus, gpus=gpus)
+        gpus = there.gpus_each(settings.gpus_per_task, settings.device)
+        return Amount(cpus=settings.cpus_per_task or there.most("CPU"), gpus=gpus)
     return Amount(cpus=1.0)
 
 
-def total_of(nodes: Iterable[Mapping[str, float]], budget: Amount | None) -> Amount:
+def total_of(there: Machines, budget: Amount | None) -> Amount:
     """What all stages together may be reckoned to take."""
     if budget is not None:
         return budget
-    nodes = list(nodes)
-    return Amount(cpus=sum(n.get("CPU", 0.0) for n in nodes), gpus=sum(n.get("GPU", 0.0) for n in nodes))
+    return Amount(cpus=there.total("CPU"), gpus=there.total("GPU"))
 
 
 def choose(

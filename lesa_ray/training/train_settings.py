@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lesa_ray.config import Seed, Settings
+from lesa_ray.machines import GROW_SECONDS, Gpus
 from lesa_ray.training.data_settings import TokenizeConfig
 
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
@@ -110,8 +111,9 @@ class TrainConfig(Settings):
     """Keep sharded weights, gradients and optimizer state in the CPU's memory."""
     workers: int | tuple[int, int] = 1
     """Worker processes, or the fewest and the most (elastic: as many as the cluster can give)."""
-    gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs of a worker. By default one where the cluster has GPUs, else none."""
+    gpus_per_worker: Gpus | None = None
+    """GPUs of a worker. By default one where the cluster has GPUs, else none. A part of one is for a single worker:
+    NCCL refuses two of a run on one GPU."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPU cores and threads of a worker. By default one beside a GPU, else the cluster's cores shared out."""
     checkpoint_every: int = Field(default=500, ge=1)
@@ -124,8 +126,8 @@ class TrainConfig(Settings):
     """Steps between rows of metrics; whether the loss is still a number is looked at as often."""
     loggers: tuple[LoggerName, ...] = ()
     """Where metrics go beside metrics.jsonl and TensorBoard."""
-    wait: float = Field(default=300.0, ge=0)
-    """Seconds to wait until a running cluster can give the workers (it may be growing)."""
+    wait: float = Field(default=GROW_SECONDS, ge=0)
+    """Seconds to wait until a running cluster can give the workers, for which it is asked to grow."""
     retries: int = Field(default=3, ge=0)
     """How often the workers are started again after a fault."""
 
@@ -176,6 +178,11 @@ class TrainConfig(Settings):
             raise ValueError(f"batch {self.batch}: cannot be divided among {low} workers; give a multiple")
         if self.batch < high:
             raise ValueError(f"batch {self.batch}: is less than a row for each of {high} workers")
+        if high > 1 and self.gpus_per_worker and self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g}: {high} workers cannot share a GPU; give a whole number, or "
+                "one worker"
+            )
         if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than the whole run")
         return self

@@ -150,8 +150,12 @@ def test_a_checkpoint_that_fails_ends_it_all_in_one_line(folder: Path, tmp_path:
         evaluate(config(folder, "one", str(broken), out=str(tmp_path / "report")))
     assert not (tmp_path / "report").exists()
     for settings, kind, says in (
-        ({"cpus_per_task": 64}, MachineError, "asks for 0 GPUs and 64 CPUs; the largest node has 0 and 4"),
-        ({"gpus_per_task": 1}, MachineError, "asks for 1 GPUs"),
+        (
+            {"cpus_per_task": 64},
+            MachineError,
+            "asks for 64 CPUs: no machine of this cluster has that \\(the most are 0 GPUs, 4 CPUs",
+        ),
+        ({"gpus_per_task": 1}, MachineError, "asks for 1 GPU and 1 CPU"),
         ({"device": "cuda"}, UserError, "--device cuda: there is no GPU in this Ray cluster"),
     ):
         with pytest.raises(kind, match=says):

@@ -10,11 +10,12 @@ from lesa_ray.config import ExpandConfig, Settings
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount
+from lesa_ray.machines import Machines
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.train_settings import TrainConfig
 
-CPUS = [{"CPU": 4.0}, {"CPU": 8.0}]
-GPUS = [*CPUS, {"CPU": 32.0, "GPU": 8.0}]
+CPUS = Machines.of([{"CPU": 4.0}, {"CPU": 8.0}])
+GPUS = Machines.of([*CPUS.nodes, {"CPU": 32.0, "GPU": 8.0}])
 
 
 def train(**more: Any) -> TrainConfig:

@@ -1,0 +1,116 @@
+"""What is asked of a Ray cluster: which machines there are, what a task gets of them, and more machines if need be.
+
+A cluster that grows has no GPU until something asks for one, and Ray's autoscaler looks at what waits to be scheduled,
+not at what a program would like. So where no machine has room for what is asked for, a placement group of just that is
+left waiting until one has. `ray.autoscaler.sdk.request_resources` would be the other means; it is one request for the
+whole cluster, each call replaces the last, and Ray Train and Ray Data make it themselves, while placement groups add up
+and end with their job. The group is given back as soon as there is room: Ray's own queue sees to who gets it. A process
+that is killed while it waits leaves its group until its job ends.
+
+Whether a cluster can grow, and how far, Ray does not say (github.com/ray-project/ray/issues/49501). Decided: a Ray that
+this project has embedded in a process cannot, and is marked by a label on its node, so that every process of it knows;
+any other may, and is given `GROW_SECONDS`. What cannot come is then told of after that time, and not at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.machines import GROW_SECONDS, SHARE_OF_MEMORY, Machines, told
+
+EMBEDDED = {"lesa-ray/ray": "embedded"}
+"""Label of the one node of a Ray that is embedded in a process."""
+_LOOK_SECONDS = 5.0
+
+Tell = Callable[[str], None]
+
+
+def machines() -> Machines:
+    """Those of the cluster that are alive now."""
+    return Machines.of(node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
+def may_grow() -> bool:
+    """Whether machines may join this cluster."""
+    return not any(EMBEDDED.items() <= (node.get("Labels") or {}).items() for node in ray.nodes())
+
+
+def await_room(
+    enough: Callable[[Machines], bool], bundle: Mapping[str, float], count: int, seconds: float, tell: Tell
+) -> Machines:
+    """Wait until the machines there are, busy or not, are `enough`; `count` bundles are asked for meanwhile.
+
+    tell: is told what is waited for. Returns the machines there are, after `seconds` whether they are enough or not."""
+    deadline = time.monotonic() + seconds
+    group = None
+    try:
+        while True:
+            now = machines()
+            left = deadline - time.monotonic()
+            if enough(now) or left <= 0:
+                return now
+            if group is None:
+                group = placement_group([{kind: part for kind, part in bundle.items() if part}] * count)
+            times = f"{count} × " if count > 1 else ""
+            tell(f"waiting up to {seconds:g} s for machines with {times}{told(bundle)} to join the cluster")
+            time.sleep(min(_LOOK_SECONDS, left))
+    finally:
+        if group is not None:
+            remove_placement_group(group)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a task asks Ray for."""
+
+    gpus: float
+    cpus: int
+    most_memory: int
+    """Bytes of memory that it may ask for and find a machine."""
+
+    def options(self, memory: int) -> dict[str, float]:
+        """As `ray.remote` takes them. memory: bytes that the task would like to have."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": min(memory, self.most_memory)}
+
+
+def share_of_task(
+    what: str,
+    tasks: int,
+    *,
+    gpus: float | None,
+    cpus: int | None,
+    tell: Tell,
+    device: str | None = None,
+    memory: int = 0,
+    seconds: float | None = None,
+) -> Share:
+    """The share of each of `tasks` that run side by side: as asked for, else a GPU where there are some, and the cores
+    of the machines that have as many GPUs shared out. Where no machine has room for one task, one is asked for.
+
+    what: what a message calls a task. device: cpu, cuda, or None for whichever there is. memory: bytes that are waited
+    for, but done without if no machine with so many comes. seconds: to wait; `GROW_SECONDS` where the cluster may grow.
+    Raises: UserError if a GPU is asked for and none given; MachineError if no machine has room for one task."""
+    seconds = (GROW_SECONDS if may_grow() else 0.0) if seconds is None else seconds
+    now = machines()
+    if device == "cuda" and (gpus == 0 or not (gpus or now.most("GPU") or seconds)):
+        raise UserError("--device cuda: there is no GPU in this Ray cluster, or --gpus-per-task is 0")
+    gpus = now.gpus_each(gpus, device)
+    least = {"GPU": gpus, "CPU": float(cpus or 1)}
+    wanted = {**least, "memory": float(memory)}
+    now = await_room(lambda there: there.room(wanted) > 0, wanted, 1, seconds, tell)
+    fit = now.having(least)
+    if not fit.nodes:
+        waited = f" after {seconds:g} s of waiting" if seconds else ""
+        raise MachineError(
+            f"{what} asks for {told(least)}: no machine of this cluster has that{waited} (the most are "
+            f"{now.most('GPU'):g} GPUs, {now.most('CPU'):g} CPUs); let it grow further, or give --gpus-per-task, "
+            "--cpus-per-task"
+        )
+    cpus = cpus or max(1, int(min(fit.most("CPU"), fit.total("CPU") // tasks)))
+    return Share(gpus, cpus, int(SHARE_OF_MEMORY * fit.most("memory")))

@@ -1,0 +1,128 @@
+"""What is asked of a cluster: the arithmetic of machines, and the demand that waits where there is no room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+from pydantic import ValidationError
+
+from lesa_ray import ExpandConfig
+from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.distributed import cluster
+from lesa_ray.distributed.cluster import Share, await_room, share_of_task
+from lesa_ray.errors import MachineError
+from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.machines import Machines, told
+from lesa_ray.training.train_settings import TrainConfig
+
+MIXED = Machines.of([{"CPU": 64.0, "memory": 100e9}, *2 * [{"CPU": 8.0, "GPU": 1.0, "memory": 50e9}]])
+
+
+def test_bundles_fit_on_one_machine_each() -> None:
+    assert MIXED.room({"GPU": 1, "CPU": 4}) == 2
+    assert MIXED.room({"GPU": 2, "CPU": 4}) == 0  # there are two, on two machines
+    assert MIXED.room({"GPU": 0.25, "CPU": 1}) == 8
+    assert MIXED.room({"GPU": 0.1}) == 20  # 1 // 0.1 is 9
+    assert MIXED.room({"GPU": 0, "CPU": 8}) == 10
+    assert MIXED.having({"GPU": 1}).most("CPU") == 8
+    assert (MIXED.gpus_each(None), MIXED.gpus_each(0.5), MIXED.gpus_each(None, "cpu")) == (1, 0.5, 0)
+    none = Machines(())
+    assert (none.gpus_each(None), none.gpus_each(None, "cuda"), none.room({"CPU": 1}), none.most("CPU")) == (0, 1, 0, 0)
+
+
+def test_a_bundle_in_words() -> None:
+    assert told({"GPU": 1, "CPU": 4}) == "1 GPU and 4 CPUs"
+    assert told({"GPU": 0.0, "CPU": 1, "memory": 2e9}) == "1 CPU and 2.0 GB of memory"
+    assert told({"GPU": 0.5, "CPU": 2, "memory": 1.5e9}) == "0.5 GPUs, 2 CPUs and 1.5 GB of memory"
+
+
+def groups() -> list[tuple[str, Any]]:
+    return [(one["state"], one["bundles"]) for one in ray.util.placement_group_table().values()]
+
+
+def test_what_there_is_no_room_for_is_asked_for_until_there_is(local_ray: None) -> None:
+    """A placement group of all bundles waits, which is what an autoscaler looks at, and is gone afterwards."""
+    before = len(groups())
+    seen: list[Any] = []
+    heard: list[str] = []
+
+    def tell(text: str) -> None:
+        heard.append(text)
+        seen.extend(groups()[before:])
+
+    bundle = {"CPU": 1.0, "GPU": 2.0, "memory": 0.0}
+    there = await_room(lambda there: bool(seen), bundle, 2, 1.0, tell)
+    assert there.most("CPU") == 4
+    assert [(state, list(bundles.values())) for state, bundles in seen] == [("PENDING", 2 * [{"CPU": 1.0, "GPU": 2.0}])]
+    assert heard[0].startswith("waiting up to 1 s for machines with 2 × 2 GPUs and 1 CPU to join the cluster")
+    assert [state for state, _ in groups()[before:]] == ["REMOVED"]
+
+
+def test_where_there_is_room_nothing_is_asked_for(local_ray: None) -> None:
+    before = len(groups())
+
+    def tell(text: str) -> None:
+        raise AssertionError(text)
+
+    share = share_of_task("a unit", 3, gpus=None, cpus=None, tell=tell, seconds=9.0)
+    assert (share.gpus, share.cpus) == (0, 1)
+    assert share.options(10**6) == {"num_cpus": 1, "num_gpus": 0, "memory": 10**6}
+    assert len(groups()) == before
+
+
+def test_a_machine_that_does_not_come(local_ray: None) -> None:
+    """No GPU: a fault that may be over next time. Less memory than a budget says: the unit runs with what there is."""
+    heard: list[str] = []
+    with pytest.raises(
+        MachineError, match=r"a unit asks for 1 GPU and 1 CPU: no machine .* after 0.2 s of waiting .*0 GPUs, 4 CPUs"
+    ):
+        share_of_task("a unit", 1, gpus=1.0, cpus=1, tell=heard.append, seconds=0.2)
+    share = share_of_task("a unit", 1, gpus=0.0, cpus=1, tell=heard.append, memory=10**15, seconds=0.2)
+    assert "1000000.0 GB of memory" in heard[-1]
+    assert 0 < share.options(10**15)["memory"] < 10**14
+    with pytest.raises(
+        MachineError, match=r"a piece asks for 1 GPU and 1 CPU: no machine of this cluster has that \(the"
+    ):
+        share_of_task("a piece", 1, gpus=1.0, cpus=1, tell=heard.append)  # this Ray is embedded: no wait
+    assert len(heard) == 2
+
+
+def test_cores_are_those_of_machines_with_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "machines", lambda: MIXED)
+    heard: list[str] = []
+
+    def share(tasks: int, **more: Any) -> Share:
+        return share_of_task(
+            "a unit", tasks, **{"gpus": None, "cpus": None, "tell": heard.append, "seconds": 0.0, **more}
+        )
+
+    assert share(1) == Share(1, 8, 45_000_000_000)
+    assert share(4) == Share(1, 4, 45_000_000_000)
+    assert share(1, gpus=0.0) == Share(0, 64, 90_000_000_000)
+    assert share(1, device="cpu") == Share(0, 64, 90_000_000_000)
+    with pytest.raises(MachineError, match="asks for 2 GPUs and 1 CPU"):
+        share(1, gpus=2.0)
+    with pytest.raises(MachineError, match="asks for 1 GPU and 16 CPUs"):
+        share(1, cpus=16)
+
+
+@pytest.mark.parametrize("gpus", [1.5, 2.25, -1])
+def test_gpus_as_ray_gives_them(gpus: float) -> None:
+    for make in (
+        lambda: ExpandConfig(base="b", out="o", gpus_per_task=gpus),
+        lambda: EvaluateConfig(checkpoints=("c",), data=("d",), gpus_per_task=gpus),
+        lambda: AnalyzeConfig(base="b", gpus_per_task=gpus),
+        lambda: TrainConfig(checkpoint="c", data="d", out="o", gpus_per_worker=gpus),
+    ):
+        with pytest.raises(ValidationError, match="whole number" if gpus > 0 else "greater than or equal to 0"):
+            make()
+
+
+def test_workers_do_not_share_a_gpu() -> None:
+    alone = TrainConfig(checkpoint="c", data="d", out="o", gpus_per_worker=0.5)
+    assert alone.gpus_per_worker == 0.5
+    for workers in (2, (1, 2)):
+        with pytest.raises(ValidationError, match=r"gpus_per_worker 0.5: 2 workers cannot share a GPU"):
+            TrainConfig(checkpoint="c", data="d", out="o", gpus_per_worker=0.5, workers=workers)
