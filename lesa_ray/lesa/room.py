@@ -4,6 +4,10 @@ On the GPU if they fit, else in host memory if they fit in the unit's budget, el
 is mapped into memory and unlinked at once, so that the disk space is free again when the process ends, however it
 ends. Where they lie decides the speed of a gather, not a single bit of the result. Those of fits that are trained side
 by side lie in one tensor: one gather reaches the rows of all.
+
+Where several processes share a GPU each has its share of it, held by PyTorch's allocator (`limit_device`), and what is
+free is what is left of that share: where things lie then does not depend on who else is at work, and nobody takes what
+another has counted on.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from torch import Tensor
 
 from lesa_ray.errors import MachineError
 from lesa_ray.lesa.cost import DEVICE_SHARE
+
+CONTEXT_BYTES = 600 * 2**20
+"""What CUDA and its libraries take on a GPU for each process, roughly."""
 
 
 class Rooms:
@@ -116,5 +123,16 @@ def fits_device(nbytes: int, device: str) -> bool:
     if torch.device(device).type != "cuda":
         return True
     torch.cuda.empty_cache()  # eigh's workspace, otherwise still counted as taken
-    free, _ = torch.cuda.mem_get_info(device)
-    return nbytes <= DEVICE_SHARE * free
+    free, total = torch.cuda.mem_get_info(device)
+    index = torch.device(device).index  # None for the current one, which this call does not take from the word `cuda`
+    own = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(device)
+    return nbytes <= DEVICE_SHARE * min(free, own)
+
+
+def limit_device(share: float) -> None:
+    """Keep this process to its `share` of the GPU, in (0, 1]; more than that raises `torch.OutOfMemoryError`.
+
+    Every process's own context, which the allocator knows nothing of, comes out of its share."""
+    if 0 < share < 1:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, 0.5 * share), 0)
