@@ -38,11 +38,12 @@ def test_machines_come_and_go_and_only_workers_can_be_taken_away() -> None:
     config = launcher()
     types = config["available_node_types"]
     spot = {name: "InstanceMarketOptions" in kind["node_config"] for name, kind in types.items()}
-    assert spot == {"head": False, "cpu": True, "gpu": True}
-    assert all(types[name]["min_workers"] == 0 for name in ("cpu", "gpu"))
-    assert sum(types[name]["max_workers"] for name in ("cpu", "gpu")) >= config["max_workers"] > 0
+    assert spot == {"head": False, "cpu": True, "large": True, "gpu": True}
+    workers = [kind for name, kind in types.items() if name != "head"]
+    assert all(kind["min_workers"] == 0 for kind in workers)
+    assert sum(kind["max_workers"] for kind in workers) >= config["max_workers"] > 0
     profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
-    assert profiles == {"head": "lesa-ray-head", "cpu": "lesa-ray-worker", "gpu": "lesa-ray-worker"}
+    assert profiles == {"head": "lesa-ray-head"} | dict.fromkeys(("cpu", "large", "gpu"), "lesa-ray-worker")
 
 
 BOOTSTRAP = """
@@ -81,7 +82,7 @@ def test_ray_s_aws_provider_takes_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "READY" in done.stdout
-    assert done.stdout.count("resolve:ssm:/aws/service/deeplearning/ami/") == 3
+    assert done.stdout.count("resolve:ssm:/aws/service/deeplearning/ami/") == 4
 
 
 @pytest.fixture

@@ -76,13 +76,16 @@ def test_the_cluster_grows_from_nothing_and_its_pods_have_the_role() -> None:
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     assert {name: (group["minReplicas"], group["replicas"]) for name, group in groups.items()} == {
         "cpu": (0, 0),
+        "large": (0, 0),
         "gpu": (0, 0),
     }
     pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *groups.values())]
     assert {pod["serviceAccountName"] for pod in pods} == {account["metadata"]["name"]}
     assert "eks.amazonaws.com/role-arn" in account["metadata"]["annotations"]
     limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in groups.items()}
-    assert ["nvidia.com/gpu" in limits[name] for name in ("cpu", "gpu")] == [False, True]
+    assert {name: "nvidia.com/gpu" in limit for name, limit in limits.items()} == {
+        "cpu": False, "large": False, "gpu": True,
+    }  # fmt: skip
 
 
 def test_what_fits_in_no_memory_goes_to_a_volume_of_the_worker() -> None:
@@ -124,6 +127,8 @@ def test_commands_are_jobs_with_settings_that_exist(entrypoint: str) -> None:
     assert (CLUSTER.parent / package / f"{job}.py").is_file()
     command = typer.main.get_command(app).commands[job]  # type: ignore[attr-defined]
     given = command.make_context(job, arguments).params
+    # On a cluster without a GPU, as this one begins, the default is none.
+    assert float(given[{"expand": "gpus_per_task", "pretrain": "gpus_per_worker"}[job]]) == 1
     if given["config"] is None:
         known = {name: value for name, value in given.items() if name in SETTINGS[job].model_fields}
         load_settings(SETTINGS[job], None, **known)
