@@ -175,8 +175,8 @@ class ExpandConfig(Settings):
     gpus_per_task: Gpus | None = None
     """GPUs that one unit of work asks Ray for. By default one where the cluster has GPUs, else none."""
     memory_budget: Bytes | None = None
-    """Host memory of one unit of work beside the interpreter's, e.g. 8GB; LESA's coefficients that do not fit go to a file
-    in LESA_RAY_SCRATCH. By default four fifths of what is free where it runs.
+    """Host memory of one unit of work beside the interpreter's, e.g. 8GB; LESA's coefficients that do not fit go to a
+    file in LESA_RAY_SCRATCH. By default four fifths of what is free where it runs.
 
     Without that variable on the node the file lies in its folder for temporary files."""
     cpus_per_task: int = Field(default=1, ge=1)
