@@ -176,7 +176,7 @@ def test_neighbours_of_a_grown_model_are_old(tmp_path: Path) -> None:
     order = orderliness([[float(i), 0.1 * i * i] for i in (0, 1, 2, 4, 5)])
     assert f"consecutive old layers are {order:.2f} times" in figures["pca"].see
     assert "energy over old layers" in figures["captured"].see
-    assert any("with a new layer" in entry.label for entry in figures["neighbours"].legend)
+    assert any("one of them new" in entry.label for entry in figures["neighbours"].legend)
     content |= {"new_layers": [1, 3, 4], "fit": None, "fit_missing": "a predictor learns from three layers in a row"}
     said, missing, _ = sections_of(samples.write(tmp_path / "between", "analysis.json", content))
     assert "No two old layers lie side by side" in said

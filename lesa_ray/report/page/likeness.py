@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lesa_ray.report.analysis import old_pairs
 from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, layer_axis, plot_line, plot_marks
 from lesa_ray.report.page.measures import known
-from lesa_ray.report.page.palette import MUTED, NEW, SERIES, Stroke
+from lesa_ray.report.page.palette import MUTED, SERIES, Stroke
 from lesa_ray.report.page.schema import Analysis, TypeFigures
 from lesa_ray.report.page.weights import PANEL_HEIGHT, how_analyze, shown_types
 from lesa_ray.report.page.words import short_type
@@ -31,7 +31,7 @@ _COSINES = (
     ("neighbour_cosine_matched", "after the best matching", Stroke(SERIES[1], "s")),
     ("neighbour_cosine_chance", "a random layer, matched alike", Stroke(MUTED, "D", (2, 2))),
 )
-_WITH_NEW = Entry("with a new layer, as they lie in the files", Stroke(NEW, "D"), line=False, filled=False)
+_WITH_NEW = Entry("as they lie in the files, one of them new", Stroke(SERIES[0], "D"), line=False, filled=False)
 
 
 def neighbours_figure(analysis: Analysis, label: str, name: str) -> Figure | None:

@@ -64,7 +64,8 @@ def _panel(name: str, points: Points, analysis: Analysis, order: float | None, k
     def draw(axes: Axes) -> None:
         new = set(analysis.new_layers)
         x, y = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(x, y, color=AXIS, linewidth=0.7, alpha=0.7, zorder=1)
+        path = _old(points, analysis)
+        axes.plot([p[0] for p in path], [p[1] for p in path], color=AXIS, linewidth=0.7, alpha=0.7, zorder=1)
         for at, (px, py) in enumerate(points):
             if at in new:
                 plot_marks(axes, [px], [py], Stroke(NEW, "D"), filled=False, markersize=5)
