@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import typer
+from pydantic import BeforeValidator
 
 from lesa_ray.config import Settings
 
@@ -128,8 +129,12 @@ def _option(kind: Any, name: str, prefix: str = "") -> Any:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types that a value may have. One that is read from another (a size from "8GB") stays whole."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
-        return typing.get_args(annotation)
+        return tuple(member for one in typing.get_args(annotation) for member in _members(one))
+    if typing.get_origin(annotation) is Annotated:
+        plain, *checks = typing.get_args(annotation)
+        return (annotation,) if any(isinstance(check, BeforeValidator) for check in checks) else _members(plain)
     return (annotation,)
 
 

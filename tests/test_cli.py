@@ -312,7 +312,8 @@ def test_inspect_takes_the_options_of_expand(
         helps.append(" ".join(out.split()))
     assert flags[0] - {"--dry-run"} == flags[1] - {"--cluster"}
     assert {"--method", "--vectors", "--new-width", "--rank", "--share-experts", "--holdout", "--shard-size"} < flags[0]
-    assert all("--vectors lower|mean|first" in text and "[default: 5GB]" in text for text in helps)
+    shown = ("--vectors lower|mean|first", "--gpus-per-task <float>", "--memory-budget <str>", "[default: 5GB]")
+    assert all(one in text for one in shown for text in helps)
     assert all("lesa: singular directions kept" in text and "SkipInit" not in text for text in helps)
     config = tmp_path / "config.yaml"
     config.write_text("method: solar\nlesa: {svd: none}\nvectors: mean\n")
