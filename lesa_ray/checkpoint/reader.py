@@ -91,18 +91,7 @@ class Checkpoint:
 
         entry = self.tensors[name]
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = buffer.numpy().data
-        if self.storage.is_local:
-            with open(self.storage.path(entry.file), "rb", buffering=0) as file:
-                file.seek(entry.offset)
-                done = 0
-                while done < entry.nbytes:
-                    count = file.readinto(view[done : done + 2**30])
-                    if not count:
-                        raise UserError(f"{entry.file}: ends inside tensor {name}; the file changed or is truncated")
-                    done += count
-        else:
-            read_into(self.storage, entry.file, entry.offset, view)
+        read_into(self.storage, entry.file, entry.offset, buffer.numpy().data)
         return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
 
     def digests(self) -> dict[str, dict[str, Any]]:

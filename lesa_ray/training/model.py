@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lesa_ray.checkpoint.anatomy import layer_of
+from lesa_ray.checkpoint.ranges import read_into
 from lesa_ray.checkpoint.reader import ELEMENT_NAMES, TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
@@ -45,7 +46,7 @@ from lesa_ray.training.buffers import initial_buffers, place_buffers
 from lesa_ray.training.conversion import Conversion, convert, model_tensors
 
 _CHUNK = 2**28
-"""Bytes read at once."""
+"""Bytes that are held where a tensor cannot be read in place."""
 
 
 def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
@@ -196,21 +197,28 @@ def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 
 def _read_rows(checkpoint: Checkpoint, name: str, start: int, local: torch.Tensor) -> None:
-    """Copy rows [start, start + len(local)) of a stored tensor into `local`, in its element type."""
+    """Read rows [start, start + len(local)) of a stored tensor into `local`, in its element type: straight into its
+    memory where that takes the bytes as they are, else in pieces."""
     entry = checkpoint.tensors[name]
     dtype = getattr(torch, ELEMENT_NAMES[entry.dtype])
     width = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
+    begin = entry.offset + start * width
+    if local.dtype == dtype and local.device.type == "cpu" and local.is_contiguous():
+        read_into(checkpoint.storage, entry.file, begin, _bytes(local))
+        return
     rows = local.shape[0] if local.ndim else 1
-    step = max(1, _CHUNK // max(width, 1))
-    flat = local.reshape(rows, -1) if local.is_contiguous() else local
+    step = min(max(1, _CHUNK // max(width, 1)), rows)
+    piece = torch.empty((step, *local.shape[1:]), dtype=dtype)
     for first in range(0, rows, step):
-        last = min(first + step, rows)
-        begin = entry.offset + (start + first) * width
-        data = checkpoint.storage.read(entry.file, begin, begin + (last - first) * width)
-        if len(data) != (last - first) * width:
-            raise UserError(f"{entry.file}: ends inside tensor {name}; the file changed or is truncated")
-        values = torch.frombuffer(bytearray(data), dtype=dtype)
-        flat[first:last].copy_(values.view(flat[first:last].shape))
+        part = piece[: min(step, rows - first)]
+        read_into(checkpoint.storage, entry.file, begin + first * width, _bytes(part))
+        target = local[first : first + step] if local.ndim else local
+        target.copy_(part.view(target.shape))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def initialise(model: PreTrainedModel, raw: dict[str, Any], seed: int) -> None:

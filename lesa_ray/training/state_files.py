@@ -4,7 +4,8 @@ Decides
 - PyTorch plans who writes and reads what, and encodes it; `Storage` moves the bytes. So a file appears whole or not at
   all, a store that refuses now and then is asked again, and one that is away is a MachineError. PyTorch's own fsspec
   classes publish what was written before a fault, rename by copying, and sync all disks of the machine for an object.
-- A shard is read in one request, exactly its bytes: unpacking it in place would seek, and each seek be a request.
+- A shard is fetched whole, exactly its bytes, a long one in pieces side by side: unpacking it in place would seek, and
+  each seek be a request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
 
+from lesa_ray.checkpoint.ranges import read_into
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import UserError
 
 METADATA_FILE = ".metadata"
 
@@ -31,8 +34,13 @@ class StateReader(FileSystemReader):
         self.path: Any = ""
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        data: bytes = file.storage.read(file.name, sinfo.offset, sinfo.offset + sinfo.length)
-        return io.BytesIO(data)
+        shard = io.BytesIO(bytes(sinfo.length))
+        try:
+            with shard.getbuffer() as view:
+                read_into(file.storage, file.name, sinfo.offset, view)
+        except UserError as error:  # PyTorch's own words for a file that is not whole
+            raise EOFError(str(error)) from error
+        return shard
 
 
 class StateWriter(FileSystemWriter):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from email.message import Message
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
 
 from lesa_ray import UserError
@@ -14,6 +18,11 @@ from lesa_ray.checkpoint import ranges
 from lesa_ray.checkpoint.ranges import read_ahead, read_into
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.training import model as model_module
+from lesa_ray.training.conversion import plan_conversions
+from lesa_ray.training.model import build, load
+from lesa_ray.training.state_files import StateWriter
+from lesa_ray.training.trained_state import TrainedState
 from tests.moody import Moody, hold_until
 
 PIECE = 64 * 1024
@@ -79,3 +88,59 @@ def test_a_tensor_from_a_store_that_cuts_answers_off(store: Moody) -> None:
     store.cuts = lambda number: number % 5 == 0
     assert torch.equal(checkpoint.read("w"), weight)
     assert store.cut >= 3
+
+
+def test_a_local_file_gives_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    buffer = bytearray(3 * PIECE)
+    read_into(Storage(str(tmp_path)), "file", 5, memoryview(buffer))
+    assert buffer == DATA[5 : 5 + len(buffer)]
+    with pytest.raises(UserError, match="file: ends before its header says"):
+        read_into(Storage(str(tmp_path)), "file", 5, memoryview(bytearray(len(DATA))))
+
+
+def eight_from(name: str, start: int) -> Callable[[str, Message], bool]:
+    """Whether a request is for one of the eight pieces from `start` on of the file that is named so."""
+
+    def is_one(request: str, headers: Message) -> bool:
+        begin = headers.get("range", "").removeprefix("bytes=").partition("-")[0]
+        return name in request and begin.isdigit() and start <= int(begin) < start + 8 * ranges.PIECE
+
+    return is_one
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # as the model holds it, and not
+def test_weights_are_filled_by_ranges_side_by_side(
+    dtype: str, bases: Callable[[str], str], store: Moody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "PIECE", 1024)
+    monkeypatch.setattr(model_module, "_CHUNK", 10_000)
+    local = open_checkpoint(bases("llama"))
+    there = Storage(f"s3://bucket/{dtype}")
+    stored = {name: local.read(name).to(getattr(torch, dtype)) for name in local.tensors}
+    there.write("model.safetensors", save(stored))
+    there.write("config.json", json.dumps(local.config).encode())
+    checkpoint = open_checkpoint(there.url)
+    model = build(checkpoint.config, "test")
+    names = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight")
+    plan = [c for c in plan_conversions(model, checkpoint.tensors, "test") if c.sources[0] in names]
+    model.to_empty(device="cpu")
+    most = hold_until(store, 8, eight_from("model.safetensors", checkpoint.tensors[names[0]].offset))
+    load(model, checkpoint, plan)
+    assert most() == 8
+    assert len(plan) == 3
+    assert all(torch.equal(model.get_parameter(name), stored[name].float()) for name in names)
+
+
+def test_a_training_checkpoint_is_read_by_ranges_side_by_side(store: Moody) -> None:
+    weight = torch.randn(8, PIECE // 4)
+    there = Storage("s3://bucket/state")
+    dcp.save({"model.w": weight}, storage_writer=StateWriter(there), no_dist=True)
+    most = hold_until(store, 8, eight_from(".distcp", 0))
+    assert torch.equal(TrainedState(there.url).read("w"), weight)
+    assert most() == 8
+    store.answers = lambda request, headers: None
+    (name,) = [name for name in there.list() if name.endswith(".distcp")]
+    there.write(name, there.read(name)[:-9])
+    with pytest.raises(UserError, match=r"training checkpoint .*: is damaged \(.*ends before its header says"):
+        TrainedState(there.url).read("w")

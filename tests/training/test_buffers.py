@@ -81,6 +81,7 @@ def at_work(base: str, out: str) -> tuple[dict[str, dict[str, np.ndarray]], dict
     saver = checkpoints.Saver(out, "identity", 1, dist.new_group(backend="gloo"), buffers)
     saver.save(1, 1, None, trained, optimizer)
     saver.wait()
+    dist.barrier()  # rank 0 completes it
     buffers[BIAS].zero_()
     checkpoints.load(out, checkpoints.find_complete(out)[-1], trained, optimizer, buffers)
     return new, read, buffers[BIAS].mean().item()
