@@ -6,6 +6,7 @@ The models read from and write to YAML; a setting that is not known is an error,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -236,17 +237,14 @@ def load_settings(kind: type[Kind], path: str | None, /, **given: object) -> Kin
 
 
 def read_yaml(path: str) -> dict[str, object]:
-    """A YAML file's mapping. Raises: UserError."""
-    import fsspec
+    """A YAML file's mapping. Raises: UserError; MachineError if its store does not answer."""
+    from lesa_ray.checkpoint.storage import read_file
 
-    from lesa_ray.checkpoint.storage import filesystem_options
-
+    content = read_file(os.path.expanduser(path), f"config {path}")
     try:
-        with fsspec.open(path, "rt", encoding="utf-8", **filesystem_options(path)) as file:
-            data = yaml.safe_load(file)
-    except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"config {path}: {lines[0]}") from error
+        data = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
     return data

@@ -5,6 +5,11 @@
 what was finished stays, and the same command goes on from there.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
     """Wrong input: exit code 2, nothing written."""
@@ -12,3 +17,11 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """A fault of the machine: exit code 1, the same command resumes."""
+
+
+class NotWritten(MachineError):
+    """Figures were made and could not be written: `report`, so that they are not lost."""
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = dict(report or {})

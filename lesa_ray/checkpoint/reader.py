@@ -15,13 +15,14 @@ import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.ranges import read_into
-from lesa_ray.checkpoint.storage import Storage, resolve_base
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, reaching, resolve_base
+from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -116,39 +117,50 @@ class Checkpoint:
             return dict(zip(self.shards, pool.map(digest, self.shards), strict=True))
 
 
-def open_checkpoint(base: str) -> Checkpoint:
+def open_checkpoint(base: str, where: str = "") -> Checkpoint:
     """Open a checkpoint by its headers alone.
 
     base: a local folder, a Hugging Face repo id (`org/name`, `org/name@revision`) or an fsspec URL.
-    Raises: UserError, with one line that says what is wrong with which file and what to do.
+    where: what messages call it, if not `BASE …`.
+    Raises: UserError, with one line that says what is wrong with which file and what to do; MachineError if its store
+    does not answer.
     """
-    storage = Storage(resolve_base(base))
-    files = _list(base, storage)
+    where = where or f"BASE {base}"
+    storage = Storage(resolve_base(base, where))
+    with _reaching(where, storage, "cannot be listed"):
+        files = storage.list()
+    if not files:
+        raise UserError(f"{where}: there is nothing at {storage.url}")
     if "config.json" not in files:
-        raise UserError(f"BASE {base}: not a checkpoint, there is no config.json in it")
-    config = _read_json(storage, "config.json")
+        raise UserError(f"{where}: not a checkpoint, there is no config.json in it")
+    config = _read_json(where, storage, "config.json")
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UserError(f"BASE {base}: is quantised ({method}); expand the unquantised checkpoint, quantise the result")
-    weight_map = _weight_map(base, storage, files)
-    shards = sorted(set(weight_map.values())) if weight_map else [_single_file(base, files)]
+        raise UserError(f"{where}: is quantised ({method}); expand the unquantised checkpoint, quantise the result")
+    weight_map = _weight_map(where, storage, files)
+    shards = sorted(set(weight_map.values())) if weight_map else [_single_file(where, files)]
     for shard in shards:
         if shard not in files:
-            raise UserError(f"BASE {base}: {INDEX_FILE} names {shard}, which is not there; download it again")
+            raise UserError(f"{where}: {INDEX_FILE} names {shard}, which is not there; download it again")
+
+    def header_of(shard: str) -> list[TensorEntry]:
+        with _reaching(where, storage, f"{shard} cannot be read"):
+            return _read_header(where, storage, shard, files[shard])
+
     with ThreadPoolExecutor(16) as pool:
-        headers = list(pool.map(lambda shard: _read_header(base, storage, shard, files[shard]), shards))
+        headers = list(pool.map(header_of, shards))
     found = {entry.name: entry for header in headers for entry in header}
     for name, shard in weight_map.items():
         if name not in found or found[name].file != shard:
-            raise UserError(f"BASE {base}: {shard} lacks the tensor {name}, which {INDEX_FILE} places in it")
+            raise UserError(f"{where}: {shard} lacks the tensor {name}, which {INDEX_FILE} places in it")
     tensors = {name: entry for name, entry in found.items() if not weight_map or name in weight_map}
     if not tensors:
-        raise UserError(f"BASE {base}: its safetensors files hold no tensor")
+        raise UserError(f"{where}: its safetensors files hold no tensor")
     for entry in tensors.values():
         if not entry.is_float and len(entry.shape) == 2 and entry.name.endswith(".weight"):
             raise UserError(
-                f"BASE {base}: tensor {entry.name} has dtype {entry.dtype}, so the checkpoint is quantised; "
+                f"{where}: tensor {entry.name} has dtype {entry.dtype}, so the checkpoint is quantised; "
                 f"expand one in {', '.join(TORCH_NAMES.values())}"
             )
     return Checkpoint(base=base, storage=storage, files=files, config=config, tensors=tensors)
@@ -159,46 +171,36 @@ def read_entries(storage: Storage, file: str) -> list[TensorEntry]:
     return _read_header(storage.url, storage, file, storage.size(file) or 0)
 
 
-def _list(base: str, storage: Storage) -> dict[str, int]:
-    try:
-        files = storage.list()
-    except (UserError, MachineError):
-        raise
-    except Exception as error:  # each backend has its own classes for "no such repository" and "no network"
-        hub = storage.url.startswith("hf://")
-        hint = "is it a folder, and is the network up?" if hub else "check the address and the credentials"
-        raise UserError(f"BASE {base}: cannot be listed ({_first_line(error)}); {hint}") from error
-    if not files:
-        raise UserError(f"BASE {base}: there is nothing at {storage.url}")
-    return files
+def _reaching(where: str, storage: Storage, refused: str) -> AbstractContextManager[None]:
+    return reaching(where, refused, ON_THE_HUB) if storage.url.startswith("hf://") else reaching(where, refused)
 
 
-def _weight_map(base: str, storage: Storage, files: dict[str, int]) -> dict[str, str]:
+def _weight_map(where: str, storage: Storage, files: dict[str, int]) -> dict[str, str]:
     if INDEX_FILE not in files:
         return {}
-    weight_map = _read_json(storage, INDEX_FILE).get("weight_map")
+    weight_map = _read_json(where, storage, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"BASE {base}: {INDEX_FILE} has no weight_map")
+        raise UserError(f"{where}: {INDEX_FILE} has no weight_map")
     for shard in weight_map.values():
         if not isinstance(shard, str) or "/" in shard or shard.startswith(".."):
-            raise UserError(f"BASE {base}: {INDEX_FILE} names the shard {shard!r}, which is not a file of this folder")
+            raise UserError(f"{where}: {INDEX_FILE} names the shard {shard!r}, which is not a file of this folder")
     return weight_map
 
 
-def _single_file(base: str, files: dict[str, int]) -> str:
+def _single_file(where: str, files: dict[str, int]) -> str:
     candidates = [name for name in sorted(files) if name.endswith(".safetensors")]
     if SINGLE_FILE in candidates:
         return SINGLE_FILE
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        raise UserError(f"BASE {base}: {len(candidates)} safetensors files but no {INDEX_FILE}; add the index")
+        raise UserError(f"{where}: {len(candidates)} safetensors files but no {INDEX_FILE}; add the index")
     pickled = [name for name in sorted(files) if name.endswith(_PICKLED)]
     if pickled:
         raise UserError(
-            f"BASE {base}: only {pickled[0]} and no safetensors; load it with transformers and save_pretrained() it"
+            f"{where}: only {pickled[0]} and no safetensors; load it with transformers and save_pretrained() it"
         )
-    raise UserError(f"BASE {base}: there is no safetensors file in it")
+    raise UserError(f"{where}: there is no safetensors file in it")
 
 
 def _raw_header(storage: Storage, file: str, size: int) -> bytes:
@@ -212,8 +214,7 @@ def _raw_header(storage: Storage, file: str, size: int) -> bytes:
     return head[8 : 8 + length] if 8 + length <= len(head) else storage.read(file, 8, 8 + length)
 
 
-def _read_header(base: str, storage: Storage, file: str, size: int) -> list[TensorEntry]:
-    where = f"BASE {base}: {file}"
+def _read_header(where: str, storage: Storage, file: str, size: int) -> list[TensorEntry]:
     try:
         raw = _raw_header(storage, file, size)
         header = json.loads(raw)
@@ -232,20 +233,26 @@ def _read_header(base: str, storage: Storage, file: str, size: int) -> list[Tens
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{where}: is not a whole safetensors file ({_first_line(error)}); download it again"
+            f"{where}: {file}: is not a whole safetensors file ({_first_line(error)}); download it again"
         ) from error
     end = max((entry.offset + entry.nbytes for entry in entries), default=data)
     if end != size:
-        raise UserError(f"{where}: is truncated or damaged ({size} bytes, its header needs {end}); download it again")
+        raise UserError(
+            f"{where}: {file}: is truncated or damaged ({size} bytes, its header needs {end}); download it again"
+        )
     for entry in entries:
         if entry.is_float and entry.elements * FLOAT_BYTES[entry.dtype] != entry.nbytes:
-            raise UserError(f"{where}: tensor {entry.name} has {entry.nbytes} bytes, not those of {entry.shape}")
+            raise UserError(
+                f"{where}: {file}: tensor {entry.name} has {entry.nbytes} bytes, not those of {entry.shape}"
+            )
     return sorted(entries, key=lambda entry: entry.offset)
 
 
-def _read_json(storage: Storage, name: str) -> dict[str, Any]:
+def _read_json(where: str, storage: Storage, name: str) -> dict[str, Any]:
+    with _reaching(where, storage, f"{name} cannot be read"):
+        content = storage.read(name)
     try:
-        data = json.loads(storage.read(name))
+        data = json.loads(content)
     except ValueError as error:
         raise UserError(f"{storage.url}/{name}: is not JSON ({_first_line(error)})") from error
     if not isinstance(data, dict):

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
@@ -27,7 +28,9 @@ from lesa_ray.errors import MachineError, UserError
 WORK_DIR = ".lesa-ray"
 """Folder inside OUT that holds unfinished work; it goes when the result is complete."""
 
-_STORAGE_MODULES = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "requests")
+_STORAGE_MODULES = frozenset(
+    {"botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "httpx2", "requests"}
+)
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"})
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
 _OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
@@ -38,23 +41,27 @@ _LOST = frozenset(
     {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
 )
 """What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
+_PROBE = ".lesa-ray.tmp"
+ON_THE_HUB = "is it a folder, is the network up, and may you read it (`hf auth login`)?"
+"""What to do where a repository of the hub cannot be read: its name may also be a folder's, mistyped."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?$")
 
 
-def resolve_base(base: str) -> str:
+def resolve_base(base: str, where: str = "") -> str:
     """Turn BASE into a URL: an existing local folder wins, then a URL as it is, then a Hugging Face repo id.
 
-    Raises: UserError if it is none of these.
+    where: what messages call it, if not `BASE …`. Raises: UserError if it is none of these.
     """
+    where = where or f"BASE {base}"
     if "://" in base:
         return base
     if os.path.isdir(base):
         return os.path.abspath(base)
     if os.path.exists(base):
-        raise UserError(f"BASE {base}: is a file; give the folder that holds config.json and the weights")
+        raise UserError(f"{where}: is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.match(base) and not base.startswith((".", "~")):
         return f"hf://{base}"
-    raise UserError(f"BASE {base}: no such folder; give a folder, a Hugging Face repo id or a URL such as s3://…")
+    raise UserError(f"{where}: no such folder; give a folder, a Hugging Face repo id or a URL such as s3://…")
 
 
 class Storage:
@@ -80,7 +87,9 @@ class Storage:
         return f"{self.root}/{name}" if name else self.root
 
     def list(self) -> dict[str, int]:
-        """Names of the files directly in this folder and their sizes in bytes; empty if there is no such folder."""
+        """Names of the files directly in this folder and their sizes in bytes; empty if there is no such folder.
+
+        Raises: UserError, as `folders`, if it is a file."""
         return {name: int(entry["size"] or 0) for name, entry in self._entries("file")}
 
     def folders(self) -> tuple[str, ...]:
@@ -98,6 +107,8 @@ class Storage:
             raise UserError(f"{self.url}: is a file; give a folder") from None
         for entry in entries:
             path = entry["name"].rstrip("/")
+            if self.is_local and path == self.root:  # listed as what is in it
+                raise UserError(f"{self.url}: is a file; give a folder")
             if entry.get("islink"):  # as all files are in the snapshots of the hub's cache
                 try:
                     entry = self.fs.info(path)
@@ -247,12 +258,27 @@ class Storage:
 
     def free_bytes(self) -> int | None:
         """Free space in bytes where this folder is or will be; None where storage has no such bound."""
-        if not self.is_local:
-            return None
+        return shutil.disk_usage(self._lowest()).free if self.is_local else None
+
+    def try_writing(self) -> None:
+        """Write a little here, or where this folder will be made, and leave nothing behind; so what would refuse the
+        result of long work refuses before it. Raises: what the backend raises."""
+        if self.is_local:
+            with tempfile.TemporaryFile(dir=self._lowest()) as file:
+                file.write(bytes(4096))  # a full disk makes empty files
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        self.write(_PROBE, b"")
+        with contextlib.suppress(Exception):  # who may write but not remove has a place for results, too
+            self.remove(_PROBE)
+
+    def _lowest(self) -> str:
+        """The folder that is there, of this one and those above it."""
         folder = self.root
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
-        return shutil.disk_usage(folder).free
+        return folder
 
 
 def filesystem_options(url: str) -> dict[str, Any]:
@@ -274,6 +300,20 @@ def filesystem_options(url: str) -> dict[str, Any]:
     }
 
 
+def split_place(place: str) -> tuple[Storage, str]:
+    """The folder and the name of a file that is named by its whole path or URL."""
+    folder, _, name = place.rpartition("/")
+    return Storage(folder or ("/" if place.startswith("/") else ".")), name
+
+
+def read_file(place: str, where: str) -> bytes:
+    """A small file, a path or a URL. where: what messages call it. Raises: UserError if it cannot be read;
+    MachineError."""
+    storage, name = split_place(place)
+    with reaching(where):
+        return storage.read(name)
+
+
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
@@ -287,12 +327,23 @@ def is_outage(error: BaseException) -> bool:
     for kind in type(error).__mro__:
         if kind.__name__ in _LOST and kind.__module__.split(".")[0] in ("botocore", "aiohttp"):
             return True
+    # the hub's client says of a 503 that a file is not in its cache, because of the 503
+    return any(status >= 500 or status == 429 for status in (_status(error), _status(error.__cause__)))
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status behind a backend's error; 0 if there is none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     else:  # aiohttp; requests and httpx
         status = getattr(error, "status", None) or getattr(response, "status_code", 0)
-    return isinstance(status, int) and (status >= 500 or status == 429)
+    return status if isinstance(status, int) else 0
+
+
+def _is_disk(error: BaseException) -> bool:
+    """Whether a disk is full, broken or away. s3fs calls an answer of the server that it does not know EIO, too."""
+    return isinstance(error, OSError) and error.errno in _DISK_ERRNOS and not _status(error.__cause__)
 
 
 def is_fault(error: BaseException) -> bool:
@@ -301,21 +352,29 @@ def is_fault(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def first_contact(place: str) -> Iterator[None]:
-    """Around the first calls that touch a place to write to, as a message calls it.
+def reaching(
+    where: str, refused: str = "cannot be read", hint: str = "check the address and the credentials"
+) -> Iterator[None]:
+    """Around the first calls that touch a place, so that what its backend raises is one of two kinds.
 
-    Raises: MachineError for a full or broken disk; UserError for all else that its backend raises, as a store that
-    cannot be reached is the user's to mend."""
+    Around those only: later, when the place has answered, a refusal (credentials that ran out) is the machine's, and
+    what was finished has to stay. `where`: the place as a message calls it, `OUT s3://…`; `refused`: what it is that
+    fails; `hint`: what to do, if that
+    can be said.
+    Raises: MachineError for a store that does not answer and a disk that is full, broken or away; UserError for all
+    else. UserError and MachineError pass.
+    """
     try:
         yield
     except (UserError, MachineError):
         raise
     except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        if isinstance(error, OSError) and error.errno in _DISK_ERRNOS | _OUTAGE_ERRNOS:
-            raise MachineError(f"{place}: {explain(error)[:200]}; the same command goes on from here") from error
-        raise UserError(
-            f"{place}: cannot be written ({explain(error)[:200]}); check the address and the credentials"
-        ) from error
+        said = explain(error)[:200]
+        if is_outage(error):
+            raise MachineError(f"{where}: the store does not answer ({said})") from error
+        if _is_disk(error):
+            raise MachineError(f"{where}: {said}; the same command goes on from here") from error
+        raise UserError(f"{where}: {refused} ({said}){hint and f'; {hint}'}") from error
 
 
 def explain(error: BaseException) -> str:

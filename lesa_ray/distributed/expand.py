@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
-from lesa_ray.checkpoint.storage import Storage, explain, first_contact, is_fault
+from lesa_ray.checkpoint.storage import Storage, explain, is_fault, reaching
 from lesa_ray.config import ExpandConfig
+from lesa_ray.distributed.address import check_address
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
 from lesa_ray.expansion.prepare import Expansion, check_out, prepare
@@ -50,20 +51,21 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
     for wrong input, with nothing left behind; MachineError for a fault, after which the same call goes on."""
     listener = listener or Silent()
     begin = time.monotonic()
+    if runner is None:
+        check_address()
     check_out(config.base, config.out)
     listener.phase("reading the headers of the base", 0)
     expansion = prepare(config)
     if expansion.chosen is not None:
         listener.phase(f"auto: {expansion.job.method.name}, since {expansion.chosen}", 0)
     storage = Storage(config.out)
-    with first_contact(f"OUT {config.out}"):
-        state = out_state(expansion)
+    state = out_state(expansion)
     if state == "done":
         manifest = read_manifest(storage)
         assert manifest is not None
         storage.remove_tree(".lesa-ray")
         return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
-    with first_contact(f"OUT {config.out}"):
+    with reaching(f"OUT {config.out}", "cannot be written"):
         claim(expansion, state)
     try:
         with _rehearsing(expansion) as rehearsal:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import Storage, reaching
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import UserError
@@ -39,12 +39,13 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None) -> Traine
         _check_blocks(config)
         return pretrain(config.on_blocks(config.data), listener)
     storage = Storage(config.out)
-    if not storage.exists(RUN_FILE):
-        check_place(storage, config.out)
+    blocks = storage.within(DATA_DIR)
+    with reaching(f"OUT {config.out}"):
+        claimed, made = storage.exists(RUN_FILE), blocks.is_empty()
+        if not claimed:
+            check_place(storage, config.out)
     listener.phase("reading the headers", 0)
     _check_model(config)
-    blocks = storage.within(DATA_DIR)
-    claimed, made = storage.exists(RUN_FILE), blocks.is_empty()
     try:
         tokenize(config.to_tokenize(blocks.url), listener)
         return pretrain(config.on_blocks(blocks.url), listener)
@@ -60,11 +61,8 @@ def _check_model(config: FinetuneConfig) -> None:
     """What tokenizing or training would find wrong with the checkpoint, before the data are read. Raises: UserError."""
     check_loggers(config.loggers)
     assert config.checkpoint is not None
-    try:
-        checkpoint = open_checkpoint(config.checkpoint)
-    except UserError as error:
-        raise UserError(str(error).replace("BASE ", "checkpoint ", 1)) from error
     where = f"checkpoint {config.checkpoint}"
+    checkpoint = open_checkpoint(config.checkpoint, where)
     model = build(checkpoint.config, where)
     text_config = model.config.get_text_config()
     positions = longest_window(text_config)
@@ -72,7 +70,9 @@ def _check_model(config: FinetuneConfig) -> None:
         raise UserError(
             f"seq_len {config.seq_len}: {where} was made for {positions} tokens; give --seq-len {positions} or less"
         )
-    trained_names(model, config.train or ("all",), read_manifest(checkpoint.storage), where)
+    with reaching(where):
+        manifest = read_manifest(checkpoint.storage)
+    trained_names(model, config.train or ("all",), manifest, where)
     check_packing(checkpoint.config, where, config.seq_len)
     name = config.tokenizer or config.checkpoint
     tokenizer = load_tokenizer(name)
@@ -88,7 +88,8 @@ def _is_blocks(data: str) -> bool:
     """Whether DATA is a folder of token blocks rather than of files, a glob or the name of a data set."""
     if any(sign in data for sign in "*?["):
         return False
-    return Storage(data).exists(MANIFEST)
+    with reaching(f"data {data}"):
+        return Storage(data).exists(MANIFEST)
 
 
 def _check_blocks(config: FinetuneConfig) -> None:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lesa_ray.checkpoint.storage import explain
+from lesa_ray.checkpoint.storage import explain, reaching
 from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.ray_runner import new_board, start_ray
 from lesa_ray.distributed.stage_task import Done, run_stage
@@ -73,12 +73,8 @@ def run_fleet(config: GraphConfig, stages: Sequence[Stage], say: Say, settled: S
     that is known. Raises: MachineError if there is no Ray, or the store does not answer at the beginning, or the
     cluster is lost; UserError if the store cannot be written."""
     store = Store(config.store, config.lease)
-    try:
+    with reaching(f"store {config.store}", "cannot be written"):
         leave_plan(store, config, stages)
-    except MachineError:
-        raise
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        raise UserError(f"store {config.store}: cannot be written ({explain(error)[:200]})") from error
     fleet = _Fleet(config, store, stages, say, settled)
     try:
         with sigterm_interrupts():  # leases are let go

@@ -26,7 +26,8 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, first_contact, is_fault
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault, reaching
+from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.errors import MachineError, UserError
@@ -64,17 +65,18 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
     goes on."""
     listener = listener or Silent()
     begin = time.monotonic()
+    check_address()
     listener.phase("looking at the data", 0)
     storage = Storage(config.out)
     config = config.model_copy(update={"out": storage.url})  # tasks run in folders of their own
     run = prepare(config)
-    with first_contact(f"OUT {config.out}"):
+    with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(storage, run)
     if state == "done":
         storage.remove_tree(WORK_DIR)
         return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
     job = Job(config, files_digest(run.tokenizer), tokens.rows_per_group(config.seq_len), layout.GROUPS_PER_FILE)
-    with first_contact(f"OUT {config.out}"):
+    with reaching(f"OUT {config.out}", "cannot be written"):
         claim(storage, run)
     try:
         dealt = _limited(job, sources.deal(run.sources, sources.PIECE_BYTES))

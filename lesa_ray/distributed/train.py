@@ -25,7 +25,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.storage import Storage, explain, first_contact
+from lesa_ray.checkpoint.storage import Storage, explain, reaching
 from lesa_ray.distributed.cluster import await_room, machines, may_grow
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
@@ -68,7 +68,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     check_loggers(config.loggers)
     listener.phase("reading the headers", 0)
     run = prepare(config, gpus=False)  # wrong input, and a run that is done, are found before Ray is started
-    with first_contact(f"OUT {config.out}"):
+    with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(run)
     if state == "done":
         return trained_result(run, reused=True)
@@ -80,7 +80,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
         if (warning := replayed(run)) is not None:
             log.warning(warning)
         resources = wait_for_room(config, listener)
-        with first_contact(f"OUT {config.out}"):
+        with reaching(f"OUT {config.out}", "cannot be written"):
             claim(run)
         _fit(run, resources, listener)
     finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
-from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
+from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, explain, reaching, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.layerwise.register import register
@@ -55,11 +55,11 @@ class Bounds:
 def read_bounds(name: str) -> Bounds:
     """A checkpoint's bounds, without its weights. Raises: UserError if it is not a whole checkpoint of a language
     model that transformers knows."""
-    url = _resolve(name)
+    url = resolve_base(name, f"checkpoint {name}")
     if url.startswith("hf://"):
         config = _text_config(name, _read_config(name, _fetch(name, url, ["config.json"])))
         return Bounds(name, url, int(config.vocab_size), longest_window(config), 0, 0, None)
-    checkpoint = _open(name, url)
+    checkpoint = open_checkpoint(url, f"checkpoint {name}")
     config = _text_config(name, checkpoint.config)
     has_tokenizer = any(_TOKENIZER_FILES.search(file) for file in checkpoint.files)
     vocab_size, positions = int(config.vocab_size), longest_window(config)
@@ -78,10 +78,8 @@ def _text_config(name: str, raw: dict[str, Any]) -> Any:
 
 
 def _read_config(name: str, folder: str) -> dict[str, Any]:
-    try:
+    with reaching(f"checkpoint {name}", "config.json cannot be read", hint=""):
         raw = json.loads(Storage(folder).read("config.json"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {name}: config.json cannot be read ({explain(error)[:200]})") from error
     if not isinstance(raw, dict):
         raise UserError(f"checkpoint {name}: config.json is not a JSON object")
     return raw
@@ -94,9 +92,9 @@ def local_folder(name: str, url: str) -> Iterator[tuple[str, dict[str, dict[str,
     Raises: UserError; MachineError if the scratch disk has no room or the store fails."""
     if url.startswith("hf://"):
         folder = _fetch(name, url, ["*.safetensors", *(f"*{kind}" for kind in _COPIED_KINDS), "model*.index.json"])
-        yield folder, _open(name, folder).digests()
+        yield folder, open_checkpoint(folder, f"checkpoint {name}").digests()
         return
-    checkpoint = _open(name, url)
+    checkpoint = open_checkpoint(url, f"checkpoint {name}")
     digests = checkpoint.digests()
     if checkpoint.storage.is_local:
         yield checkpoint.storage.root, digests
@@ -126,50 +124,24 @@ def _copy(name: str, checkpoint: Checkpoint, scratch: Storage) -> None:
         list(pool.map(copy, sorted(files)))
 
 
-def _resolve(name: str) -> str:
-    try:
-        return resolve_base(name)
-    except UserError as error:
-        raise UserError(_renamed(error, name, name)) from None
-
-
-def _open(name: str, url: str) -> Checkpoint:
-    try:
-        return open_checkpoint(url)
-    except UserError as error:
-        raise UserError(_renamed(error, name, url)) from None
-
-
-def _renamed(error: UserError, name: str, url: str) -> str:
-    """The reader speaks of BASE, as `lesa-ray expand` does; here it is a checkpoint, called `name`."""
-    return f"checkpoint {name}: {str(error).removeprefix(f'BASE {url}: ')}"
-
-
 def _fetch(name: str, url: str, patterns: list[str]) -> str:
     """A folder of the hub's cache with those files of a repository; fetched where they are not there yet."""
     from huggingface_hub import snapshot_download
 
     repo, _, revision = url.removeprefix("hf://").partition("@")
-    try:
+    with reaching(f"checkpoint {name}", "cannot be fetched from the hub", ON_THE_HUB):
         # "*/*": some repositories keep the same weights again in folders or as consolidated.*
         folder: str = snapshot_download(
             repo, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
-    except Exception as error:  # the hub's client has its own class for each way in which it may refuse
-        raise UserError(
-            f"checkpoint {name}: cannot be fetched from the hub ({explain(error)[:200]}); is it a folder, "
-            "and is the network up?"
-        ) from error
     return folder
 
 
 def load_tokenizer(name: str, folder: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises: UserError if it has none."""
-    try:
+    with reaching(f"checkpoint {name}", "its tokenizer cannot be loaded", hint=""):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         works = bool(tokenizer("a b", add_special_tokens=False)["input_ids"])  # without files some are made, empty
-    except Exception as error:  # missing files surface in many ways
-        raise UserError(f"checkpoint {name}: its tokenizer cannot be loaded ({explain(error)[:160]})") from error
     if not works:
         raise no_tokenizer(name)
     return tokenizer

@@ -19,7 +19,8 @@ from typing import IO, Any
 
 import fsspec
 
-from lesa_ray.checkpoint.storage import explain, filesystem_options, is_outage
+from lesa_ray.checkpoint import search
+from lesa_ray.checkpoint.storage import explain, filesystem_options
 from lesa_ray.errors import MachineError, UserError
 
 PLAIN = (".txt", ".md", ".py")
@@ -52,44 +53,13 @@ def find_files(sources: Sequence[str]) -> list[TextFile]:
     does not answer."""
     found: dict[str, TextFile] = {}
     for source in sources:
-        for file in _files_of(source):
-            found.setdefault(file.url, file)
+        where = f"--data {source}"
+        files = search.find_files(source, KINDS, where)
+        if not files:
+            raise UserError(f"{where}: there is no such file or folder")
+        for url, info in files.items():
+            found.setdefault(url, TextFile(url, int(info.get("size") or 0)))
     return list(found.values())
-
-
-def _files_of(source: str) -> list[TextFile]:
-    try:
-        fs, path = fsspec.url_to_fs(source, use_listings_cache=False, **filesystem_options(source))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--data {source}: {error}") from error
-    try:
-        if not fs.exists(path) and any(sign in path for sign in "*?["):
-            paths = sorted(name for name in fs.glob(path) if name.endswith(KINDS))
-            sizes = {name: fs.info(name) for name in paths}
-        elif fs.isdir(path):
-            entries = fs.find(path, detail=True)
-            inside = {name: name.removeprefix(path.rstrip("/") + "/") for name in entries}
-            hidden = {name for name, rest in inside.items() if any(part.startswith(".") for part in rest.split("/"))}
-            sizes = {name: entries[name] for name in sorted(entries) if name.endswith(KINDS) and name not in hidden}
-        else:
-            sizes = {path: fs.info(path)}
-            if not path.split("?")[0].endswith(KINDS):
-                raise UserError(f"--data {source}: is not a kind of text that is known ({', '.join(KINDS)})")
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"--data {source}: there is no such file or folder") from None
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        if is_outage(error):
-            raise MachineError(f"--data {source}: the store does not answer ({explain(error)[:200]})") from error
-        raise UserError(f"--data {source}: cannot be listed ({explain(error)[:200]})") from error
-    if not sizes:
-        raise UserError(f"--data {source}: no text found; expected files that end with {', '.join(KINDS)}")
-    local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-    return [
-        TextFile(name if local else fs.unstrip_protocol(name), int(info.get("size") or 0))
-        for name, info in sizes.items()
-    ]
 
 
 def read_documents(files: Sequence[TextFile], column: str) -> Iterator[Document]:

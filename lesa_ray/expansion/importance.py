@@ -20,9 +20,9 @@ from typing import Any
 
 from lesa_ray.checkpoint.anatomy import Anatomy
 from lesa_ray.checkpoint.reader import Checkpoint
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import read_file
 from lesa_ray.config import ExpandConfig
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import UserError
 from lesa_ray.expansion.plan import BY_IMPORTANCE
 
 _SAMPLED = "sha256-sampled:"
@@ -52,7 +52,7 @@ def read_importance(config: ExpandConfig, checkpoint: Checkpoint, anatomy: Anato
     if not wanted:
         raise UserError(f"importance {config.importance}: is used by the positions {' and '.join(BY_IMPORTANCE)} alone")
     where = f"importance {config.importance}"
-    content = _read(config.importance, where)
+    content = read_file(config.importance, where)
     try:
         analysis = json.loads(content)
     except ValueError as error:
@@ -70,16 +70,6 @@ def read_importance(config: ExpandConfig, checkpoint: Checkpoint, anatomy: Anato
     if len(influence) != anatomy.layers or not all(map(math.isfinite, influence)):
         raise UserError(f"{where}: has no finite cosine for each of the {anatomy.layers} layers; repeat the analysis")
     return Importance(influence, hashlib.sha256(content).hexdigest())
-
-
-def _read(place: str, where: str) -> bytes:
-    folder, _, name = place.rpartition("/")
-    try:
-        return Storage(folder or ("/" if place.startswith("/") else ".")).read(name)
-    except (UserError, MachineError) as error:
-        raise type(error)(f"{where}: {error}") from None
-    except Exception as error:  # each backend has its own classes for what is not there
-        raise UserError(f"{where}: cannot be read ({explain(error)[:200]})") from error
 
 
 def _check_base(analysis: dict[str, Any], checkpoint: Checkpoint, anatomy: Anatomy, where: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, reaching
 from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.plan import Old
@@ -28,24 +28,26 @@ State = Literal["fresh", "resume", "done"]
 
 
 def out_state(expansion: Expansion) -> State:
-    """What OUT is to this expansion. Raises: UserError if it holds anything else."""
+    """What OUT is to this expansion. Raises: UserError if it holds anything else, or cannot be read; MachineError."""
     out = expansion.job.config.out
     storage = Storage(out)
-    if storage.is_empty():
-        return "fresh"
-    if storage.exists("config.json"):
-        manifest = read_manifest(storage)
-        if manifest is not None and manifest["fingerprint"] == expansion.fingerprint:
-            return "done"
-        what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
-        raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")
-    if storage.exists(RUN_FILE):
-        if json.loads(storage.read(RUN_FILE))["fingerprint"] == expansion.fingerprint:
-            return "resume"
-        raise UserError(
-            f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or remove it"
-        )
-    raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
+    with reaching(f"OUT {out}"):
+        if storage.is_empty():
+            return "fresh"
+        if storage.exists("config.json"):
+            manifest = read_manifest(storage)
+            if manifest is not None and manifest["fingerprint"] == expansion.fingerprint:
+                return "done"
+            what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
+            raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")
+        if storage.exists(RUN_FILE):
+            if json.loads(storage.read(RUN_FILE))["fingerprint"] == expansion.fingerprint:
+                return "resume"
+            raise UserError(
+                f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or "
+                "remove it"
+            )
+        raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
 
 
 def claim(expansion: Expansion, state: State) -> None:

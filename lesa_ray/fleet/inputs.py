@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
+from lesa_ray.checkpoint.storage import Storage, reaching, read_file, resolve_base
 from lesa_ray.errors import MachineError, UserError
 
 _TOKENIZER = re.compile(
@@ -32,15 +32,12 @@ def checkpoint_identity(name: str) -> dict[str, Any]:
 
 def tokenizer_identity(name: str) -> str:
     """SHA-256 over a tokenizer's files. Raises: UserError if there are none."""
-    try:
-        storage = Storage(resolve_base(name))
+    where = f"tokenizer {name}"
+    storage = Storage(resolve_base(name, where))
+    with reaching(where):
         digest = _tokenizer_digest(storage)
-    except (UserError, MachineError) as error:
-        raise type(error)(str(error).replace("BASE ", "tokenizer ", 1)) from error
-    except Exception as error:  # each backend has its own classes for "no such repository" and "no access"
-        raise UserError(f"tokenizer {name}: cannot be read ({explain(error)[:200]})") from error
     if digest is None:
-        raise UserError(f"tokenizer {name}: there is no tokenizer in it")
+        raise UserError(f"{where}: there is no tokenizer in it")
     return digest
 
 
@@ -54,13 +51,7 @@ def _tokenizer_digest(storage: Storage) -> str | None:
 
 def file_identity(name: str) -> str:
     """SHA-256 of a small file. Raises: UserError if it cannot be read; MachineError."""
-    folder, _, file = name.rpartition("/")
-    try:
-        return hashlib.sha256(Storage(folder).read(file)).hexdigest()
-    except (UserError, MachineError):
-        raise
-    except Exception as error:  # each backend has its own classes for what is not there
-        raise UserError(f"{name}: cannot be read ({explain(error)[:200]})") from error
+    return hashlib.sha256(read_file(name, name)).hexdigest()
 
 
 def data_identity(names: Sequence[str], dataset_config: str | None = None, dataset_split: str = "train") -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lesa_ray.checkpoint.storage import reaching
 from lesa_ray.errors import UserError
 from lesa_ray.fleet.settings import GraphConfig
 from lesa_ray.fleet.stages import Stage
@@ -61,8 +62,11 @@ def look(store: Store, identity: Identity, label: str) -> Standing:
 
 
 def look_at_all(store: Store, stages: Iterable[Stage]) -> list[Standing]:
-    """Where all stages stand; one whose input has no identity is unknown."""
-    return [_standing(store, stage.kind, stage.label, stage.identity, stage.problem) for stage in stages]
+    """Where all stages stand; one whose input has no identity is unknown.
+
+    Raises: UserError if the store cannot be read; MachineError if it does not answer."""
+    with reaching(f"store {store.url}"):
+        return [_standing(store, stage.kind, stage.label, stage.identity, stage.problem) for stage in stages]
 
 
 def leave_plan(store: Store, config: GraphConfig, stages: Iterable[Stage]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import Storage, reaching
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.names import CODE_FILES, MODEL_TYPE
 
@@ -15,16 +15,18 @@ from lesa_ray.layerwise.names import CODE_FILES, MODEL_TYPE
 def write_folder(out: str, architecture: Mapping[str, Any]) -> bool:
     """Write the folder that `lesa-ray pretrain --architecture` takes, config.json last.
 
-    Returns whether it was there already. Raises: UserError if there is something else."""
+    Returns whether it was there already. Raises: UserError if there is something else, or the place refuses;
+    MachineError for a full disk, or a store that does not answer."""
     storage = Storage(out)
     content = (json.dumps(architecture, indent=2) + "\n").encode()
-    if storage.exists("config.json") and storage.read("config.json") == content:
-        return True
-    if storage.folders() or any(name not in CODE_FILES and not name.endswith(".tmp") for name in storage.list()):
-        raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
-    write_code(storage, architecture)
-    storage.write("config.json", content)
-    return False
+    with reaching(f"OUT {out}", "cannot be written"):
+        if storage.exists("config.json") and storage.read("config.json") == content:
+            return True
+        if storage.folders() or any(name not in CODE_FILES and not name.endswith(".tmp") for name in storage.list()):
+            raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
+        write_code(storage, architecture)
+        storage.write("config.json", content)
+        return False
 
 
 def write_code(storage: Storage, config: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage, reaching
+from lesa_ray.errors import UserError
 from lesa_ray.store.identity import KINDS, Identity, difference, parse_place
 from lesa_ray.store.lease import TERM_SECONDS, Lease, Leases
 from lesa_ray.store.record import RECORD_FILE, Record, read_record, write_record
@@ -169,12 +169,8 @@ class Store:
 def open_store(url: str) -> Store:
     """A store that is there. Raises: UserError if there is none at `url`, or it cannot be reached."""
     store = Store(url)
-    try:
+    with reaching(f"STORE {url}", "cannot be listed"):
         found = store.storage.folders()
-    except (UserError, MachineError):
-        raise
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        raise UserError(f"STORE {url}: cannot be listed ({explain(error)[:200]})") from error
     if not {WORK_DIR, *KINDS}.intersection(found):
         raise UserError(f"STORE {url}: is not an artifact store; nothing that `lesa-ray fleet` writes is there")
     return store
@@ -184,12 +180,8 @@ def find_run(run: str) -> tuple[str, Storage, Record]:
     """A finished stage by its folder or URL: its place, its folder, its record. Raises: UserError if it is none."""
     storage = Storage(run)
     place = "/".join(storage.url.rstrip("/").split("/")[-2:])
-    try:
+    with reaching(f"RUN {run}"):
         record = read_record(storage)
-    except (UserError, MachineError):
-        raise
-    except Exception as error:
-        raise UserError(f"RUN {run}: cannot be read ({explain(error)[:200]})") from error
     if record is None:
         raise UserError(f"RUN {run}: holds no finished stage (no {RECORD_FILE}); `lesa-ray runs STORE` lists them")
     return place, storage, record

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import Storage, reaching
 from lesa_ray.config import validated
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener
@@ -85,12 +85,14 @@ def export_checkpoint(url: str, out: str, which: str) -> Exported:
     """Write a checkpoint of the run at `url` as a Hugging Face folder at `out`.
 
     which: `last`, `best` (the least held-out loss) or a step.
-    Raises: UserError if there is no such run or checkpoint."""
-    storage = Storage(url)
-    content = read_json(storage, RUN_FILE)
-    if content is None:
-        raise UserError(f"RUN {url}: holds no training run (no {RUN_FILE})")
-    records = find_complete(url, content["identity"])
+    Raises: UserError if there is no such run or checkpoint, or OUT cannot be written; MachineError."""
+    with reaching(f"RUN {url}"):
+        content = read_json(Storage(url), RUN_FILE)
+        if content is None:
+            raise UserError(f"RUN {url}: holds no training run (no {RUN_FILE})")
+        records = find_complete(url, content["identity"])
+    with reaching(f"OUT {out}", "cannot be written"):
+        Storage(out).try_writing()
     record = chosen(records, which, url)
     config = validated(TrainConfig, {**content["config"], "out": url}, f"RUN {url}")
     run = prepare(config, gpus=False)

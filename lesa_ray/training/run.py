@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import Storage, explain, reaching, read_file
 from lesa_ray.errors import UserError
 from lesa_ray.training.conversion import Conversion, plan_conversions
 from lesa_ray.training.insertion import Insertion, plan_insertion
@@ -80,13 +80,11 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     blocks = open_blocks(config.data)
     checkpoint = manifest = None
     if config.checkpoint is not None:
-        try:
-            checkpoint = open_checkpoint(config.checkpoint)
-        except UserError as error:
-            raise UserError(str(error).replace("BASE ", "checkpoint ", 1)) from error
-        manifest = read_manifest(checkpoint.storage)
-        architecture = checkpoint.config
         where = f"checkpoint {config.checkpoint}"
+        checkpoint = open_checkpoint(config.checkpoint, where)
+        with reaching(where):
+            manifest = read_manifest(checkpoint.storage)
+        architecture = checkpoint.config
     else:
         architecture, where = read_architecture(config), "architecture"
     model = build(architecture, where)
@@ -110,23 +108,19 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
 
 
 def read_architecture(config: TrainConfig) -> dict[str, Any]:
-    """The config.json to begin from. Raises: UserError."""
+    """The config.json to begin from. Raises: UserError; MachineError if its store does not answer."""
     given = config.architecture
     if isinstance(given, dict):
         return given
     assert given is not None
-    folder, name = given, "config.json"
-    if given.endswith(".json"):
-        folder, _, name = given.rpartition("/")
-        folder = folder or "."
+    where = f"architecture {given}"
+    text = read_file(given if given.endswith(".json") else f"{given}/config.json", where)
     try:
-        content = json.loads(Storage(folder).read(name))
-    except FileNotFoundError:
-        raise UserError(f"architecture {given}: there is no {name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"architecture {given}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON ({explain(error)[:200]})") from error
     if not isinstance(content, dict):
-        raise UserError(f"architecture {given}: {name} is not a JSON object")
+        raise UserError(f"{where}: is not a JSON object")
     return content
 
 
@@ -152,7 +146,8 @@ def use_bf16(config: TrainConfig, gpus: bool) -> bool:
     """Whether matrix products run in bfloat16; `auto` is what the run at OUT has decided already, if there is one."""
     if config.precision != "auto":
         return config.precision == "bf16"
-    record = read_json(Storage(config.out), RUN_FILE)
+    with reaching(f"OUT {config.out}"):
+        record = read_json(Storage(config.out), RUN_FILE)
     if record is not None and isinstance(record.get("bf16"), bool):
         return bool(record["bf16"])
     if gpus:

@@ -17,9 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
-from lesa_ray.checkpoint.storage import explain, filesystem_options
+from lesa_ray.checkpoint.search import find_files
+from lesa_ray.checkpoint.storage import explain
 from lesa_ray.errors import MachineError, UserError
 
 PLAIN = (".txt", ".md", ".py")
@@ -98,42 +97,12 @@ def find_sources(names: Sequence[str], dataset_config: str | None, dataset_split
 
 
 def _sources_of(name: str, dataset_config: str | None, dataset_split: str) -> list[Source]:
-    try:
-        fs, path = fsspec.url_to_fs(name, use_listings_cache=False, **filesystem_options(name))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"DATA {name}: {error}") from error
-    local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-    try:
-        if fs.isdir(path):
-            entries = fs.find(path, detail=True)
-            inside = {entry: entry.removeprefix(path.rstrip("/") + "/") for entry in entries}
-            infos = {
-                entry: entries[entry]
-                for entry in sorted(entries)
-                if entry.endswith(KINDS) and not any(part.startswith(".") for part in inside[entry].split("/"))
-            }
-        elif fs.exists(path):
-            if not path.split("?")[0].endswith(KINDS):
-                raise UserError(f"DATA {name}: is of no kind that is known ({', '.join(KINDS)})")
-            infos = {path: fs.info(path)}
-        elif any(sign in path for sign in "*?["):
-            infos = {entry: fs.info(entry) for entry in sorted(fs.glob(path)) if entry.endswith(KINDS)}
-        elif local and _HUB_NAME.match(name) and not name.endswith(KINDS):
-            return [_hub_source(name, dataset_config, dataset_split)]
-        else:
-            raise UserError(f"DATA {name}: there is no such file or folder")
-    except (UserError, MachineError):
-        raise
-    except FileNotFoundError:
-        raise UserError(f"DATA {name}: there is no such file or folder") from None
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        raise UserError(f"DATA {name}: cannot be listed ({explain(error)[:200]})") from error
-    if not infos:
-        raise UserError(f"DATA {name}: no data found; expected files that end with {', '.join(KINDS)}")
-    return [
-        Source(entry if local else fs.unstrip_protocol(entry), int(info.get("size") or 0), _mark(info), name)
-        for entry, info in infos.items()
-    ]
+    files = find_files(name, KINDS, f"DATA {name}")
+    if not files and _HUB_NAME.match(name) and not name.endswith(KINDS):
+        return [_hub_source(name, dataset_config, dataset_split)]
+    if not files:
+        raise UserError(f"DATA {name}: there is no such file or folder")
+    return [Source(url, int(info.get("size") or 0), _mark(info), name) for url, info in files.items()]
 
 
 def _mark(info: dict[str, Any]) -> str:

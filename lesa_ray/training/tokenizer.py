@@ -10,8 +10,8 @@ from functools import lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.checkpoint.storage import Storage, reaching, resolve_base
+from lesa_ray.errors import UserError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _CONFIG = "tokenizer_config.json"
@@ -20,13 +20,9 @@ _HOW_LOADED = {"local_files_only", "is_local", "name_or_path", "cache_dir", "rev
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a hub repository or a URL. Raises: UserError if there is none that works."""
-    try:
-        url = resolve_base(name)
-    except UserError:
-        raise UserError(
-            f"tokenizer {name}: there is no such folder; give a folder, a Hugging Face repo id or a URL such as s3://…"
-        ) from None
-    try:
+    where = f"tokenizer {name}"
+    url = resolve_base(name, where)
+    with reaching(where, "cannot be loaded", hint=""):  # missing files surface in many ways
         if url.startswith("hf://"):
             repo, _, revision = url.removeprefix("hf://").partition("@")
             tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision or "main", trust_remote_code=False)
@@ -35,12 +31,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         else:
             tokenizer = AutoTokenizer.from_pretrained(url, trust_remote_code=False)
         works = bool(tokenizer("a b", add_special_tokens=False)["input_ids"])  # without files some are made, empty
-    except (UserError, MachineError):
-        raise
-    except Exception as error:  # missing files surface in many ways
-        raise UserError(f"tokenizer {name}: cannot be loaded ({explain(error)[:160]})") from error
     if not works:
-        raise UserError(f"tokenizer {name}: knows no token; is its tokenizer.json there?")
+        raise UserError(f"{where}: knows no token; is its tokenizer.json there?")
     return tokenizer
 
 

@@ -29,7 +29,7 @@ from typing import IO, Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage, explain, reaching
 from lesa_ray.errors import MachineError, UserError
 
 FORMAT = 1
@@ -315,16 +315,13 @@ def open_blocks(url: str) -> TokenBlocks:
 
 def read_manifest(storage: Storage) -> dict[str, Any] | None:
     """The manifest of a folder, or None if it has none. Raises: UserError if it cannot be read."""
-    try:
-        manifest = json.loads(storage.read(MANIFEST))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except MachineError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{storage.url}: {MANIFEST} is not JSON ({error})") from error
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        raise UserError(f"{storage.url}: cannot be read ({explain(error)[:200]})") from error
+    with reaching(storage.url):
+        try:
+            manifest = json.loads(storage.read(MANIFEST))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise UserError(f"{storage.url}: {MANIFEST} is not JSON ({error})") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{storage.url}: {MANIFEST} is not that of token blocks")
     return manifest

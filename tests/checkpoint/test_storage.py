@@ -7,12 +7,15 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from s3fs.errors import translate_boto_error
 
 from lesa_ray import MachineError, UserError
-from lesa_ray.checkpoint.storage import Storage, first_contact, resolve_base
+from lesa_ray.checkpoint.storage import Storage, reaching, read_file, resolve_base
 
 Place = Callable[[str], Storage]
 
@@ -107,13 +110,89 @@ def test_a_protocol_nobody_knows() -> None:
         Storage("nosuch://bucket")
 
 
+class Answered(OSError):
+    """What the hub's client raises."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("the server said so")
+        self.response = SimpleNamespace(status_code=status)
+
+
+def of_the_server(code: str, status: int) -> OSError:
+    """What s3fs makes of an answer that it does not know."""
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(answer, "GetObject"))
+
+
+def because_of(error: Exception) -> FileNotFoundError:
+    not_cached = FileNotFoundError("not in the cache")
+    not_cached.__cause__ = error
+    return not_cached
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "says"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "x/run.json"), MachineError, "no space left on the device"),
-        (PermissionError(errno.EACCES, "Permission denied", "x/run.json"), UserError, "check the address and the"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x/a"),
+            MachineError,
+            "no space .*the same command",
+        ),
+        (OSError(errno.EIO, "Input/output error"), MachineError, "Input/output error"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x/a"),
+            UserError,
+            r"is shut \(Perm.*; ask for a key",
+        ),
+        (OSError(errno.EROFS, "Read-only file system"), UserError, "Read-only"),
+        (NoCredentialsError(), UserError, "Unable to locate credentials"),
+        (EndpointConnectionError(endpoint_url="http://x"), MachineError, "the store does not answer"),
+        (ConnectionRefusedError("refused"), MachineError, "the store does not answer"),
+        (of_the_server("Unheard", 400), UserError, "is shut"),
+        (of_the_server("Unheard", 502), MachineError, "the store does not answer"),
+        (Answered(403), UserError, "is shut"),
+        (Answered(429), MachineError, "the store does not answer"),
+        (because_of(Answered(503)), MachineError, "the store does not answer"),
+        (because_of(Answered(404)), UserError, "is shut"),
+        (UserError("as it is"), UserError, "^as it is$"),
+        (MachineError("as it is"), MachineError, "^as it is$"),
     ],
 )
-def test_who_has_to_mend_a_place_that_cannot_be_written(error: OSError, kind: type[Exception], says: str) -> None:
-    with pytest.raises(kind, match=f"OUT x: .*{says}"), first_contact("OUT x"):
+def test_who_has_to_mend_a_place_that_fails(error: Exception, kind: type[Exception], says: str) -> None:
+    with pytest.raises(kind, match=says) as caught, reaching("OUT x", "is shut", "ask for a key"):
         raise error
+    assert str(caught.value).startswith("OUT x: ") == ("as it is" not in says)
+
+
+def test_a_place_is_tried_without_a_trace(place: Place) -> None:
+    storage = place("new/folder")
+    storage.try_writing()
+    assert storage.is_empty()
+    if storage.is_local:
+        assert not os.path.exists(os.path.dirname(storage.root))
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_a_full_disk_is_seen_when_it_is_tried(small_disk: Path) -> None:
+    Storage(str(small_disk)).try_writing()
+    (small_disk / "all").write_bytes(bytes(64 * 1024))
+    with pytest.raises(MachineError, match="no space left"), reaching("OUT x"):
+        Storage(f"{small_disk}/below/it").try_writing()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for wrong in ("file", "file/below"):
+        with pytest.raises(UserError, match="is a file; give a folder"):
+            Storage(str(tmp_path / wrong)).list()
+
+
+def test_a_small_file_by_its_whole_name(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = place("folder")
+    storage.write("a.yaml", b"x: 1")
+    assert read_file(f"{storage.url}/a.yaml", "config") == b"x: 1"
+    with pytest.raises(UserError, match=r"^config b: cannot be read \(FileNotFoundError"):
+        read_file(f"{storage.url}/b.yaml", "config b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("here")
+    assert read_file("a.yaml", "config") == b"here"

@@ -210,8 +210,8 @@ def test_everything_on_s3(folder: Path, s3: str, tmp_path: Path) -> None:
     assert sorted(Storage(s3).fs.find("bucket/eval")) == before
     for wrong, says in (
         (config(folder, f"{s3}/eval/none"), r"checkpoint s3://bucket/eval/none: there is nothing at"),
-        (config(folder, "one", data=f"{s3}/eval/none"), "there is no such file or folder|no text found"),
-        (config(folder, "one", data="s3://no-such-bucket/x"), "there is no such file or folder|no text found"),
+        (config(folder, "one", data=f"{s3}/eval/none"), "there is no such file or folder|no data found"),
+        (config(folder, "one", data="s3://no-such-bucket/x"), "there is no such file or folder|no data found"),
     ):
         with pytest.raises(UserError, match=says):
             evaluate(wrong)

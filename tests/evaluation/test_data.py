@@ -99,7 +99,7 @@ def test_data_that_cannot_be_measured_on(tmp_path: Path) -> None:
         ([blocks(str(tmp_path / "empty"), "text", 4, [])], {}, "there is no row in the split heldout"),
         ([good], {"window": 5}, "window 5: the rows of .* have 4 tokens; give at most that"),
         ([damaged], {}, "part-00000.parquet is missing or of another size"),
-        ([tmp_path / "manifest"], {}, "no text found"),
+        ([tmp_path / "manifest"], {}, "no data found"),
         ([tmp_path / "nowhere"], {}, "there is no such file or folder"),
     ):
         with pytest.raises(UserError, match=says):

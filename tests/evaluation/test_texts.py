@@ -111,10 +111,10 @@ def test_sources_without_text(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "nowhere", "there is no such file or folder"),
         (
             tmp_path / "nowhere" / "*.txt",
-            "no text found; expected files that end with .txt, .md, .py, .jsonl, .parquet",
+            "no data found; expected files that end with .txt, .md, .py, .jsonl, .parquet",
         ),
-        (tmp_path / "empty", "no text found"),
-        (tmp_path / "h.bin", "is not a kind of text that is known"),
+        (tmp_path / "empty", "no data found"),
+        (tmp_path / "h.bin", "is of no kind that is known"),
         ("gopher://x/y.txt", "gopher"),
     ):
         with pytest.raises(UserError, match=f"--data {source!s}".replace("*", r"\*")) as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import Storage, reaching
 from lesa_ray.errors import UserError
 from lesa_ray.report.page.figure import png
 from lesa_ray.report.page.render import GENERATOR, render
@@ -41,21 +41,23 @@ def write_report(runs: Sequence[str], out: str) -> Written:
     """Make the page of RUN… at OUT.
 
     Raises: UserError if a RUN is none, or OUT holds another's report.html, and then nothing is written; MachineError if
-    a store does not answer."""
+    a disk is full, or a store does not answer."""
     require_packages()
     material = gather(runs)
-    storage = Storage(out)
-    earlier = _earlier_figures(storage)
+    storage, where = Storage(out), f"OUT {out}"
+    with reaching(where):
+        earlier = _earlier_figures(storage)
     command = f"lesa-ray report {shlex.join(runs)} --out {shlex.quote(out)}"
     sections, missing = make_sections(material, command)
     page = render(material, sections, missing, images=True).encode()
     figures = [figure for section in sections for figure in section.figures]
     images = {f"{FIGURES}/{figure.name}.png": png(figure) for figure in figures}
-    for name, content in images.items():
-        storage.write(name, content)
-    storage.write(PAGE_FILE, page)
-    for name in sorted(earlier - images.keys()):
-        storage.remove(name)
+    with reaching(where, "cannot be written"):
+        for name, content in images.items():
+            storage.write(name, content)
+        storage.write(PAGE_FILE, page)
+        for name in sorted(earlier - images.keys()):
+            storage.remove(name)
     return Written(f"{storage.url}/{PAGE_FILE}", tuple(images), tuple(missing), len(page))
 
 

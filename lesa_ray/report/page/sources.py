@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, Manifest
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import Storage, reaching
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.report.page.schema import Analysis, Comparison
 from lesa_ray.report.page.words import listed
@@ -118,12 +118,11 @@ def _read_run(run: str, material: Material) -> None:
 
 
 def _read(storage: Storage, name: str) -> bytes | None:
-    try:
-        return storage.read(name)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"RUN {storage.url}: {name} cannot be read ({' '.join(str(error).split())})") from error
+    with reaching(f"RUN {storage.url}", f"{name} cannot be read"):
+        try:
+            return storage.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def _json(content: bytes, where: str) -> Any:
@@ -185,9 +184,9 @@ def _add_plans(run: str, comparison: Comparison, material: Material) -> None:
 
 def _distant_manifest(url: str, run: str) -> Manifest | None:
     try:
-        content = Storage(url).read(MANIFEST_FILE)
-        return _manifest(content, run)
-    except (OSError, UserError, MachineError, ValueError):
+        content = _read(Storage(url), MANIFEST_FILE)
+        return None if content is None else _manifest(content, run)
+    except (UserError, MachineError):
         return None
 
 
