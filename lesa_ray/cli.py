@@ -19,7 +19,7 @@ from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
 from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
 from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import MachineError, NotWritten, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.interrupt import sigterm_interrupts
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -237,13 +237,19 @@ def evaluate(
         listener.phase("starting", 0)  # importing transformers takes seconds
         from lesa_ray.distributed.evaluate import evaluate as run
 
-        report = run(settings, listener=listener)
+        refused: NotWritten | None = None
+        try:
+            report = run(settings, listener=listener)
+        except NotWritten as error:
+            report, refused = error.report, error
     if as_json:
         print_json(report)
-        return
-    from lesa_ray.report.evaluation import evaluation_table
+    else:
+        from lesa_ray.report.evaluation import evaluation_table
 
-    terminal.console.print(evaluation_table(report))
+        terminal.console.print(evaluation_table(report))
+    if refused:
+        raise refused
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -9,6 +9,7 @@ from typing import Any
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
 from lesa_ray.config import load_settings
+from lesa_ray.errors import NotWritten
 
 
 @with_options(AnalyzeConfig, leave_out=("base", "lesa"))
@@ -26,14 +27,22 @@ def analyze(
         from lesa_ray.distributed.analyze import FILE
         from lesa_ray.distributed.analyze import analyze as run
 
-        report = run(settings, listener=listener)
+        refused: NotWritten | None = None
+        try:
+            report = run(settings, listener=listener)
+        except NotWritten as error:
+            report, refused = error.report, error
     if as_json:
         print_json(report)
+        if refused:
+            raise refused
         return
     from lesa_ray.report import terminal
     from lesa_ray.report.analysis import analysis_table
 
     terminal.console.print(analysis_table(report), highlight=False)
+    if refused:
+        raise refused
     where = "" if settings.out is None else f"{settings.out.rstrip('/')}/{FILE}, "
     terminal.console.print(f"{where}{terminal.duration(time.monotonic() - begin)}", highlight=False)
 

@@ -24,6 +24,7 @@ from lesa_ray.analysis.document import make_report
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work_on_type
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault
+from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
@@ -114,11 +115,14 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
     """Look at a checkpoint; the content of analysis.json, which `config.out` gets too.
 
     use_ray: None decides by RAY_ADDRESS. Raises: UserError for wrong input, with nothing left behind; MachineError for
-    a fault, after which the same call goes on (with `out`)."""
+    a fault, after which the same call goes on (with `out`); NotWritten if `out` does not take the finished report."""
     listener = listener or Silent()
     listener.phase("reading the headers", 0)
     subject = open_subject(config)
-    storage = None if config.out is None else _reach(config.base, config.out)
+    storage = None
+    if config.out is not None:
+        check_out(config.base, config.out)
+        storage = try_place(config.out, config.out)
     residual = None
     if config.data:
         from lesa_ray.analysis.residual import prepare_residual
@@ -139,7 +143,7 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
             (_side_by_side if use_ray else _in_turn)(work, missing, finished, listener)
         report = make_report(subject, done, done.get(_RESIDUAL))
         if storage is not None:
-            storage.write(FILE, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+            write_report(report, storage, FILE)
             if config.page and find_spec("matplotlib") is not None:
                 from lesa_ray.report.page.build import analysis_page
 
@@ -169,20 +173,6 @@ def _command(config: AnalyzeConfig) -> str:
         else:
             words += [word for one in (value if isinstance(value, list) else [value]) for word in (flag, str(one))]
     return shlex.join(words)
-
-
-def _reach(base: str, out: str) -> Storage:
-    """The folder `out`. Raises: UserError if it lies inside the base, is a file or cannot be reached; found before the
-    work, not after."""
-    check_out(base, out)
-    try:
-        storage = Storage(out)
-        storage.list()
-    except (UserError, MachineError) as error:
-        raise type(error)(f"--out {out}: {error}") from None
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        raise UserError(f"--out {out}: cannot be reached ({explain(error)[:200]})") from error
-    return storage
 
 
 def _in_turn(work: _Work, pieces: list[str], finished: Callable[[str, Any], None], listener: Listener) -> None:

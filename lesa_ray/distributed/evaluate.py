@@ -9,7 +9,6 @@ process of Ray's: lm-evaluation-harness prints to standard output as it pleases,
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -18,8 +17,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lesa_ray.checkpoint.storage import Storage, explain
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.evaluation.checkpoints import Bounds, read_bounds
 from lesa_ray.evaluation.data import BlockData, TextData, open_data
 from lesa_ray.evaluation.harness import resolve_tasks
@@ -43,7 +42,8 @@ def evaluate(
     """Measure every checkpoint of `config`; the report as JSON values, which `config.out` gets too.
 
     use_ray: None decides by the number of checkpoints, tasks and RAY_ADDRESS.
-    Raises: UserError for wrong input, naming the checkpoint or the data; MachineError for a fault."""
+    Raises: UserError for wrong input, naming the checkpoint or the data; MachineError for a fault,
+    NotWritten if the report was made but `config.out` does not take it."""
     listener, begin = listener or Silent(), time.monotonic()
     place = None if config.out is None else _place(config.out)
     listener.phase("reading the headers", 0)
@@ -60,37 +60,16 @@ def evaluate(
         outcomes = _in_turn(job, bounds, listener)
     report = _report(job, outcomes, time.monotonic() - begin)
     if place is not None:
-        _write(report, *place)
+        write_report(report, *place)
     return report
 
 
 def _place(out: str) -> tuple[Storage, str]:
-    """The folder and the name that `out`, a `.json` file or a folder for `FILE`, means.
-
-    Raises: UserError if it cannot be reached or is a file; found before the work, not after."""
+    """The folder and the name that `out`, a `.json` file or a folder for `FILE`, means. Raises: as `try_place`."""
     folder, name = out.rstrip("/"), FILE
     if folder.endswith(".json"):
         folder, _, name = folder.rpartition("/")
-    try:
-        storage = Storage(folder or ("/" if out.startswith("/") else "."))
-        storage.list()
-        taken = storage.fs.isfile(storage.root)
-    except (UserError, MachineError) as error:
-        raise type(error)(f"--out {out}: {error}") from None
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        raise UserError(f"--out {out}: cannot be reached ({explain(error)[:200]})") from error
-    if taken:
-        raise UserError(f"--out {out}: {storage.url} is a file; give a folder or a .json file")
-    return storage, name
-
-
-def _write(report: dict[str, Any], storage: Storage, name: str) -> None:
-    try:
-        storage.write(name, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
-    except MachineError:
-        raise
-    except Exception as error:
-        raise MachineError(f"--out {storage.url}/{name}: cannot be written ({explain(error)[:200]})") from error
+    return try_place(out, folder or ("/" if out.startswith("/") else ".")), name
 
 
 def _in_turn(job: Job, bounds: list[Bounds], listener: Listener) -> list[Outcome]:

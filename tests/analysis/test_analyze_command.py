@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def poison(base: Path) -> None:
         (["BASE", "--out", "BASE"], "lies inside BASE"),
         (["BASE", "--out", "BASE/config.json"], "lies inside BASE"),
         (["BASE", "--data", "nowhere.txt"], "there is no such file"),
-        (["BASE", "--data", "BASE"], "no text found"),
+        (["BASE", "--data", "BASE"], "no data found"),
         (["BASE", "--data", "TEXT"], "has no tokenizer"),
         (["BASE", "--tokens", "0"], "tokens"),
         (["BASE", "--device", "tpu"], "device"),
@@ -85,3 +86,40 @@ def test_wrong_input(
     assert says in line
     assert not (tmp_path / "out").exists()
     assert sorted(Path(bases("llama")).iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["analyze", "evaluate"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_figures_whose_place_fails_at_the_end_are_printed(
+    command: str, as_json: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=3)
+    (tmp_path / "some.txt").write_text("To be, or not to be.")
+    name = {"analyze": "analysis.json", "evaluate": "evaluation.json"}[command]
+    (tmp_path / "out" / name / "in-the-way").mkdir(parents=True)
+    more = ["--no-page"] if command == "analyze" else ["--data", tmp_path / "some.txt", "--window", "16"]
+    printed_as = ["--json"] if as_json else []
+    code, printed, line = run(capsys, monkeypatch, command, base, "--out", tmp_path / "out", *more, *printed_as)
+    assert code == 1
+    assert re.search(f"--out .*{name}: cannot be written \\(IsADirectoryError", line)
+    if as_json:
+        assert json.loads(printed)["format"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= {name, ".lesa-ray"}
+
+
+@pytest.mark.parametrize("command", ["analyze", "evaluate"])
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_a_place_that_is_full_is_found_before_the_work(
+    command: str,
+    small_disk: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=3)
+    (small_disk / "all").write_bytes(bytes(64 * 1024))
+    data = ["--data", tmp_path / "nowhere.txt"]  # would be wrong input
+    code, printed, line = run(capsys, monkeypatch, command, base, "--out", small_disk / "out", *data)
+    assert (code, printed) == (1, "")
+    assert "no space left on the device" in line
+    assert not (small_disk / "out").exists()
