@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
+from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
@@ -52,9 +53,11 @@ def start_ray() -> bool:
 
     RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster; without it, it is what
     `ray start` left on this machine. Returns whether this call started an embedded Ray.
+    Raises: UserError if RAY_ADDRESS is no address; MachineError if the cluster cannot be reached.
     """
     if ray.is_initialized():
         return False
+    check_address()
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     named = os.environ.get("RAY_ADDRESS")
@@ -64,7 +67,7 @@ def start_ray() -> bool:
             with as_before():
                 ray.init(address=address, runtime_env=_passed_on(), **quiet)
             return False
-    except ConnectionError as error:
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
         left = "; `ray start` left its address here: run `ray stop` if it is gone, or set RAY_ADDRESS=local"
         hint = "" if named else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from lesa_ray.checkpoint.storage import explain
@@ -210,7 +210,7 @@ def _faults_of(url: str) -> Iterator[None]:
             f"cluster {where}: asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
             "or ~/.ray/auth_token to the cluster's"
         ) from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (RayError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise MachineError(f"cluster {where}: no job was started ({_reason(error, url)})") from error
 
 

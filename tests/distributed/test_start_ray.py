@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
+
+from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray.distributed.address import check_address
+from lesa_ray.distributed.ray_runner import start_ray
 
 SCRIPT = """
 import json, os, sys
@@ -80,3 +86,38 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str]
     assert running.returncode == 130, rest
     assert rest.strip().splitlines()[-1] == "lesa-ray: interrupted; the same command goes on from here"
     assert "SIGTERM" not in rest
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("http://127.0.0.1:8265", "is a dashboard's; give the cluster's, HOST:6379"),
+        ("garbage", "is no address; expected HOST:PORT"),
+        ("head:", "is no address"),
+        ("", None),
+        ("local", None),
+        ("auto", None),
+        ("10.0.0.1:6379", None),
+        ("[::1]:6379", None),
+        ("ray://head:10001", None),
+    ],
+)
+def test_what_an_address_may_be(
+    address: str, says: str | None, bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    if says is None:
+        check_address()
+        return
+    with pytest.raises(UserError, match=f"^RAY_ADDRESS {re.escape(address)}: {says}"):
+        expand(ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="avg-deus"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_cluster_that_ray_refuses_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says so with errors of several kinds."""
+    monkeypatch.setenv("RAY_ADDRESS", "nosuch://head:1")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(MachineError, match="Ray cluster nosuch://head:1: cannot be reached"):
+        start_ray()
