@@ -51,8 +51,11 @@ def compare(
         show_standings(look_at_all(store, comparison.stages), as_json)
         return
     if words:
+        from lesa_ray.checkpoint.storage import reaching
         from lesa_ray.comparison.collect import Collector
 
+        with reaching(f"store {settings.store}", "cannot be listed"):
+            store.storage.folders()
         _show(Collector(comparison, store).collect(), as_json)
         return
     from lesa_ray.distributed.compare import run_comparison

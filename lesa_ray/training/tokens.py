@@ -294,7 +294,8 @@ def open_blocks(url: str) -> TokenBlocks:
             for name, part in ((name, manifest["splits"][name]) for name in SPLITS)
         }
         for name, split in splits.items():
-            sizes = Storage(f"{storage.url}/{name}").list() if split.files else {}
+            with reaching(url, "cannot be listed"):
+                sizes = storage.within(name).list() if split.files else {}
             for file in split.files:
                 if sizes.get(file["name"].rsplit("/", 1)[-1]) != file["bytes"]:
                     raise UserError(f"{url}: {file['name']} is missing or of another size; make the token blocks anew")

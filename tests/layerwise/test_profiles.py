@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lesa_ray import MachineError, UserError
 from lesa_ray.layerwise.budget import Sizes
+from lesa_ray.layerwise.folder import write_folder
 from lesa_ray.layerwise.profiles import PRESETS, PROFILES, make_divisible, multipliers, query_heads
-from lesa_ray.layerwise.settings import LayerwiseConfig, sizes_of
+from lesa_ray.layerwise.settings import LayerwiseConfig, architecture, sizes_of
 
 # million parameters: arXiv 2509.06518's models, as its code builds them
 PUBLISHED = {
@@ -105,3 +108,19 @@ def test_every_profile_has_its_shape() -> None:
     assert found["crown"] == pytest.approx(found["crown"][::-1])
     assert len(set(found["isotropic"])) == 1
     assert query_heads([0.01, 0.5, 1.0], 768, 64, 4) == [4, 8, 12]
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_a_place_that_does_not_take_the_folder(small_disk: Path, tmp_path: Path) -> None:
+    wanted = architecture(LayerwiseConfig(out="unused", preset="framed-18"))
+    (tmp_path / "file").write_text("")
+    for wrong in ("file", "file/below"):
+        with pytest.raises(UserError, match="is a file; give a folder"):
+            write_folder(str(tmp_path / wrong), wanted)
+    out = str(small_disk / "out")
+    (small_disk / "all").write_bytes(bytes(60 * 1024))
+    with pytest.raises(MachineError, match=f"^OUT {out}: no space left on the device"):
+        write_folder(out, wanted)
+    (small_disk / "all").unlink()
+    assert not write_folder(out, wanted)
+    assert write_folder(out, wanted)

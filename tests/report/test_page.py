@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lesa_ray import Expanded
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.report.page import build as build_module
 from lesa_ray.report.page.build import analysis_page, write_report
 from lesa_ray.report.page.compared import views, with_untrained
@@ -501,3 +501,14 @@ def test_the_page_of_an_analysis_alone() -> None:
     assert "no comparison was given" not in html
     with pytest.raises(UserError, match="kind"):
         analysis_page({"kind": "table"}, "")
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_a_place_that_does_not_take_the_page(small_disk: Path, tmp_path: Path) -> None:
+    run, out = samples.write(tmp_path / "toy", "analysis.json", samples.bare_analysis()), str(small_disk / "out")
+    (small_disk / "all").write_bytes(bytes(60 * 1024))
+    with pytest.raises(MachineError, match=f"^OUT {out}: no space left on the device"):
+        write_report([run], out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        write_report([run], str(tmp_path / "file"))
