@@ -53,7 +53,7 @@ def start_ray() -> bool:
 
     RAY_ADDRESS names the cluster, or is `local` for an embedded Ray beside a running cluster; without it, it is what
     `ray start` left on this machine. Returns whether this call started an embedded Ray.
-    Raises: UserError if RAY_ADDRESS is no address; MachineError if the cluster cannot be reached.
+    Raises: UserError if RAY_ADDRESS is no address; MachineError if the cluster cannot be reached, or none started.
     """
     if ray.is_initialized():
         return False
@@ -72,8 +72,11 @@ def start_ray() -> bool:
         hint = "" if named else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
-    with as_before():
-        ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
+    try:
+        with as_before():
+            ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
+    except Exception as error:  # Ray has no class of its own for a node that does not come up
+        raise MachineError(f"Ray does not start on this machine ({explain(error)[:200]})") from error
     return True
 
 
