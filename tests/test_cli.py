@@ -96,6 +96,11 @@ def unknown_list(base: Path) -> None:
     edit_config(base, head_counts=[1, 2, 3, 4, 5])
 
 
+def no_offsets(base: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}).encode()
+    sorted(base.glob("*.safetensors"))[1].write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 def damaged_json(base: Path) -> None:
     (base / "config.json").write_text('{"model_type": ')
 
@@ -139,6 +144,7 @@ def edit_config(base: Path, **changes: object) -> None:
         (quantised_tensor, "has dtype I8, so the checkpoint is quantised"),
         (other_depth, "config.json says num_hidden_layers = 7, the files hold 5 layers"),
         (unknown_list, "head_counts seems to hold one value for each of the 5 layers"),
+        (no_offsets, "is not a whole safetensors file"),
         (damaged_json, "is not JSON"),
         (damaged_index, "has no weight_map"),
         (nan, "model.layers.2.self_attn.v_proj.weight holds NaN or Inf"),
@@ -213,10 +219,13 @@ def test_out_that_is_taken(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "torn" / ".lesa-ray").mkdir(parents=True)
+    (tmp_path / "torn" / ".lesa-ray" / "run.json").touch()
     base = bases("llama")
     for out, says in (
         (tmp_path / "out", "is not empty"),
         (tmp_path / "file", "is a file"),
+        (tmp_path / "torn", "its .lesa-ray/run.json is damaged"),
         (Path(base), "lies inside BASE"),
         (Path(base) / "inner", "lies inside BASE"),
     ):

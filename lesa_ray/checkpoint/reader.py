@@ -231,7 +231,7 @@ def _read_header(where: str, storage: Storage, file: str, size: int) -> list[Ten
             )
             for name, item in header.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{where}: {file}: is not a whole safetensors file ({_first_line(error)}); download it again"
         ) from error

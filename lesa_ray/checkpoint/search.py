@@ -1,7 +1,7 @@
 """Which files of data there are behind a name: a file, a folder, a pattern, on any storage.
 
-Decides: a folder is searched to the bottom for files of the kinds wanted, hidden ones left out; a pattern (`*`, `?`,
-`[…]`) is one only where no file has it as its name; the order is that of the paths.
+Decides: a folder is searched to the bottom, linked ones too, for files of the kinds wanted, hidden ones left out; a
+pattern (`*`, `?`, `[…]`) is one only where no file has it as its name; the order is that of the paths.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 
 from lesa_ray.checkpoint.storage import filesystem_options, reaching
+from lesa_ray.checkpoint.walking import visible_files
 from lesa_ray.errors import UserError
 
 
@@ -26,12 +27,10 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
         fs, path = fsspec.url_to_fs(name, use_listings_cache=False, **filesystem_options(name))
     except (ValueError, ImportError) as error:
         raise UserError(f"{where}: {error}") from error
-    known = tuple(kinds)
+    known, local = tuple(kinds), "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
     with reaching(where, "cannot be listed"):
         if fs.isdir(path):
-            entries, folder = fs.find(path, detail=True), path.rstrip("/") + "/"
-            hidden = {entry for entry in entries if "/." in f"/{entry.removeprefix(folder)}"}
-            found = {entry: entries[entry] for entry in sorted(entries) if entry not in hidden}
+            found = visible_files(fs, path, known, local=local)
         elif fs.exists(path):
             if not path.split("?")[0].endswith(known):
                 raise UserError(f"{where}: is of no kind that is known ({', '.join(kinds)})")
@@ -43,5 +42,4 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
     found = {entry: info for entry, info in found.items() if entry.split("?")[0].endswith(known)}
     if not found:
         raise UserError(f"{where}: no data found; expected files that end with {', '.join(kinds)}")
-    local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
     return {entry if local else fs.unstrip_protocol(entry): info for entry, info in found.items()}

@@ -55,9 +55,10 @@ def resolve_base(base: str, where: str = "") -> str:
     where = where or f"BASE {base}"
     if "://" in base:
         return base
-    if os.path.isdir(base):
-        return os.path.abspath(base)
-    if os.path.exists(base):
+    local = os.path.expanduser(base)
+    if os.path.isdir(local):
+        return os.path.abspath(local)
+    if os.path.exists(local):
         raise UserError(f"{where}: is a file; give the folder that holds config.json and the weights")
     if _HUB_ID.match(base) and not base.startswith((".", "~")):
         return f"hf://{base}"
@@ -70,7 +71,7 @@ class Storage:
     def __init__(self, url: str) -> None:
         """url: a local path or an fsspec URL. Raises: UserError if no filesystem is installed for it."""
         local = "://" not in url
-        self.url = os.path.abspath(url) if local else url.rstrip("/")
+        self.url = os.path.abspath(os.path.expanduser(url)) if local else url.rstrip("/")
         try:
             self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False, **filesystem_options(self.url))
         except (ValueError, ImportError) as error:

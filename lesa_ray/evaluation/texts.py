@@ -2,7 +2,7 @@
 
 Decides
 - A `.txt`, `.md` or `.py` file is one document, a row of a `.jsonl` or `.parquet` file another. Folders are searched to
-  the bottom for files of these kinds, hidden ones left out; the order is that of the paths.
+  the bottom, linked ones too, for files of these kinds, hidden ones left out; the order is that of the paths.
 - A document longer than a million characters is cut at a line's end into several. Each is scored on its own, so that
   memory stays bounded whatever the size of a file; one token in some 250,000 loses its context.
 - Bytes that are not UTF-8 become replacement characters. Documents without a character are skipped.

@@ -41,7 +41,11 @@ def out_state(expansion: Expansion) -> State:
             what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
             raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")
         if storage.exists(RUN_FILE):
-            if json.loads(storage.read(RUN_FILE))["fingerprint"] == expansion.fingerprint:
+            try:
+                whose = json.loads(storage.read(RUN_FILE))["fingerprint"]
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"OUT {out}: its {RUN_FILE} is damaged; remove OUT, or give a new place") from None
+            if whose == expansion.fingerprint:
                 return "resume"
             raise UserError(
                 f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or "

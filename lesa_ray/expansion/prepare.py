@@ -147,6 +147,7 @@ def _rehearsed(config: ExpandConfig) -> Expansion:
 
 def check_out(base: str, out: str) -> None:
     """Raises: UserError if OUT is BASE, or lies inside it, or is a file."""
+    base, out = os.path.expanduser(base), os.path.expanduser(out)
     if "://" in out or not os.path.isdir(base):
         if "://" in out and (out.rstrip("/") + "/").startswith(base.rstrip("/") + "/"):
             raise UserError(f"OUT {out}: lies inside BASE; give a place of its own")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -71,11 +72,28 @@ class Run:
 
 def prepare(config: TokenizeConfig) -> Run:
     """Find the data and load the tokenizer. Raises: UserError if one is not there, or the tokenizer cannot serve."""
+    for data in config.data:
+        check_out(data, config.out)
     found = find_sources(config.data, config.dataset_config, config.dataset_split)
     tokenizer = load_tokenizer(config.tokenizer)
     Encoder.of(tokenizer, config.tokenizer)
     pad = ChatEncoder(tokenizer, config.tokenizer).pad if config.kind == "chat" else 0
     return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad)
+
+
+def check_out(data: str, out: str) -> None:
+    """Raises: UserError if OUT is DATA or lies inside it: the next run would take what this one writes for data."""
+    if "://" in data:
+        inner, outer = out.rstrip("/"), data.rstrip("/")
+    elif "://" in out:
+        return
+    else:
+        inner, outer = (os.path.realpath(os.path.expanduser(place)) for place in (out, data))
+    whole, _, _ = outer.partition("**")  # a pattern of all below; others name files of a certain depth
+    if any(sign in whole for sign in "*?["):
+        return
+    if inner == outer or inner.startswith(whole.rstrip("/") + "/"):
+        raise UserError(f"OUT {out}: lies inside DATA {data}, so it would be read as data; give a place of its own")
 
 
 def out_state(storage: Storage, run: Run) -> State:
@@ -89,7 +107,11 @@ def out_state(storage: Storage, run: Run) -> State:
             return "done"
         raise UserError(f"{where}: holds token blocks of other data or settings; give a new place, or remove it")
     if storage.exists(_RUN_FILE):
-        if json.loads(storage.read(_RUN_FILE)).get("fingerprint") == run.fingerprint:
+        try:
+            whose = json.loads(storage.read(_RUN_FILE))["fingerprint"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{where}: its {_RUN_FILE} is damaged; remove OUT, or give a new place") from None
+        if whose == run.fingerprint:
             return "resume"
         raise UserError(f"{where}: holds unfinished work on other data or settings; repeat that command, or remove it")
     raise UserError(f"{where}: is not empty; give a new place, or empty it")

@@ -5,7 +5,8 @@ Decides
   the tasks too. A part of a `.jsonl` file is the lines that begin in its range of bytes; of a `.parquet` file some of
   its row groups; of a document some of its lines; a `.jsonl.gz` file and a shard of a hub dataset are whole.
   The pieces depend on the data alone, never on the number of tasks: so the tokens are always the same.
-- Folders are searched to the bottom, hidden files left out; the order is that of the sources, then of the paths.
+- Folders are searched to the bottom, linked ones too, hidden files left out; the order is that of the sources, then of
+  the paths.
 - A name that is no path here is one of the hub. Its revision is pinned when a run begins, and each task streams its
   shards, so nothing is kept on disk.
 """

@@ -16,6 +16,7 @@ from s3fs.errors import translate_boto_error
 
 from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.storage import Storage, reaching, read_file, resolve_base
+from lesa_ray.expansion.prepare import check_out
 
 Place = Callable[[str], Storage]
 
@@ -196,3 +197,13 @@ def test_a_small_file_by_its_whole_name(place: Place, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("here")
     assert read_file("a.yaml", "config") == b"here"
+
+
+def test_the_home_folder_is_meant_where_no_shell_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Storage("~/deeper").url == str(tmp_path / "deeper")
+    assert Storage("file://~x").url == "file://~x"
+    (tmp_path / "base").mkdir()
+    assert resolve_base("~/base") == str(tmp_path / "base")
+    with pytest.raises(UserError, match="lies inside BASE"):
+        check_out("~/base", "~/base/deeper")

@@ -311,6 +311,9 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
         ({"tokenizer": "endless"}, "tokenizer .*endless: has no end-of-text token"),
         ({"kind": "chat"}, "tokenizer .*gpt2.*: has no chat template"),
         ({"out": "full"}, "OUT .*full: is not empty"),
+        ({"data": ".", "out": "out"}, "OUT .*out: lies inside DATA .*, so it would be read as data"),
+        ({"data": "**/*.txt", "out": "out"}, "OUT .*out: lies inside DATA .*, so it would be read as data"),
+        ({"data": "*.txt", "out": "torn"}, "OUT .*torn: its .lesa-ray/run.json is damaged"),
         ({"data": "blank.jsonl"}, "DATA .*blank.jsonl: is empty; there is not one document in it"),
         ({"data": "a.txt", "seq_len": 4096}, "gives .* tokens to train on, less than one row of 4096"),
         ({"data": "rows.jsonl", "text_column": "body"}, "rows.jsonl: line 1: there is no text in a column 'body'"),
@@ -325,6 +328,8 @@ def test_wrong_input_ends_with_one_line_and_leaves_nothing(
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
+    (tmp_path / "torn/.lesa-ray").mkdir(parents=True)
+    (tmp_path / "torn/.lesa-ray/run.json").touch()
     endless = styles.gpt2()
     endless.eos_token = None
     save(tmp_path / "endless", endless)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lesa_ray.errors import UserError
+from lesa_ray.evaluation.texts import find_files
 from lesa_ray.training.documents import Fragment, cut, is_heldout, read_fragments, read_rows
 from lesa_ray.training.sources import Part, Piece, Source, deal, find_sources
 
@@ -77,6 +78,30 @@ def test_row_groups_are_shared_among_parts(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts, "other": range(50)}), tmp_path / "a.parquet", row_group_size=7)
     for piece in (100, 1000, 10**6):
         assert read(tmp_path / "a.parquet", piece=piece) == texts
+
+
+def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
+    """By training and by evaluation alike; in a loop, to a folder that is here anyway, twice to one, hidden."""
+    for name in ("data/own", "data/.hidden", "far/deep", "farther", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("data/own/1", "data/.hidden/2", "far/3", "far/deep/4", "farther/5", "secret/6"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    for name, target in (
+        ("data/a", "data/own"), ("data/b", "far"), ("data/c", "far"), ("data/own/up", "data"), ("data/.no", "secret"),
+        ("far/deep/on", "farther"), ("farther/back", "far"), ("data/gone", "nowhere"),
+    ):  # fmt: skip
+        (tmp_path / name).symlink_to(tmp_path / target)
+    expected = [f"data/{name}.txt" for name in ("b/3", "b/deep/4", "b/deep/on/5", "own/1")]
+    (tmp_path / "data/b/deep").joinpath("z.txt").symlink_to(tmp_path / "secret/6.txt")
+    expected.insert(3, "data/b/deep/z.txt")
+    assert [source.name for source in find(tmp_path / "data")] == [str(tmp_path / name) for name in expected]
+    files = find_files([str(tmp_path / "data")])
+    assert [(file.url, file.nbytes) for file in files] == [(s.name, s.nbytes) for s in find(tmp_path / "data")]
+    (tmp_path / "data/gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gone\.txt: is a link that leads nowhere"):
+        find(tmp_path / "data")
+    (tmp_path / "data/gone.txt").unlink()
+    assert read(tmp_path / "data") == ["far/3", "far/deep/4", "farther/5", "secret/6", "data/own/1"]
 
 
 def test_odd_contents_are_read(tmp_path: Path) -> None:
