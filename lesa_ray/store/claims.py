@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.store.register import stamp
+from lesa_ray.store.process import is_alive
+from lesa_ray.store.register import Unchanged, stamp
 
 _LOOKS = 50
 _PAUSE_SECONDS = 0.2
@@ -29,21 +31,20 @@ _PAUSE_SECONDS = 0.2
 class Claims:
     """The claims on one thing: a folder of small files."""
 
-    def __init__(self, storage: Storage, slack: float) -> None:
-        """slack: seconds that the storage's times may be coarse by."""
-        self._storage = storage
-        self._slack = slack
+    def __init__(self, storage: Storage, slack: float, unchanged: Unchanged) -> None:
+        """slack: seconds that the storage's times may be coarse by. unchanged: what this observer has seen so far."""
+        self._storage, self._slack, self._unchanged = storage, slack, unchanged
         self.id = uuid.uuid4().hex
 
-    def take(self, holder: str, term: float) -> bool:
-        """Whether the thing is this object's from now on."""
-        if self.holder() is not None:
+    def take(self, told: Mapping[str, Any], term: float) -> bool:
+        """Whether the thing is this object's from now on. told: what others may know of its holder."""
+        if self.held() is not None:
             return False
-        self.write(holder, term, held=False)
+        self.write(told, term, held=False)
         for _ in range(_LOOKS):
             others = self._others()
             if not others:
-                self.write(holder, term, held=True)
+                self.write(told, term, held=True)
                 return True
             if any(claim["held"] for claim in others.values()) or min(others) < self.id:
                 break
@@ -51,9 +52,9 @@ class Claims:
         self.withdraw()
         return False
 
-    def write(self, holder: str, term: float, *, held: bool) -> None:
+    def write(self, told: Mapping[str, Any], term: float, *, held: bool) -> None:
         """Make or renew this object's claim."""
-        content = {"holder": holder, "term": term, "held": held, "nonce": uuid.uuid4().hex}
+        content = {**told, "term": term, "held": held, "nonce": uuid.uuid4().hex}
         self._storage.write(f"{self.id}.json", (json.dumps(content) + "\n").encode())
 
     def stands(self) -> bool:
@@ -63,9 +64,9 @@ class Claims:
     def withdraw(self) -> None:
         self._storage.remove(f"{self.id}.json")
 
-    def holder(self) -> str | None:
-        """Who holds the thing now, if anyone."""
-        return next((str(claim["holder"]) for claim in self._others().values() if claim["held"]), None)
+    def held(self) -> dict[str, Any] | None:
+        """The claim of who holds the thing now, if anyone does."""
+        return next((claim for claim in self._others().values() if claim["held"]), None)
 
     def _others(self) -> dict[str, dict[str, Any]]:
         """Claims of others that still count, by name; those of the dead are removed."""
@@ -78,7 +79,8 @@ class Claims:
                 age, claim = self._age(file), json.loads(self._storage.read(file))
             except FileNotFoundError:
                 continue  # withdrawn meanwhile
-            if age > claim["term"] + self._slack:
+            age = max(age, self._unchanged.seconds(self._storage.path(file), claim["nonce"]))
+            if age > claim["term"] + self._slack or is_alive(claim.get("process")) is False:
                 self._storage.remove(file)
             else:
                 found[name] = claim

@@ -3,7 +3,9 @@
 A lease is a file in the store that its holder renews, by a thread, four times in a term. When the holder dies the file
 grows old; who then wants it takes it over. Three rules make that safe:
 
-- How old it is, is judged by the storage's clock, or the observer's; never by what the holder says of its own.
+- How old it is, is judged by the storage's clock, or the observer's; never by what the holder says of its own. What an
+  observer has seen unchanged for a term by its own steady clock is as old as that, whatever a clock that was set back
+  says.
 - The holder counts itself as one only until seven tenths of the term after the *start* of its last renewal that
   succeeded, by its own steady clock; so it has stopped before anyone takes over, even if the store did not answer.
 - A lease that was taken over is not renewed: its holder learns of it and stops.
@@ -24,12 +26,14 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
 from lesa_ray.store.claims import Claims
-from lesa_ray.store.register import LocalRegister, Register, Seen, register_of
+from lesa_ray.store.process import Process, is_alive, this_process
+from lesa_ray.store.register import LocalRegister, Register, Seen, Unchanged, register_of
 
 TERM_SECONDS = 120.0
 _SLACK_SECONDS = 1.0  # S3 tells times in whole seconds
@@ -84,6 +88,7 @@ class Leases:
     def __init__(self, control: Storage, term: float = TERM_SECONDS) -> None:
         """control: the store's folder for such things. term: seconds after which the lease of a dead holder is free."""
         self._control, self._storage, self._term = control, control.within("leases"), term
+        self._unchanged = Unchanged()
         self._chosen: Register | None = None
         self._knows = False
 
@@ -93,36 +98,71 @@ class Leases:
             self._chosen, self._knows = register_of(self._storage, self._control), True
         return self._chosen
 
-    def acquire(self, name: str, holder: str) -> Lease | None:
+    def acquire(self, name: str, holder: str, process: Process | None = None) -> Lease | None:
         """The lease `name` for this process, or None if someone has it.
 
-        holder: what others are told of who has it. Raises: MachineError if the store does not answer."""
-        begin = time.monotonic()
+        holder: what others are told of who has it. process: with whose end it is free at once, on the same machine.
+        Raises: MachineError if the store does not answer."""
+        begin, told = time.monotonic(), {"holder": holder, "process": process}
         if self._register is None:
-            return self._claim(name, holder, begin)
-        return _swap_in(self._register, name, holder, self._term, begin)
+            return self._claim(name, told, begin)
+        return self._swap_in(self._register, name, told, begin)
+
+    def outlive(self, name: str, holder: str, waiting: Callable[[str], None]) -> Lease | str:
+        """The lease `name`, at once or when its holder turns out to be dead; else who has it, and lives.
+
+        Dead is a process of this machine that has ended, or a holder that does not renew for a whole term; this waits
+        for that, or for a renewal. waiting: is told for whom. Raises: MachineError if the store does not answer."""
+        process, before = this_process(), None
+        while True:
+            lease = self.acquire(name, holder, process)
+            if lease is not None:
+                return lease
+            held = self._held(name)
+            if held is not None:
+                if is_alive(held.get("process")) or before not in (None, held["nonce"]):
+                    return str(held["holder"])
+                if before is None:
+                    waiting(str(held["holder"]))
+                before = held["nonce"]
+            time.sleep(min(2.0, self._term / 20))
 
     def holder(self, name: str) -> str | None:
         """Who has a lease now; None if no one."""
+        held = self._held(name)
+        return None if held is None else str(held["holder"])
+
+    def _held(self, name: str) -> dict[str, Any] | None:
+        """What the holder of a lease says of itself; None if no one has it."""
         if self._register is None:
-            return Claims(self._storage.within(name), _SLACK_SECONDS).holder()
+            return self._claims(name).held()
         seen = self._register.read(f"{name}.json")
-        return str(json.loads(seen.data)["holder"]) if seen is not None and _is_live(seen) else None
+        return json.loads(seen.data) if seen is not None and self._is_live(name, seen) else None
+
+    def _claims(self, name: str) -> Claims:
+        return Claims(self._storage.within(name), _SLACK_SECONDS, self._unchanged)
+
+    def _is_live(self, name: str, seen: Seen) -> bool:
+        content = json.loads(seen.data)
+        if content["released"] or is_alive(content.get("process")) is False:
+            return False
+        age = max(seen.age, self._unchanged.seconds(name, seen.version))
+        return bool(age <= content["term"] + _SLACK_SECONDS)
 
     def forget(self, name: str) -> None:
         """Remove what is left of a lease that no one will want any more."""
         self._storage.remove(f"{name}.json")
         self._storage.remove_tree(name)
 
-    def _claim(self, name: str, holder: str, begin: float) -> Lease | None:
-        claims = Claims(self._storage.within(name), _SLACK_SECONDS)
-        if not claims.take(holder, self._term):
+    def _claim(self, name: str, told: Mapping[str, Any], begin: float) -> Lease | None:
+        claims = self._claims(name)
+        if not claims.take(told, self._term):
             return None
 
         def renew() -> bool:
             if not claims.stands():
                 return False
-            claims.write(holder, self._term, held=True)
+            claims.write(told, self._term, held=True)
             return True
 
         if time.monotonic() > begin + _VALID * self._term:
@@ -130,42 +170,36 @@ class Leases:
             return None
         return Lease(name, self._term, begin, renew, claims.withdraw)
 
+    def _swap_in(self, register: Register, name: str, told: Mapping[str, Any], begin: float) -> Lease | None:
+        file, owner = f"{name}.json", uuid.uuid4().hex
 
-def _swap_in(register: Register, name: str, holder: str, term: float, begin: float) -> Lease | None:
-    file, owner = f"{name}.json", uuid.uuid4().hex
+        def content(*, released: bool) -> bytes:
+            fields = {**told, "owner": owner, "term": self._term, "released": released, "nonce": uuid.uuid4().hex}
+            return (json.dumps(fields) + "\n").encode()
 
-    def content(*, released: bool) -> bytes:
-        fields = {"holder": holder, "owner": owner, "term": term, "released": released, "nonce": uuid.uuid4().hex}
-        return (json.dumps(fields) + "\n").encode()
+        seen = register.read(file)
+        if seen is not None and self._is_live(name, seen):
+            return None
+        version = register.swap(file, seen.version if seen else None, content(released=False))
+        if version is None:
+            return None
 
-    seen = register.read(file)
-    if seen is not None and _is_live(seen):
-        return None
-    version = register.swap(file, seen.version if seen else None, content(released=False))
-    if version is None:
-        return None
+        def change(*, released: bool) -> bool:
+            nonlocal version
+            after = register.swap(file, version, content(released=released))
+            if after is None:  # taken over; or a renewal whose answer never came was made after all
+                seen = register.read(file)
+                if seen is not None and json.loads(seen.data)["owner"] == owner:
+                    after = register.swap(file, seen.version, content(released=released))
+            version = after or version
+            return after is not None
 
-    def change(*, released: bool) -> bool:
-        nonlocal version
-        after = register.swap(file, version, content(released=released))
-        if after is None:  # taken over; or a renewal whose answer never came was made after all
-            seen = register.read(file)
-            if seen is not None and json.loads(seen.data)["owner"] == owner:
-                after = register.swap(file, seen.version, content(released=released))
-        version = after or version
-        return after is not None
+        def let_go() -> None:
+            try:
+                change(released=True)
+            except OSError:
+                if not isinstance(register, LocalRegister):
+                    raise
+                register.remove(file, version)
 
-    def let_go() -> None:
-        try:
-            change(released=True)
-        except OSError:
-            if not isinstance(register, LocalRegister):
-                raise
-            register.remove(file, version)
-
-    return Lease(name, term, begin, lambda: change(released=False), let_go)
-
-
-def _is_live(seen: Seen) -> bool:
-    content = json.loads(seen.data)
-    return not content["released"] and seen.age <= content["term"] + _SLACK_SECONDS
+        return Lease(name, self._term, begin, lambda: change(released=False), let_go)

@@ -44,6 +44,20 @@ class Seen:
     age: float
 
 
+class Unchanged:
+    """For how long an observer has seen each of some files as it is, by a clock that is never set."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, tuple[str, float]] = {}
+
+    def seconds(self, name: str, version: str) -> float:
+        """Since a file was first seen with this version; 0 if that is now."""
+        now = time.monotonic()
+        if self._since.get(name, ("", 0.0))[0] != version:
+            self._since[name] = (version, now)
+        return now - self._since[name][1]
+
+
 class Register(Protocol):
     """Files of a folder that change by compare-and-swap."""
 

@@ -14,8 +14,9 @@ import pytest
 
 from lesa_ray import MachineError
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.store import register
-from lesa_ray.store.lease import Leases
+from lesa_ray.store import process, register
+from lesa_ray.store.lease import Lease, Leases
+from lesa_ray.store.process import Process, is_alive, this_process
 
 RACER = """
 import os, sys, time
@@ -50,6 +51,16 @@ print("held", lease is not None, flush=True)
 while lease.held:
     time.sleep(0.02)
 print("lost", flush=True)
+"""
+
+NEIGHBOUR = """
+import sys, time
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store.lease import Leases
+
+lease = Leases(Storage(sys.argv[1]), term=600).outlive("thing", "the first", print)
+print("held", flush=True)
+time.sleep(600)
 """
 
 
@@ -140,6 +151,74 @@ def test_a_holder_whose_store_is_away_stops_before_anyone_can_take_over(
     assert leases.acquire("thing", "another") is None
     monkeypatch.undo()
     until(lambda: leases.holder("thing") is None)
+
+
+@pytest.mark.timeout(60)
+def test_a_clock_that_was_set_back_does_not_keep_the_dead_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that clock the files are of the future and grow no older; the observer's own counts a term without a change.
+
+    Once with compare-and-swap, once with claims."""
+    both = [Leases(Storage(str(tmp_path / name)), 1.0) for name in ("swapped", "claimed")]
+    monkeypatch.setattr(both[1], "_knows", True)
+    for leases in both:
+        dead = leases.acquire("thing", "the first")
+        assert dead is not None
+        dead._stop.set()
+        dead._thread.join()
+    for file in tmp_path.rglob("*.json"):
+        os.utime(file, (time.time() + 1e6, time.time() + 1e6))
+    for leases in both:
+        assert leases.acquire("thing", "the second") is None
+    for leases in both:
+        until(lambda leases=leases: leases.acquire("thing", "the second"), 10)  # type: ignore[misc]
+
+
+@pytest.mark.timeout(60)
+def test_who_comes_after_a_process_of_this_machine_need_not_wait(tmp_path: Path) -> None:
+    first = start(NEIGHBOUR, str(tmp_path))
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        leases, waited = Leases(Storage(str(tmp_path)), 600), []
+        assert leases.outlive("thing", "the second", waited.append) == "the first"
+    finally:
+        first.kill()
+        first.wait(timeout=20)
+    assert isinstance(leases.outlive("thing", "the second", waited.append), Lease)
+    assert leases.holder("thing") == "the second"
+    assert not waited
+
+
+@pytest.mark.timeout(60)
+def test_whether_a_process_of_another_machine_lives_is_waited_for(tmp_path: Path) -> None:
+    """It does if it renews; it is dead if it has not for a term."""
+    leases, waited = Leases(Storage(str(tmp_path)), 1.2), []
+    away = Process(machine="another", number=os.getpid(), began=0)
+    lease = leases.acquire("thing", "the first", away)
+    assert lease is not None
+    assert leases.outlive("thing", "the second", waited.append) == "the first"
+    lease._stop.set()
+    lease._thread.join()
+    assert isinstance(leases.outlive("thing", "the second", waited.append), Lease)
+    assert waited == ["the first", "the first"]
+
+
+def test_a_process_is_told_from_a_later_one_of_its_number() -> None:
+    me = this_process()
+    assert me is not None
+    assert is_alive(me)
+    assert is_alive({**me, "began": me["began"] - 1}) is False
+    assert is_alive({**me, "machine": "another"}) is None
+    assert is_alive(None) is None
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    began = process._began(child.pid)
+    assert began is not None
+    child.kill()
+    until(lambda: process._began(child.pid) is None)  # killed, and not waited for yet
+    child.wait(timeout=20)
+    assert is_alive({**me, "number": child.pid, "began": began}) is False
 
 
 @pytest.mark.timeout(30)

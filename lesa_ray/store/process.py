@@ -1,0 +1,50 @@
+"""Which process holds a lease, such that another on the same machine knows at once when it has ended.
+
+A number of a process says little by itself: it is given again, and containers count on their own. Here it goes with
+the machine's boot and the namespace that counts, and with when the process began. Known on Linux; elsewhere nothing is
+known of any process, and leases of the dead run out.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TypedDict
+
+
+class Process(TypedDict):
+    """A process of a machine. began: in ticks after the machine's start."""
+
+    machine: str
+    number: int
+    began: int
+
+
+def this_process() -> Process | None:
+    """The process that asks; None where that cannot be told."""
+    machine, began = _machine(), _began(os.getpid())
+    return None if machine is None or began is None else Process(machine=machine, number=os.getpid(), began=began)
+
+
+def is_alive(process: Process | None) -> bool | None:
+    """Whether a process still runs; None where that cannot be told: it is another machine's, or unknown."""
+    if process is None or process["machine"] != _machine():
+        return None
+    return _began(process["number"]) == process["began"]
+
+
+def _machine() -> str | None:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _began(number: int) -> int | None:
+    """When a process began (proc(5), field 22 of stat); None if it has ended, waited for by its parent or not."""
+    try:
+        with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
