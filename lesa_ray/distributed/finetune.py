@@ -7,10 +7,13 @@ Token blocks made before (`lesa-ray tokenize --kind chat`) are taken as they are
 
 from __future__ import annotations
 
+import contextlib
+
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import UserError
@@ -21,7 +24,7 @@ from lesa_ray.training.freeze import trained_names
 from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.model import build
 from lesa_ray.training.packing_check import check_packing
-from lesa_ray.training.run import RUN_FILE, check_place
+from lesa_ray.training.run import LEASE_DIR, RUN_FILE, check_place, is_done
 from lesa_ray.training.tokenizer import load_tokenizer, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig
@@ -29,15 +32,16 @@ from lesa_ray.training.train_settings import FinetuneConfig
 DATA_DIR = "training/data"
 
 
-def finetune(config: FinetuneConfig, listener: Listener | None = None) -> Trained:
+def finetune(config: FinetuneConfig, listener: Listener | None = None, *, alone: bool = False) -> Trained:
     """Fine-tune; go on with a run that was interrupted; or find that it is done.
 
+    alone: the caller sees to it that nobody else works at OUT.
     Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call
     goes on."""
     listener = listener or Silent()
     if _is_blocks(config.data):
         _check_blocks(config)
-        return pretrain(config.on_blocks(config.data), listener)
+        return pretrain(config.on_blocks(config.data), listener, alone=alone)
     storage = Storage(config.out)
     blocks = storage.within(DATA_DIR)
     with reaching(f"OUT {config.out}"):
@@ -47,11 +51,13 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None) -> Traine
     listener.phase("reading the headers", 0)
     _check_model(config)
     try:
-        tokenize(config.to_tokenize(blocks.url), listener)
-        return pretrain(config.on_blocks(blocks.url), listener)
+        with contextlib.nullcontext() if alone or is_done(storage) else tenancy(config.out, listener):
+            tokenize(config.to_tokenize(blocks.url), listener)
+            return pretrain(config.on_blocks(blocks.url), listener, alone=True)
     except UserError:
         if made and storage.exists(RUN_FILE) == claimed:  # what was found wrong is not of the training itself
             storage.remove_tree(DATA_DIR)
+            storage.remove_tree(LEASE_DIR)
             _remove_if_empty(storage.within("training"))
             _remove_if_empty(storage)
         raise

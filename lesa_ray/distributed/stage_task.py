@@ -52,7 +52,8 @@ class Teller:
 
 
 def run_stage(settings: Settings, out: str, key: str, board: Any) -> Done:
-    """Run a stage's command, or find that it is done, and describe what lies at OUT.
+    """Run a stage's command, or find that it is done, and describe what lies at OUT. Whoever starts this task has the
+    stage's lease, so nobody else works there.
 
     Raises: UserError, MachineError as the command does."""
     os.environ["RAY_ADDRESS"] = "auto"  # the stage is part of a cluster, even where its fleet started that by itself
@@ -79,11 +80,11 @@ def _run(settings: Settings, listener: Listener) -> dict[str, Any]:
     if isinstance(settings, FinetuneConfig):
         from lesa_ray.distributed.finetune import finetune
 
-        return _numbers(asdict(finetune(settings, listener)))
+        return _numbers(asdict(finetune(settings, listener, alone=True)))
     if isinstance(settings, TrainConfig):
         from lesa_ray.distributed.train import pretrain
 
-        return _numbers(asdict(pretrain(settings, listener)))
+        return _numbers(asdict(pretrain(settings, listener, alone=True)))
     assert isinstance(settings, EvaluateConfig)
     from lesa_ray.distributed.evaluate import evaluate
 

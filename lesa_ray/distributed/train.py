@@ -1,6 +1,6 @@
 """`pretrain`: a training run on Ray Train, from looking at the input to the checkpoint that comes of it.
 
-    prepare (headers) ▸ room on the cluster ▸ claim OUT ▸ Ray Train: workers train ▸ export ▸ config.json
+    prepare (headers) ▸ room on the cluster ▸ lease and claim OUT ▸ Ray Train: workers train ▸ export ▸ config.json
 
 Decides
 - Workers find the last complete checkpoint in OUT themselves; Ray Train is told of none. Its own storage is a
@@ -30,6 +30,7 @@ from lesa_ray.distributed.cluster import await_room, machines, may_grow
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
+from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
@@ -60,9 +61,10 @@ class Resources:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
-def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
+def pretrain(config: TrainConfig, listener: Listener | None = None, *, alone: bool = False) -> Trained:
     """Train, or go on training, or find that it is done; the result lies at `config.out`.
 
+    alone: the caller sees to it that nobody else works there.
     Raises: UserError for wrong input; MachineError for a fault, after which the same call goes on."""
     listener = listener or Silent()
     check_loggers(config.loggers)
@@ -76,14 +78,23 @@ def pretrain(config: TrainConfig, listener: Listener | None = None) -> Trained:
     start_ray()
     if state == "fresh" and config.precision == "auto" and machines().gpus_each(config.gpus_per_worker):
         run = prepare(config, gpus=True)
+    resources = None
     if not is_trained(run):
         if (warning := replayed(run)) is not None:
             log.warning(warning)
         resources = wait_for_room(config, listener)
+    with contextlib.nullcontext() if alone else tenancy(config.out, listener) as tenant:
         with reaching(f"OUT {config.out}", "cannot be written"):
-            claim(run)
-        _fit(run, resources, listener)
-    finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
+            state = out_state(run)  # as whoever was at work there until now left it
+        if state == "done":
+            return trained_result(run, reused=True)
+        if resources is not None:
+            with reaching(f"OUT {config.out}", "cannot be written"):
+                claim(run)
+            _fit(run, resources, listener)
+        if tenant is not None:
+            tenant.confirm()
+        finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
     return trained_result(run, resumed=state == "resume")
 
 

@@ -27,6 +27,8 @@ from lesa_ray.training.train_settings import TrainConfig
 
 RUN_FILE = "training/run.json"
 RESULT_FILE = "training/result.json"
+LEASE_DIR = "training/lease"
+"""Says who is at work at OUT."""
 FORMAT = 1
 
 State = Literal["fresh", "resume", "done"]
@@ -201,14 +203,20 @@ def out_state(run: Run) -> State:
             f"OUT {out}: holds a run of other inputs or settings ({_differences(record, run)}); give a new place, or "
             "remove it"
         )
-    return "done" if storage.exists("config.json") and storage.exists(RESULT_FILE) else "resume"
+    return "done" if is_done(storage) else "resume"
+
+
+def is_done(storage: Storage) -> bool:
+    """Whether a run has ended at a place, whichever it was."""
+    return storage.exists("config.json") and storage.exists(RESULT_FILE)
 
 
 def check_place(storage: Storage, out: str) -> None:
-    """Raises: UserError if OUT holds anything but token blocks that were made for this run (`training/data`)."""
+    """Raises: UserError if OUT holds anything but token blocks that were made for this run (`training/data`), and the
+    lease of who made them."""
     ours = storage.within("training")
     files = [name for name in (*storage.list(), *ours.list()) if not name.endswith(".tmp")]  # a killed write's
-    if files or set(storage.folders()) - {"training"} or set(ours.folders()) - {"data"}:
+    if files or set(storage.folders()) - {"training"} or set(ours.folders()) - {"data", "lease"}:
         raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
 
 

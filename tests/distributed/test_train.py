@@ -19,10 +19,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lesa_ray import UserError
+from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.distributed.train import _resources, pretrain
+from lesa_ray.expansion.runner import Silent
 from lesa_ray.machines import Machines
 from lesa_ray.training import checkpoints, worker
 from lesa_ray.training.metrics import read_metrics
@@ -273,6 +275,13 @@ def test_more_workers_than_there_is_room_for(local_ray: None, bases: Bases, data
     with pytest.raises(UserError, match=r"workers 8 of 1 CPU each: the cluster can give 4; ask for fewer"):
         train(bases("llama"), data, str(tmp_path / "out"), train="all", workers=8, batch=8)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_at_one_place(local_ray: None, bases: Bases, data: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with tenancy(out, Silent()), pytest.raises(MachineError, match=f"process {os.getpid()} on .* is at work on it"):
+        train(bases("llama"), data, out, train="all", steps=1, workers=1)
+    assert os.listdir(tmp_path / "out" / "training") == ["lease"]
 
 
 def test_a_store_that_is_not_there(local_ray: None, s3: str, bases: Bases, data: str) -> None:

@@ -1,0 +1,62 @@
+"""One training command at a time works at an OUT: two would train the same twice, and the later one removes checkpoints
+that the earlier one is about to export.
+
+A lease in OUT/training/lease says who works there, from before OUT is claimed until the checkpoint is written. Who
+comes second is told of the first, and stops. If the first has died, the second goes on: at once where it was a process
+of the same machine, else when its lease has run out. A run whose lease was lost because the store did not answer goes
+on training, which harms nobody as long as nobody else wants OUT, and asks for it again before it exports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.errors import MachineError
+from lesa_ray.expansion.runner import Listener
+from lesa_ray.store.lease import Lease, Leases
+from lesa_ray.training.run import LEASE_DIR
+
+_NAME = "run"
+
+
+class Tenancy:
+    """The right to work at an OUT."""
+
+    def __init__(self, out: str, listener: Listener) -> None:
+        self._out, self._listener = out, listener
+        self._leases = Leases(Storage(out).within(LEASE_DIR))
+        self._lease = self._take()
+
+    def confirm(self) -> None:
+        """Make sure that nobody else works there by now. Raises: MachineError."""
+        if not self._lease.held:
+            self._lease = self._take()
+
+    def leave(self) -> None:
+        self._lease.release()
+
+    def _take(self) -> Lease:
+        def waiting(holder: str) -> None:
+            self._listener.phase(f"waiting to see whether {holder} is still at work on OUT", 0)
+
+        with reaching(f"OUT {self._out}", "cannot be written"):
+            lease = self._leases.outlive(_NAME, f"process {os.getpid()} on {socket.gethostname()}", waiting)
+        if isinstance(lease, str):
+            raise MachineError(
+                f"OUT {self._out}: {lease} is at work on it; wait for it, or end it: the same command then goes on"
+            )
+        return lease
+
+
+@contextlib.contextmanager
+def tenancy(out: str, listener: Listener) -> Iterator[Tenancy]:
+    """The right to work at `out` while the block runs. Raises: MachineError if someone else works there."""
+    found = Tenancy(out, listener)
+    try:
+        yield found
+    finally:
+        found.leave()
