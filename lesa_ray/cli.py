@@ -306,9 +306,13 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted; the same command goes on from here", _INTERRUPTED)
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            return _complain(f"{error.format_message()} (see lesa-ray --help)", 2)  # wrong use of the command line
+        from lesa_ray.checkpoint.storage import explain, is_fault
+
+        if not is_fault(error):
             raise
-        return _complain(f"{error.format_message()} (see lesa-ray --help)", 2)  # wrong use of the command line
+        return _complain(explain(error), 1)
     return 0
 
 

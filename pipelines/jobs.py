@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import typer
 
 from lesa_ray import MachineError, UserError
+from lesa_ray.checkpoint.storage import explain
 from lesa_ray.interrupt import sigterm_interrupts
 
 
@@ -21,6 +22,9 @@ def exits(name: str) -> Iterator[None]:
     except (UserError, MachineError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+    except OSError as error:
+        print(f"{name}: {explain(error)}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
