@@ -329,7 +329,8 @@ def is_outage(error: BaseException) -> bool:
         if kind.__name__ in _LOST and kind.__module__.split(".")[0] in ("botocore", "aiohttp"):
             return True
     # the hub's client says of a 503 that a file is not in its cache, because of the 503
-    return any(status >= 500 or status == 429 for status in (_status(error), _status(error.__cause__)))
+    statuses = _status(error), _status(error.__cause__)
+    return any(status == 429 or (status >= 500 and status != 501) for status in statuses)  # 501: it cannot do that
 
 
 def _status(error: BaseException | None) -> int:
@@ -360,8 +361,7 @@ def reaching(
 
     Around those only: later, when the place has answered, a refusal (credentials that ran out) is the machine's, and
     what was finished has to stay. `where`: the place as a message calls it, `OUT s3://…`; `refused`: what it is that
-    fails; `hint`: what to do, if that
-    can be said.
+    fails; `hint`: what to do, if that can be said.
     Raises: MachineError for a store that does not answer and a disk that is full, broken or away; UserError for all
     else. UserError and MachineError pass.
     """

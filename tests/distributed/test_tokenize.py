@@ -306,7 +306,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"data": "no"}, "DATA .*no: there is no such file or folder"),
-        ({"tokenizer": "no"}, "tokenizer .*no: there is no such folder"),
+        ({"tokenizer": "no"}, "tokenizer .*no: no such folder"),
         ({"tokenizer": "empty"}, "tokenizer .*empty: cannot be loaded"),
         ({"tokenizer": "endless"}, "tokenizer .*endless: has no end-of-text token"),
         ({"kind": "chat"}, "tokenizer .*gpt2.*: has no chat template"),
