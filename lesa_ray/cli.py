@@ -19,9 +19,11 @@ from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
 from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
 from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
-from lesa_ray.errors import MachineError, NotWritten, UserError
+from lesa_ray.ending import INTERRUPTED, ending
+from lesa_ray.errors import NotWritten, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.interrupt import sigterm_interrupts
+from lesa_ray.sizes import size
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 
@@ -29,7 +31,6 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__
 )
 
-_INTERRUPTED = 130
 _growing = with_options(
     ExpandConfig,
     leave_out=("base", "out"),
@@ -84,7 +85,7 @@ def expand(
     how = " (it was there already)" if result.reused else " (an interrupted run was taken up)" if result.resumed else ""
     terminal.console.print(
         f"{result.out}: {result.layers} layers, {terminal.count(result.parameters)} parameters, "
-        f"{terminal.duration(result.seconds)}, peak memory of a process {terminal.size(result.peak_memory)}{how}",
+        f"{terminal.duration(result.seconds)}, peak memory of a process {size(result.peak_memory)}{how}",
         highlight=False,
     )
 
@@ -216,7 +217,7 @@ def export(
     from lesa_ray.report import terminal
 
     how = " (it was there already)" if result.reused else ""
-    terminal.console.print(f"{result.out}: {terminal.size(result.nbytes)}{how}", highlight=False)
+    terminal.console.print(f"{result.out}: {size(result.nbytes)}{how}", highlight=False)
 
 
 @app.command()
@@ -295,30 +296,25 @@ def _run() -> int:
     try:
         with sigterm_interrupts():
             code = app(standalone_mode=False)
-        if code == _INTERRUPTED:  # Typer makes an exit code of an interrupt, and returns it
+        if code == INTERRUPTED:  # Typer makes an exit code of an interrupt, and returns it
             raise KeyboardInterrupt
     except typer.Exit as error:
         return error.exit_code
-    except UserError as error:
-        return _complain(str(error), 2)
-    except MachineError as error:
-        return _complain(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted; the same command goes on from here", _INTERRUPTED)
-    except Exception as error:
-        if hasattr(error, "format_message"):
-            return _complain(f"{error.format_message()} (see lesa-ray --help)", 2)  # wrong use of the command line
-        from lesa_ray.checkpoint.storage import explain, is_fault
-
-        if not is_fault(error):
+    except (Exception, KeyboardInterrupt) as error:
+        end = _misuse(error) or ending(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
+        if end is None:
             raise
-        return _complain(explain(error), 1)
+        said, code = end
+        sys.stderr.write(f"lesa-ray: {said}\n")
+        return code
     return 0
 
 
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"lesa-ray: {' '.join(message.split())}\n")
-    return code
+def _misuse(error: BaseException) -> tuple[str, int] | None:
+    """What Typer says of a command line that cannot be read."""
+    if not hasattr(error, "format_message"):
+        return None
+    return f"{' '.join(error.format_message().split())} (see lesa-ray --help)", 2
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def gc(
 ) -> None:
     """Show what was abandoned in an artifact store: unfinished stages no one works on, uploads never completed."""
     from lesa_ray.report.fleet import garbage_table
-    from lesa_ray.report.terminal import console, size
+    from lesa_ray.report.terminal import console
+    from lesa_ray.sizes import size
     from lesa_ray.store.catalog import open_store
     from lesa_ray.store.garbage import find_garbage, remove
 

@@ -28,7 +28,8 @@ def report(
     if as_json:
         print_json(asdict(written))
         return
-    from lesa_ray.report.terminal import console, size
+    from lesa_ray.report.terminal import console
+    from lesa_ray.sizes import size
 
     count = len(written.missing)
     lacking = f"; {count} {'piece is' if count == 1 else 'pieces are'} missing, the page says which" if count else ""

@@ -6,8 +6,9 @@ The models read from and write to YAML; a setting that is not known is an error,
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -149,7 +150,7 @@ class ExpandConfig(Settings):
     zero_init: bool | None = None
     """Zero the new layers' output projections, through which they write into the residual stream. By default as
     published."""
-    output_scale: float | None = Field(default=None, ge=0)
+    output_scale: float | None = Field(default=None, ge=0, le=1)
     """Multiply those projections by this instead, between 0 (the same as `zero_init`) and 1.
 
     A gate on each new layer, as residual branches are started small in SkipInit (arXiv 2002.10444) and ReZero (arXiv
@@ -247,7 +248,21 @@ def read_yaml(path: str) -> dict[str, object]:
         raise UserError(f"config {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
+    if found := next(_infinite(data), None):
+        raise UserError(f"config {path}: {found}: is not a finite number")
     return data
+
+
+def _infinite(value: object, name: str = "") -> Iterator[str]:
+    """Names of numbers that are NaN or infinite, which JSON has no word for, however deep they lie."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name
+    if isinstance(value, list):
+        for one in value:
+            yield from _infinite(one, name)
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from _infinite(one, f"{name}.{key}" if name else str(key))
 
 
 def validated(kind: type[Kind], data: Mapping[str, object], where: str) -> Kind:

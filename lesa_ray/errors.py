@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Wrong input: exit code 2, nothing written."""
 
 
+class RoomError(UserError):
+    """Less room was stated than the work needs. What is finished is as good with more room, and stays."""
+
+
 class MachineError(RuntimeError):
     """A fault of the machine: exit code 1, the same command resumes."""
 

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: `500MB`, `5GB`, `2GiB`, `1000000`."""
+"""Sizes in bytes as people write them: `500MB`, `5GB`, `2GiB`, `1000000`; and as they read them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ValueError("give bytes or a size such as 500MB, 5GB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.50 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes / 1e3:.1f} kB"
 
 
 def _bytes(value: object) -> object:

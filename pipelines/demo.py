@@ -32,6 +32,7 @@ from rich.table import Table
 
 from lesa_ray import ExpandConfig, Expanded, UserError, expand
 from lesa_ray.report import terminal
+from lesa_ray.sizes import size
 from lesa_ray.training.train_settings import TrainConfig
 from pipelines.jobs import exits
 
@@ -286,7 +287,7 @@ def table(rows: list[Row]) -> Table:
     for name in ("layers", "parameters", "perplexity", "seconds", "peak memory"):
         shown.add_column(name, justify="right")
     for row in rows:
-        memory = "–" if row.peak_memory is None else terminal.size(row.peak_memory)
+        memory = "–" if row.peak_memory is None else size(row.peak_memory)
         seconds = "–" if row.seconds is None else f"{row.seconds:.1f}"
         shown.add_row(row.name, str(row.layers), f"{row.parameters:,}", f"{row.perplexity:.3f}", seconds, memory)
     return shown

@@ -1,4 +1,4 @@
-"""How a job that is no command of `lesa-ray` ends: one line and the exit code for what stopped it."""
+"""How a job that is no command of `lesa-ray` ends: as those do, with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from contextlib import contextmanager
 
 import typer
 
-from lesa_ray import MachineError, UserError
-from lesa_ray.checkpoint.storage import explain
+from lesa_ray.ending import ending
 from lesa_ray.interrupt import sigterm_interrupts
 
 
 @contextmanager
 def exits(name: str) -> Iterator[None]:
-    """Around a job's work: 2 for wrong input, 1 for a fault of the machine, 130 for an interruption (`typer.Exit`)."""
+    """Around a job's work: what stops it becomes one line and `typer.Exit` (`lesa_ray.ending`); a defect passes."""
     try:
         with sigterm_interrupts():
             yield
-    except (UserError, MachineError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-    except OSError as error:
-        print(f"{name}: {explain(error)}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if (end := ending(error)) is None:
+            raise
+        said, code = end
+        print(f"{name}: {said}", file=sys.stderr)
+        raise typer.Exit(code) from None

@@ -128,10 +128,9 @@ def _train_config(config: StudyConfig, base: StudyBase, blocks: TokenBlocks) -> 
     from lesa_ray.checkpoint.storage import Storage
     from lesa_ray.training.train_settings import TrainConfig
 
-    seeds = config.comparison(base, "base", "store", "blocks").seeds
     given = {
-        "seed": max(seeds) + 1,  # an order of the rows that none of the arms has
-        **config.train, **base.train, "data": blocks.url, "out": Storage(config.out).within(f"{base.name}/base").url,
+        **config.train, **base.train, "seed": config.seed_of(base), "data": blocks.url,
+        "out": Storage(config.out).within(f"{base.name}/base").url,
         "architecture": _architecture(base, blocks),
     }  # fmt: skip
     return validated(TrainConfig, given, f"{_where(config, base)}: train")

@@ -366,3 +366,13 @@ def test_settings_from_a_file_and_flags_win(
             code, _, line = run(capsys, monkeypatch, "expand", "--config", config)
             assert code == 2
             assert f"config {config}: lesa: Input should be" in line
+
+
+def test_no_file_holds_a_number_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a setting is of any kind, as an arm's are: JSON, which names results, has no word for it."""
+    config = tmp_path / "config.yaml"
+    config.write_text("base: x\ntokens: 1\narms: [{method: lesa}, {method: solar, expand: {base: [2, .inf]}}]\n")
+    code, _, line = run(capsys, monkeypatch, "compare", config)
+    assert (code, line.strip()) == (2, f"lesa-ray: config {config}: arms.expand.base: is not a finite number")

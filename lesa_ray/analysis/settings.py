@@ -9,6 +9,8 @@ from lesa_ray.evaluation.settings import DeviceName, SplitName
 from lesa_ray.machines import Gpus
 from lesa_ray.sizes import Bytes
 
+_OF_DATA = ("tokens", "split", "text_column", "window", "dtype")
+
 
 class AnalyzeConfig(Settings):
     """One analysis of one checkpoint."""
@@ -56,4 +58,6 @@ class AnalyzeConfig(Settings):
     def _consistent(self) -> AnalyzeConfig:
         if self.fit and self.lesa.holdout == 0:
             raise ValueError("fit with lesa.holdout 0: nothing would be held out to score it on")
+        if not self.data and (unused := [name for name in _OF_DATA if name in self.model_fields_set]):
+            raise ValueError(f"{unused[0]}: is for data; name some, or leave it out")
         return self

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from lesa_ray.checkpoint.storage import filesystem_options, reaching
+from lesa_ray.checkpoint.storage import filesystem_options, protocols, reaching
 from lesa_ray.checkpoint.walking import visible_files
 from lesa_ray.errors import UserError
 
@@ -27,19 +27,18 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
         fs, path = fsspec.url_to_fs(name, use_listings_cache=False, **filesystem_options(name))
     except (ValueError, ImportError) as error:
         raise UserError(f"{where}: {error}") from error
-    known, local = tuple(kinds), "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    known, local = tuple(kinds), "file" in protocols(fs)
     with reaching(where, "cannot be listed"):
         if fs.isdir(path):
-            found = visible_files(fs, path, known, local=local)
+            found = visible_files(fs, path, known, where, local=local)
         elif fs.exists(path):
-            if not path.split("?")[0].endswith(known):
+            if not (path if local else path.split("?")[0]).endswith(known):  # a signed URL goes on after its name
                 raise UserError(f"{where}: is of no kind that is known ({', '.join(kinds)})")
             found = {path: fs.info(path)}
         elif any(sign in path for sign in "*?["):
             found = {entry: fs.info(entry) for entry in sorted(fs.glob(path)) if entry.endswith(known)}
         else:
             return {}
-    found = {entry: info for entry, info in found.items() if entry.split("?")[0].endswith(known)}
     if not found:
         raise UserError(f"{where}: no data found; expected files that end with {', '.join(kinds)}")
     return {entry if local else fs.unstrip_protocol(entry): info for entry, info in found.items()}

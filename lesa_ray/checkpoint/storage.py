@@ -77,8 +77,8 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise UserError(f"{url}: {error}") from error
         self.root: str = root.rstrip("/")
-        self.is_local: bool = "file" in _protocols(self.fs)
-        self.is_s3: bool = "s3" in _protocols(self.fs)
+        self.is_local: bool = "file" in protocols(self.fs)
+        self.is_s3: bool = "s3" in protocols(self.fs)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.url,)
@@ -207,7 +207,7 @@ class Storage:
                         upload.abort()
                     raise
                 return
-            if _OBJECT_STORES.intersection(_protocols(self.fs)):
+            if _OBJECT_STORES.intersection(protocols(self.fs)):
                 file = self.fs.open(target, "wb", block_size=UPLOADED)
                 try:
                     yield file
@@ -315,7 +315,8 @@ def read_file(place: str, where: str) -> bytes:
         return storage.read(name)
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
+def protocols(fs: Any) -> tuple[str, ...]:
+    """The names by which URLs call for a filesystem of fsspec's."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 

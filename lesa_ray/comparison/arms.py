@@ -25,7 +25,7 @@ BASE = "base"
 """The `method` of an arm that is the base itself, trained on: a control with settings of training of its own."""
 _OWN = ("label", "train", "pretrain")
 _NOT_AN_ARMS = ("base", "out", "seed")
-_TRAINING_OF_ALL = ("steps", "tokens", "epochs", "seed", "eval_every")
+_TRAINING_OF_ALL = ("steps", "tokens", "epochs", "seed", "eval_every", "eval_rows")
 """Settings of training that would make arms unequal."""
 _SIZE = ("factor", "layers", "position", "importance", "new_width")
 _EITHER = (("factor", "layers"), ("zero_init", "output_scale"))
@@ -102,6 +102,11 @@ def expand_settings(config: ComparisonConfig, arm: Arm) -> dict[str, Any]:
         aside.add("importance")
     kept = {name: value for name, value in common.items() if name not in aside}
     return {**merged(kept, arm.expand), "method": arm.method}
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of arms in a sentence; they may have commas of their own."""
+    return "; ".join(names) or "none"
 
 
 def _arms(entry: Mapping[str, Any], where: str) -> list[Arm]:

@@ -10,6 +10,7 @@ their stages: the expansions of a method that draws no random numbers are one fo
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -243,6 +244,11 @@ def _remarks(arms: Sequence[PlannedArm]) -> Iterator[str]:
                 f"“{twin.arm.name}” and “{one.arm.name}” are the same runs here: {reference.tokens:,} tokens of "
                 f"{reference.arm.name} take the FLOPs of {equal:,.0f} of the base, which is as many whole steps"
             )
+    spent = {one.arm.name: one.tokens for one in arms if one.arm.compute_of is None}
+    usual = statistics.mode(spent.values())
+    for name, tokens in spent.items():
+        if tokens != usual:
+            yield f"{name}: is trained on {tokens:,} tokens, whole steps of its own batch; most others on {usual:,}"
     for one in arms:
         if one.inserted_tokens is not None:
             yield (

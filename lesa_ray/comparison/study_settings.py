@@ -18,6 +18,9 @@ from lesa_ray.fleet.settings import Label
 
 _OF_THE_STUDY = ("name", "store", "base", "data", "blocks", "tokenizer", "tokenize")
 _OF_A_BASE = ("checkpoint", "architecture", "data", "out")
+BASE_SEED = 10_000
+"""Of bases' own training where the study names none. It does not follow from the seeds of the arms: with one more of
+those the bases are the same."""
 
 
 class StudyBase(Settings):
@@ -46,6 +49,8 @@ class StudyBase(Settings):
             raise ValueError(f"{self.name}: give corpus or data, one of the two")
         if self.checkpoint is not None and (self.corpus or self.train):
             raise ValueError(f"{self.name}: corpus and train are for a base that is pre-trained here; name its data")
+        if self.corpus and self.tokenizer is not None:
+            raise ValueError(f"{self.name}: tokenizer: a corpus has one of its own; leave it out")
         if self.architecture is not None and self.data and self.tokenizer is None:
             raise ValueError(f"{self.name}: tokenizer: a model that is pre-trained here has none of its own; name one")
         return self
@@ -93,9 +98,21 @@ class StudyConfig(Settings):
             raise ValueError(str(error)) from None
         if not any(arm.control for arm in arms):
             raise ValueError("compare.controls: none is left, and arms are measured by the best of them")
-        if one.pretrain.get("eval_rows") == 0:
-            raise ValueError("compare.pretrain.eval_rows: 0 leaves nothing to compare")
+        for name in ("train", "vocab_size"):
+            if name in self.model_fields_set and all(base.architecture is None for base in self.bases):
+                raise ValueError(f"{name}: is for bases that are pre-trained here, and none is; leave it out")
+        for base in self.bases:
+            seed = self.seed_of(base)
+            if base.architecture is not None and seed in one.seeds:
+                raise ValueError(
+                    f"train.seed {seed}: is among compare.seeds, so runs would begin with the rows that the base began "
+                    "with; give another"
+                )
         return self
+
+    def seed_of(self, base: StudyBase) -> Any:
+        """Of a base's own training, an order of the rows that none of the arms has."""
+        return {"seed": BASE_SEED, **self.train, **base.train}["seed"]
 
     def comparison(self, base: StudyBase, checkpoint: str, store: str, blocks: str | None) -> ComparisonConfig:
         """The comparison on one base."""

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from lesa_ray.comparison.arms import listed
 from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, unbeaten, untrained
 from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.errors import UserError
@@ -63,7 +64,7 @@ class Verdict:
     alike: tuple[str, ...]
     """Arms, controls among them, that it does not beat on every base by more than the interval over seeds."""
     incomplete: tuple[str, ...]
-    """Arms that lack results on some base."""
+    """Arms that lack results on some base, or have none there with a seed of the yardstick's."""
 
 
 Finals = dict[str, dict[int, float]]
@@ -134,29 +135,26 @@ def reading(found: Verdict) -> list[str]:
     if all(one.half is None for one in best.bases.values()):
         lines.append("There is one seed: no spread is known, nothing is told apart, and the order is not a finding.")
     alike = [arm.name for arm in methods if arm.name in found.alike]
-    lines.append(f"Methods not told apart from it on every base: {_listed(alike)}.")
-    lines.append(f"Controls that it does not clearly beat on every base: {_listed(best.unbeaten)}.")
+    lines.append(f"Methods not told apart from it on every base: {listed(alike)}.")
+    lines.append(f"Controls that it does not clearly beat on every base: {listed(best.unbeaten)}.")
     for base, one in best.bases.items():
         clear = [arm.name for arm in methods if not arm.bases[base].unbeaten]
         lines.append(
-            f"On {base} it does not clearly beat: {_listed(one.unbeaten)}. Methods that clearly beat every control "
-            f"there: {_listed(clear)}."
+            f"On {base} it does not clearly beat: {listed(one.unbeaten)}. Methods that clearly beat every control "
+            f"there: {listed(clear)}."
         )
     clear = [arm.name for arm in methods if not arm.unbeaten]
-    lines.append(f"Methods that clearly beat every control on every base: {_listed(clear)}.")
+    lines.append(f"Methods that clearly beat every control on every base: {listed(clear)}.")
     if any(arm.name == UNTRAINED for arm in found.arms):
         short = [arm.name for arm in methods if UNTRAINED in arm.unbeaten]
-        lines.append(f"Methods that do not clearly beat the untrained base on every base: {_listed(short)}.")
+        lines.append(f"Methods that do not clearly beat the untrained base on every base: {listed(short)}.")
     else:
         lines.append("The untrained base's loss is not known on every base: it is measured where the base is trained.")
     if found.incomplete:
-        lines.append(f"Without results on every base: {_listed(found.incomplete)}.")
+        lines.append(
+            f"Without results on every base, or without a seed of the best control's: {listed(found.incomplete)}."
+        )
     return lines
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names may have commas of their own."""
-    return "; ".join(names) or "none"
 
 
 def to_json(

@@ -28,6 +28,7 @@ from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.gpu import full_gpu_is_a_fault
 
 if TYPE_CHECKING:
     from lesa_ray.distributed.cluster import Share
@@ -57,17 +58,11 @@ class _Work:
         return [*([_RESIDUAL] if self.residual is not None else []), *self.subject.blocks, *types]
 
     def do(self, piece: str, device: str, progress: Progress = lambda phase, share: None) -> Any:
-        import torch
-
-        try:
+        with full_gpu_is_a_fault(piece, "--device cpu"):
             if piece in self.subject.types:
                 return work_on_type(self.subject, piece, device, progress)
             if piece in self.subject.blocks:
                 return work_on_block(self.subject, piece, device, progress)
-        except torch.OutOfMemoryError as error:
-            raise MachineError(
-                f"{piece}: the GPU's memory is full; give it a larger --gpus-per-task, or --device cpu"
-            ) from error
         from lesa_ray.analysis.residual import measure_residual
 
         assert self.residual is not None
@@ -223,16 +218,7 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
 
 
 def _task(work: _Work, piece: str, share: Share) -> Any:
-    import ray
-    import torch
-
-    from lesa_ray.lesa.room import limit_device
-
-    torch.set_num_threads(share.cpus)
-    if not (ray.get_gpu_ids() and torch.cuda.is_available()):
-        return work.do(piece, "cpu")
-    limit_device(share.gpus)
-    return work.do(piece, "cuda")
+    return work.do(piece, share.begin())
 
 
 def _memory(work: _Work, piece: str) -> int:

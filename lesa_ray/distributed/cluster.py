@@ -1,11 +1,12 @@
 """What is asked of a Ray cluster: which machines there are, what a task gets of them, and more machines if need be.
 
 A cluster that grows has no GPU until something asks for one, and Ray's autoscaler looks at what waits to be scheduled,
-not at what a program would like. So where no machine has room for what is asked for, a placement group of just that is
-left waiting until one has. `ray.autoscaler.sdk.request_resources` would be the other means; it is one request for the
-whole cluster, each call replaces the last, and Ray Train and Ray Data make it themselves, while placement groups add up
-and end with their job. The group is given back as soon as there is room: Ray's own queue sees to who gets it. A process
-that is killed while it waits leaves its group until its job ends.
+not at what a program would like. So where no machine has room for what is asked for, empty actors that ask for that are
+left waiting until one has. `ray.autoscaler.sdk.request_resources` would be another means; it is one request for
+the whole cluster, each call replaces the last, and Ray Train and Ray Data make it themselves. Placement groups would be
+the third; one that waits outlives the process that made it until the whole job ends, which may be a fleet of days, and
+then takes machines that nobody uses. Actors add up and go with their process. They are ended as soon as there is room:
+Ray's own queue sees to who gets it.
 
 Whether a cluster can grow, and how far, Ray does not say (github.com/ray-project/ray/issues/49501). Decided: a Ray that
 this project has embedded in a process cannot, and is marked by a label on its node, so that every process of it knows;
@@ -17,11 +18,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.gpu import limit_device
 from lesa_ray.machines import GROW_SECONDS, SHARE_OF_MEMORY, Machines, told
 
 EMBEDDED = {"lesa-ray/ray": "embedded"}
@@ -42,27 +44,44 @@ def may_grow() -> bool:
 
 
 def await_room(
-    enough: Callable[[Machines], bool], bundle: Mapping[str, float], count: int, seconds: float, tell: Tell
+    enough: Callable[[Machines], bool],
+    bundle: Mapping[str, float],
+    count: int,
+    seconds: float,
+    tell: Tell,
+    otherwise: str = "",
 ) -> Machines:
-    """Wait until the machines there are, busy or not, are `enough`; `count` bundles are asked for meanwhile.
+    """Wait until the machines there are, busy or not, are `enough`; `count` bundles are asked for meanwhile, each of
+    CPU, GPU and memory (bytes).
 
-    tell: is told what is waited for. Returns the machines there are, after `seconds` whether they are enough or not."""
+    tell: is told what is waited for; otherwise: and what happens if that does not come.
+    Returns the machines there are, after `seconds` whether they are enough or not."""
     deadline = time.monotonic() + seconds
-    group = None
+    waiting: list[Any] = []
     try:
         while True:
             now = machines()
             left = deadline - time.monotonic()
             if enough(now) or left <= 0:
                 return now
-            if group is None:
-                group = placement_group([{kind: part for kind, part in bundle.items() if part}] * count)
+            if not waiting:
+                waiting = [_asking(bundle).remote() for _ in range(count)]
             times = f"{count} × " if count > 1 else ""
-            tell(f"waiting up to {seconds:g} s for machines with {times}{told(bundle)} to join the cluster")
+            tell(f"waiting up to {seconds:g} s for machines with {times}{told(bundle)} to join the cluster{otherwise}")
             time.sleep(min(_LOOK_SECONDS, left))
     finally:
-        if group is not None:
-            remove_placement_group(group)
+        for actor in waiting:
+            ray.kill(actor)
+
+
+def _asking(bundle: Mapping[str, float]) -> Any:
+    """An actor's class that needs a bundle for itself and does nothing with it; where its machine is lost, again."""
+    asked = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "memory": bundle.get("memory", 0)}
+    return ray.remote(**asked, max_restarts=-1)(_Nothing)
+
+
+class _Nothing:
+    pass
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,16 @@ class Share:
     def options(self, memory: int) -> dict[str, float]:
         """As `ray.remote` takes them. memory: bytes that the task would like to have."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": min(memory, self.most_memory)}
+
+    def begin(self) -> Literal["cuda", "cpu"]:
+        """Keep this process, which is such a task's, to its share. Returns the device that it was given."""
+        import torch
+
+        torch.set_num_threads(self.cpus)
+        if not (ray.get_gpu_ids() and torch.cuda.is_available()):
+            return "cpu"
+        limit_device(self.gpus)
+        return "cuda"
 
 
 def share_of_task(
@@ -103,7 +132,8 @@ def share_of_task(
     gpus = now.gpus_each(gpus, device)
     least = {"GPU": gpus, "CPU": float(cpus or 1)}
     wanted = {**least, "memory": float(memory)}
-    now = await_room(lambda there: there.room(wanted) > 0, wanted, 1, seconds, tell)
+    without = "; without so much memory it goes on after that" if now.having(least).nodes else ""
+    now = await_room(lambda there: there.room(wanted) > 0, wanted, 1, seconds, tell, without)
     fit = now.having(least)
     if not fit.nodes:
         waited = f" after {seconds:g} s of waiting" if seconds else ""

@@ -135,16 +135,9 @@ def _weights(bound: Bounds, config: EvaluateConfig) -> int:
 
 
 def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any) -> Outcome:
-    import ray
-    import torch
-
-    from lesa_ray.lesa.room import limit_device
-
-    torch.set_num_threads(share.cpus)
-    if not ray.get_gpu_ids():
-        job = replace(job, config=job.config.model_copy(update={"device": "cpu"}))
-    elif torch.cuda.is_available():
-        limit_device(share.gpus)
+    device = share.begin()
+    if not share.gpus:  # where one was given it is to be used, and a PyTorch that does not see it is told of
+        job = replace(job, config=job.config.model_copy(update={"device": device}))
     told, shown = -math.inf, ""
 
     def progress(phase: str, share: float) -> None:

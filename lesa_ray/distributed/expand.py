@@ -18,7 +18,7 @@ from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.storage import Storage, explain, is_fault, reaching
 from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import MachineError, RoomError, UserError
 from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
 from lesa_ray.expansion.prepare import Expansion, check_out, prepare
 from lesa_ray.expansion.rehearsal import rehearse
@@ -85,6 +85,10 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
             rehearsal()  # a copy of bytes takes no longer than the miniature, so it did not wait for it
             manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
             finish(expansion, manifest, model_card(expansion, manifest))
+    except RoomError:
+        if not any(finished_record(expansion.job, unit, config.out) for unit in expansion.units):
+            abandon(expansion)
+        raise
     except UserError:
         abandon(expansion)
         raise

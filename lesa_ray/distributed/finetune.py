@@ -7,13 +7,11 @@ Token blocks made before (`lesa-ray tokenize --kind chat`) are taken as they are
 
 from __future__ import annotations
 
-import contextlib
-
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, reaching
-from lesa_ray.distributed.tenancy import tenancy
+from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import UserError
@@ -32,16 +30,16 @@ from lesa_ray.training.train_settings import FinetuneConfig
 DATA_DIR = "training/data"
 
 
-def finetune(config: FinetuneConfig, listener: Listener | None = None, *, alone: bool = False) -> Trained:
+def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant: Tenant | None = None) -> Trained:
     """Fine-tune; go on with a run that was interrupted; or find that it is done.
 
-    alone: the caller sees to it that nobody else works at OUT.
+    tenant: who may work at OUT, if the caller has seen to it; by default this call does.
     Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call
     goes on."""
     listener = listener or Silent()
     if _is_blocks(config.data):
         _check_blocks(config)
-        return pretrain(config.on_blocks(config.data), listener, alone=alone)
+        return pretrain(config.on_blocks(config.data), listener, tenant=tenant)
     storage = Storage(config.out)
     blocks = storage.within(DATA_DIR)
     with reaching(f"OUT {config.out}"):
@@ -51,9 +49,11 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, alone:
     listener.phase("reading the headers", 0)
     _check_model(config)
     try:
-        with contextlib.nullcontext() if alone or is_done(storage) else tenancy(config.out, listener):
+        if tenant is None and is_done(storage):  # then what is asked for is only compared with what is there
+            tenant = Guarded()
+        with tenancy(config.out, listener, tenant) as tenant:
             tokenize(config.to_tokenize(blocks.url), listener)
-            return pretrain(config.on_blocks(blocks.url), listener, alone=True)
+            return pretrain(config.on_blocks(blocks.url), listener, tenant=tenant)
     except UserError:
         if made and storage.exists(RUN_FILE) == claimed:  # what was found wrong is not of the training itself
             storage.remove_tree(DATA_DIR)

@@ -29,7 +29,7 @@ from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError
-from lesa_ray.expansion.method import Device, Unit
+from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
@@ -126,13 +126,7 @@ def new_board() -> Any:
 
 
 def _unit_task(expansion: Expansion, unit: Unit, share: Share, board: Any) -> tuple[dict[str, Any], int]:
-    import torch
-
-    from lesa_ray.lesa.room import limit_device
-
-    device: Device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        limit_device(share.gpus)
+    device = share.begin()
     last = 0.0
 
     def progress(phase: str, share: float) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import ExpandConfig, Settings
+from lesa_ray.distributed.tenancy import Guarded
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Listener
 from lesa_ray.store.catalog import utc_now
@@ -80,11 +81,11 @@ def _run(settings: Settings, listener: Listener) -> dict[str, Any]:
     if isinstance(settings, FinetuneConfig):
         from lesa_ray.distributed.finetune import finetune
 
-        return _numbers(asdict(finetune(settings, listener, alone=True)))
+        return _numbers(asdict(finetune(settings, listener, tenant=Guarded())))
     if isinstance(settings, TrainConfig):
         from lesa_ray.distributed.train import pretrain
 
-        return _numbers(asdict(pretrain(settings, listener, alone=True)))
+        return _numbers(asdict(pretrain(settings, listener, tenant=Guarded())))
     assert isinstance(settings, EvaluateConfig)
     from lesa_ray.distributed.evaluate import evaluate
 

@@ -1,7 +1,11 @@
 """Ray tasks side by side: waited for as they end, cancelled together when one of them fails.
 
 A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times. Wrong input is
-no fault: the first task that finds some ends the others."""
+no fault: the first task that finds some ends the others.
+
+A task with a GPU has a process of its own. CUDA takes the GPU that a process sees first for good, and PyTorch keeps
+what it had of it, so a second task in the same process would compute on the first one's GPU, in what that one left. Ray
+would see to it by itself only if the number of GPUs were part of the function's definition."""
 
 from __future__ import annotations
 
@@ -27,7 +31,8 @@ class Tasks(Generic[Key]):
     Iterating gives what is under way."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        self._task = ray.remote(max_retries=_RETRIES, retry_exceptions=[MachineError])(call)
+        retried: dict[str, Any] = {"max_retries": _RETRIES, "retry_exceptions": [MachineError]}
+        self._task, self._gpu_task = ray.remote(**retried)(call), ray.remote(**retried, max_calls=1)(call)
         self._running: dict[Any, tuple[Key, str]] = {}
 
     def __enter__(self) -> Tasks[Key]:
@@ -45,7 +50,8 @@ class Tasks(Generic[Key]):
 
     def start(self, key: Key, name: str, *args: Any, **resources: Any) -> None:
         """name: in Ray's lists and in messages; resources: as `ray.remote` takes them."""
-        self._running[self._task.options(name=name, **resources).remote(*args)] = key, name
+        task = self._gpu_task if resources.get("num_gpus") else self._task
+        self._running[task.options(name=name, **resources).remote(*args)] = key, name
 
     def ended(self) -> Iterator[tuple[Key, Any]]:
         """Tasks that have ended, with their results; none where none does for half a second. Raises: as `result_of`."""

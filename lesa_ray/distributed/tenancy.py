@@ -3,8 +3,9 @@ that the earlier one is about to export.
 
 A lease in OUT/training/lease says who works there, from before OUT is claimed until the checkpoint is written. Who
 comes second is told of the first, and stops. If the first has died, the second goes on: at once where it was a process
-of the same machine, else when its lease has run out. A run whose lease was lost because the store did not answer goes
-on training, which harms nobody as long as nobody else wants OUT, and asks for it again before it exports.
+of the same machine, else when its lease has run out. A run whose lease has run out because the store did not answer
+goes on training and renews it when the store is back; if someone else has taken OUT by then, it says so before it
+exports.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from typing import Protocol
 
 from lesa_ray.checkpoint.storage import Storage, reaching
 from lesa_ray.errors import MachineError
@@ -23,8 +25,22 @@ from lesa_ray.training.run import LEASE_DIR
 _NAME = "run"
 
 
+class Tenant(Protocol):
+    """Who may work at an OUT."""
+
+    def confirm(self) -> None:
+        """Make sure that nobody else works there by now. Raises: MachineError."""
+
+
+class Guarded:
+    """Someone else sees to it that nobody else works there."""
+
+    def confirm(self) -> None:
+        pass
+
+
 class Tenancy:
-    """The right to work at an OUT."""
+    """The right to work at an OUT, by a lease."""
 
     def __init__(self, out: str, listener: Listener) -> None:
         self._out, self._listener = out, listener
@@ -33,7 +49,9 @@ class Tenancy:
 
     def confirm(self) -> None:
         """Make sure that nobody else works there by now. Raises: MachineError."""
-        if not self._lease.held:
+        with reaching(f"OUT {self._out}", "cannot be written"):
+            mine = self._lease.held or self._lease.renew()
+        if not mine:
             self._lease = self._take()
 
     def leave(self) -> None:
@@ -53,8 +71,13 @@ class Tenancy:
 
 
 @contextlib.contextmanager
-def tenancy(out: str, listener: Listener) -> Iterator[Tenancy]:
-    """The right to work at `out` while the block runs. Raises: MachineError if someone else works there."""
+def tenancy(out: str, listener: Listener, given: Tenant | None = None) -> Iterator[Tenant]:
+    """The right to work at `out` while the block runs, unless the caller has been `given` it already.
+
+    Raises: MachineError if someone else works there."""
+    if given is not None:
+        yield given
+        return
     found = Tenancy(out, listener)
     try:
         yield found

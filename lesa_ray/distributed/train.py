@@ -30,7 +30,7 @@ from lesa_ray.distributed.cluster import await_room, machines, may_grow
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
-from lesa_ray.distributed.tenancy import tenancy
+from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
@@ -61,10 +61,10 @@ class Resources:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
-def pretrain(config: TrainConfig, listener: Listener | None = None, *, alone: bool = False) -> Trained:
+def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: Tenant | None = None) -> Trained:
     """Train, or go on training, or find that it is done; the result lies at `config.out`.
 
-    alone: the caller sees to it that nobody else works there.
+    tenant: who may work there, if the caller has seen to it; by default this call does.
     Raises: UserError for wrong input; MachineError for a fault, after which the same call goes on."""
     listener = listener or Silent()
     check_loggers(config.loggers)
@@ -83,7 +83,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, alone: bo
         if (warning := replayed(run)) is not None:
             log.warning(warning)
         resources = wait_for_room(config, listener)
-    with contextlib.nullcontext() if alone else tenancy(config.out, listener) as tenant:
+    with tenancy(config.out, listener, tenant) as tenant:
         with reaching(f"OUT {config.out}", "cannot be written"):
             state = out_state(run)  # as whoever was at work there until now left it
         if state == "done":
@@ -92,8 +92,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, alone: bo
             with reaching(f"OUT {config.out}", "cannot be written"):
                 claim(run)
             _fit(run, resources, listener)
-        if tenant is not None:
-            tenant.confirm()
+        tenant.confirm()
         finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
     return trained_result(run, resumed=state == "resume")
 
@@ -159,11 +158,13 @@ def _fit(run: Run, resources: Resources, listener: Listener) -> None:
     listener.phase(f"starting {resources.fewest} worker{'s' if resources.fewest > 1 else ''}", 0)
     place = on_this_machine()
     board = ray.remote(num_cpus=0, max_concurrency=4, scheduling_strategy=place)(Board).remote()
+    controllers: list[Any] = []
     try:
         with _watching(board, run, listener):
             trainer = _trainer(run, resources, board)
-            # Ray's own would take Ctrl-C for the rest of the process, and end it with exit code 0.
-            trainer._register_sigint_handler = lambda controller: None
+            # Ray's own would take Ctrl-C for the rest of the process, and end it with exit code 0. It knows the actor
+            # that the workers go with, without which they would train on when this call has been interrupted.
+            trainer._register_sigint_handler = controllers.append
             trainer.fit()
         _raise_failure(board)
     except (UserError, MachineError):
@@ -173,7 +174,8 @@ def _fit(run: Run, resources: Resources, listener: Listener) -> None:
         cause = _cause(error)
         raise MachineError(f"training stopped: {cause}; the same command goes on from the last checkpoint") from error
     finally:
-        ray.kill(board)
+        for actor in (*controllers, board):
+            ray.kill(actor)
 
 
 def _raise_failure(board: Any) -> None:
@@ -198,7 +200,7 @@ def _trainer(run: Run, resources: Resources, board: Any) -> Any:
     elastic = resources.fewest != resources.most
     return TorchTrainer(
         work,
-        train_loop_config={"run": pickle.dumps(run), "board": board, "threads": resources.cpus},
+        train_loop_config={"run": pickle.dumps(run), "board": board, "threads": resources.cpus, "gpus": resources.gpus},
         scaling_config=ScalingConfig(
             num_workers=(resources.fewest, resources.most) if elastic else resources.fewest,
             use_gpu=resources.gpus > 0,

@@ -52,6 +52,7 @@ def work(loop_config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from lesa_ray.errors import UserError
+    from lesa_ray.gpu import limit_device
     from lesa_ray.training.worker import train
 
     board = loop_config["board"]
@@ -60,6 +61,8 @@ def work(loop_config: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(loop_config["threads"])
+    else:
+        limit_device(loop_config["gpus"])
 
     def tell(progress: Progress) -> None:
         board.put.remote(asdict(progress))

@@ -62,6 +62,10 @@ class EvaluateConfig(Settings):
     def _consistent(self) -> EvaluateConfig:
         if not self.data and not self.tasks:
             raise ValueError("nothing to measure: give data, tasks or both")
+        if self.stride is not None and not self.data:
+            raise ValueError("stride: is for data; name some, or leave it out")
+        if self.fewshot is not None and not self.tasks:
+            raise ValueError("fewshot: is for tasks; name some, or leave it out")
         if self.window is not None and self.stride is not None and self.stride > self.window:
             raise ValueError(
                 f"stride {self.stride}: is longer than the window ({self.window}), so tokens would be left out"

@@ -2,7 +2,7 @@
 
 Decides
 - The order is that of `pipelines/study_small.yaml` (README, Measured): three small bases, three seeds each. In the mean
-  over the bases `llama-pro` and `avg-deus` ended level; of methods that are not told apart the one that keeps the
+  over the bases `llama-pro` ended lowest, `avg-deus` next; of methods that are not told apart the one that keeps the
   base's function, and costs no more than a copy, comes first. It says nothing certain of models 1,000 times larger;
   `pipelines/study_cluster.yaml` asks them.
 - The first choice that the base can have is taken. Settings that the user gave stay; LESA's own are refused, since
@@ -35,12 +35,12 @@ class Choice:
 CHOICES: tuple[Choice, ...] = (
     Choice(
         "llama-pro",
-        "after training it ended lowest on two of three small bases, three seeds each, 0.002 nats behind avg-deus on "
-        "the third, and it keeps the base's function; lesa ended 0.004 to 0.007 nats above it",
+        "after training it ended lowest in the mean over three small bases, three seeds each, if not told apart from "
+        "four others, and it keeps the base's function; lesa ended 0.004 to 0.006 nats above it",
     ),
     Choice(
         "avg-deus",
-        "after training it ended level with llama-pro, which this base cannot have, on three small bases",
+        "after training it was not told apart from llama-pro, which this base cannot have, on three small bases",
     ),
 )
 """The best first. The last is taken by every base that can be grown at all."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lesa_ray.budget import require_budget
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
 from lesa_ray.expansion.memory import UNIT_SHARE
@@ -17,7 +18,8 @@ from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.schedule import Placed, Work, peak_memory, schedule
 from lesa_ray.expansion.workbench import unit_tensors
-from lesa_ray.lesa.cost import DEVICE_SHARE, unit_cost
+from lesa_ray.gpu import DEVICE_SHARE
+from lesa_ray.lesa.cost import require_host_memory, unit_cost
 from lesa_ray.lesa.rates import CPU_CORE, Rates, unit_seconds
 
 INTERPRETER_BYTES = 600 * 2**20
@@ -117,7 +119,7 @@ class Estimate:
 def estimate(expansion: Expansion, cluster: ClusterSpec, rates: Rates | None = None) -> Estimate:
     """Needs of an expansion on `cluster`; `rates`: of the place of one unit, by default those of the cluster's kind.
 
-    Raises: UserError if a unit does not fit a memory budget that was given.
+    Raises: RoomError if a unit does not fit a memory budget that was given.
     """
     config = expansion.job.config
     cores = min(config.cpus_per_task, cluster.cpus_per_node)
@@ -170,7 +172,9 @@ def _unit(
         if unit.device_memory and device_memory and not on_gpu:  # then it runs on the GPU's host
             rates = CPU_CORE.times(min(job.config.cpus_per_task, cluster.cpus_per_node))
         seconds = {"read": read / storage, "compute": unit.flops / rates.fp32, "write": written / storage}
-        memory = unit.memory - on_gpu + interpreter
+        needed = unit.memory - on_gpu
+        require_budget(job.config.memory_budget, needed, f"{job.method.name} ({unit.name})", "or a larger GPU")
+        memory = needed + interpreter
         return UnitEstimate(unit.name, unit.flops, seconds, read, written, memory, on_gpu)
     task = lesa_task(
         job,
@@ -181,6 +185,8 @@ def _unit(
     )
     # Decided already, by what was stated and not by what this cluster has.
     task = replace(task, settings=task.settings.model_copy(update={"svd": lesa_route(job, types)}))
+    if job.config.memory_budget is not None:
+        require_host_memory(task, unit.name)
     cost = unit_cost(task)
     return UnitEstimate(
         name=unit.name,

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
 from lesa_ray.expansion.method import Device, Job, RunContext
-from lesa_ray.lesa.cost import Route, Task, route_of
+from lesa_ray.lesa.cost import Route, Task, require_host_memory, route_of
+
+_ANY_AMOUNT = 2**60
 
 
 def lesa_task(
@@ -50,6 +52,14 @@ def task_here(job: Job, types: Iterable[WeightType], context: RunContext) -> Tas
         memory_budget=job.config.memory_budget,
         device_memory=context.device_memory,
     )
+
+
+def check_budget(job: Job, types: Iterable[WeightType], name: str) -> None:
+    """Hold a budget that was given against what is known of unit `name` before it runs: what it takes on CPUs where no
+    GPU may be used, else what it takes beside a GPU with room for all that can lie there. Raises: RoomError."""
+    device: Device = "cpu" if job.config.gpus_per_task == 0 else "cuda"
+    task = lesa_task(job, types, device=device, memory_budget=job.config.memory_budget, device_memory=_ANY_AMOUNT)
+    require_host_memory(task, name)
 
 
 def lesa_route(job: Job, types: Iterable[WeightType]) -> Route:

@@ -63,15 +63,6 @@ def scratch_dir() -> str:
     return os.environ.get(SCRATCH_VARIABLE, tempfile.gettempdir())
 
 
-def gpu_memory(share: float | None) -> int:
-    """Bytes of this process' GPU that belong to a unit which asks for that share of one (None: all of it), whatever
-    others have taken by now: what is refused must not depend on the moment."""
-    import torch
-
-    total: int = torch.cuda.get_device_properties(0).total_memory
-    return int(total * min(1.0 if share is None else share, 1.0))
-
-
 def return_freed_memory() -> None:
     """Let glibc give tensors of 4 MiB or more back to the system when they are freed.
 

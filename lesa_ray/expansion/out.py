@@ -11,6 +11,7 @@ import json
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
+from lesa_ray.checkpoint.mark import mark, marked_by
 from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage, reaching
@@ -21,7 +22,6 @@ from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.widths import RULE
 from lesa_ray.layerwise.folder import write_code
 
-RUN_FILE = f"{WORK_DIR}/run.json"
 _MARGIN = 64 * 2**20
 
 State = Literal["fresh", "resume", "done"]
@@ -40,13 +40,10 @@ def out_state(expansion: Expansion) -> State:
                 return "done"
             what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
             raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")
-        if storage.exists(RUN_FILE):
-            try:
-                whose = json.loads(storage.read(RUN_FILE))["fingerprint"]
-            except (ValueError, LookupError, TypeError):
-                raise UserError(f"OUT {out}: its {RUN_FILE} is damaged; remove OUT, or give a new place") from None
-            if whose == expansion.fingerprint:
-                return "resume"
+        whose = marked_by(storage, f"OUT {out}")
+        if whose == expansion.fingerprint:
+            return "resume"
+        if whose is not None:
             raise UserError(
                 f"OUT {out}: holds an unfinished expansion of other inputs or settings; repeat that command, or "
                 "remove it"
@@ -65,8 +62,7 @@ def claim(expansion: Expansion, state: State) -> None:
         raise MachineError(
             f"OUT {expansion.job.config.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
         )
-    content = {"fingerprint": expansion.fingerprint, "base": expansion.job.config.base}
-    storage.write(RUN_FILE, (json.dumps(content) + "\n").encode())
+    mark(storage, expansion.fingerprint, base=expansion.job.config.base)
 
 
 def missing_shards(expansion: Expansion) -> list[Shard]:

@@ -15,11 +15,11 @@ from lesa_ray.checkpoint.finite import assert_finite
 from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_entries
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
-from lesa_ray.errors import MachineError
-from lesa_ray.expansion.memory import default_budget, gpu_memory, return_freed_memory, scratch_dir
+from lesa_ray.expansion.memory import default_budget, return_freed_memory, scratch_dir
 from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
 from lesa_ray.expansion.methods.resizing import run_resizing
 from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
+from lesa_ray.gpu import full_gpu_is_a_fault, gpu_memory
 
 if TYPE_CHECKING:
     import torch
@@ -106,12 +106,8 @@ def run_unit(
                 memory_budget=job.config.memory_budget or default_budget(),
                 progress=progress,
             )
-            try:
+            with full_gpu_is_a_fault(f"unit {unit.name}", "--gpus-per-task 0"):
                 report = job.method.run(unit, job, tensors, context)
-            except torch.OutOfMemoryError as error:
-                raise MachineError(
-                    f"unit {unit.name}: the GPU's memory is full; give it a larger --gpus-per-task, or 0 for none"
-                ) from error
         writer.finish()
     record = {"unit": unit.name, "bytes": storage.size(unit.file), "report": report}
     storage.write(record_file(unit), (json.dumps(record, allow_nan=False) + "\n").encode())

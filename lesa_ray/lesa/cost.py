@@ -19,12 +19,13 @@ predict     2·r·P + 2·d1·r·d2 a slot
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lesa_ray.budget import require_budget
 from lesa_ray.config import LesaSettings
-from lesa_ray.errors import UserError
+from lesa_ray.gpu import DEVICE_SHARE
 
 Route = Literal["gram", "randomized", "exact", "none"]
 Place = Literal["device", "memory", "scratch"]
@@ -64,9 +65,6 @@ STACK_BYTES = 8 * 2**30
 units, and with them every byte of the result, are the same on all GPUs of a kind."""
 EXACT = 4096
 """Rows up to which layers are matched by the exact assignment: two seconds, and costs of 134 MB in float64."""
-DEVICE_SHARE = 0.85
-"""Of a GPU's free memory that a unit fills; the rest is for a layer or two, products in flight, the allocator's
-rounding and the library's own."""
 
 STEP_WORDS = 10
 """Words of memory that pass for each weight in a step of a stack: one read or two by the products, the gradient
@@ -189,16 +187,21 @@ def choose_route(
     return "randomized" if _reference_seconds(*other) < _reference_seconds(*gram) else "gram"
 
 
-def require_budget(task: Task, name: str) -> None:
-    """Raises: UserError if the unit of weight type `name` needs more host memory than its budget."""
-    if task.memory_budget is None:
-        return
-    needed = unit_cost(task).host_memory
-    if needed > task.memory_budget:
-        raise UserError(
-            f"--memory-budget {task.memory_budget / 1e9:.2f} GB: {name} needs {needed / 1e9:.2f} GB; give that much, "
-            "or keep fewer directions (--rank)"
-        )
+def choose_place(size: int, beside: int, budget: int | None, fits_gpu: Callable[[int], bool] | None) -> Place:
+    """Where coefficients of `size` bytes lie when `beside` more are needed where the unit computes.
+
+    budget: bytes of host memory; None: no limit. fits_gpu: whether as many bytes fit on the GPU; None without one."""
+    if fits_gpu is not None and fits_gpu(size + beside):
+        return "device"
+    needed = size + (beside if fits_gpu is None else 0)
+    return "memory" if budget is None or needed <= budget else "scratch"
+
+
+def require_host_memory(task: Task, name: str) -> None:
+    """Raises: RoomError if the unit of weight type `name` needs more host memory than its budget."""
+    if task.memory_budget is not None:
+        needed = unit_cost(task).host_memory
+        require_budget(task.memory_budget, needed, name, "or keep fewer directions (--rank)")
 
 
 def side_by_side(settings: LesaSettings, device: str, fits: int) -> int:
@@ -391,11 +394,10 @@ def _weights(task: Task) -> int:
 
 
 def _place(task: Task, size: int, beside: int) -> Place:
-    """Where coefficients of `size` bytes lie when `beside` more are needed where the unit computes."""
-    if task.device == "cuda" and size + beside <= DEVICE_SHARE * task.device_memory:
-        return "device"
-    needed = size if task.device == "cuda" else size + beside
-    return "memory" if task.memory_budget is None or needed <= task.memory_budget else "scratch"
+    def fits(nbytes: int) -> bool:
+        return nbytes <= DEVICE_SHARE * task.device_memory
+
+    return choose_place(size, beside, task.memory_budget, fits if task.device == "cuda" else None)
 
 
 def _layers_in_flight(d1: int, d2: int, element_bytes: int) -> int:

@@ -4,10 +4,6 @@ On the GPU if they fit, else in host memory if they fit in the unit's budget, el
 is mapped into memory and unlinked at once, so that the disk space is free again when the process ends, however it
 ends. Where they lie decides the speed of a gather, not a single bit of the result. Those of fits that are trained side
 by side lie in one tensor: one gather reaches the rows of all.
-
-Where several processes share a GPU each has its share of it, held by PyTorch's allocator (`limit_device`), and what is
-free is what is left of that share: where things lie then does not depend on who else is at work, and nobody takes what
-another has counted on.
 """
 
 from __future__ import annotations
@@ -15,15 +11,14 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lesa_ray.errors import MachineError
-from lesa_ray.lesa.cost import DEVICE_SHARE
-
-CONTEXT_BYTES = 600 * 2**20
-"""What CUDA and its libraries take on a GPU for each process, roughly."""
+from lesa_ray.gpu import fits_device
+from lesa_ray.lesa.cost import choose_place
 
 
 class Rooms:
@@ -55,14 +50,13 @@ class Rooms:
         return self._place if or_file or not self._filed else None
 
     def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int) -> Tensor | None:
-        nbytes = math.prod(shape) * dtype.itemsize
         on_cpu = torch.device(self._device).type == "cpu"
-        if not on_cpu and fits_device(nbytes + beside, self._device):
-            return torch.empty(shape, dtype=dtype, device=self._device)
-        needed = nbytes + (beside if on_cpu else 0)
-        if self._scratch_dir is None or self._budget is None or needed <= self._budget:
-            return torch.empty(shape, dtype=dtype)
-        return None
+        budget = None if self._scratch_dir is None else self._budget
+        fits_gpu = None if on_cpu else partial(fits_device, device=self._device)
+        where = choose_place(math.prod(shape) * dtype.itemsize, beside, budget, fits_gpu)
+        if where == "scratch":
+            return None
+        return torch.empty(shape, dtype=dtype, device=self._device if where == "device" else "cpu")
 
 
 class Room:
@@ -116,23 +110,3 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, scratch_dir: str) -> Ten
     except OSError as error:
         what = f"cannot reserve {nbytes / 1e9:.1f} GB of scratch space"
         raise MachineError(f"{scratch_dir}: {what}: {error.strerror}") from error
-
-
-def fits_device(nbytes: int, device: str) -> bool:
-    """Whether `nbytes` fit in a GPU's free memory; always on a CPU, whose memory is the budget's concern."""
-    if torch.device(device).type != "cuda":
-        return True
-    torch.cuda.empty_cache()  # eigh's workspace, otherwise still counted as taken
-    free, total = torch.cuda.mem_get_info(device)
-    index = torch.device(device).index  # None for the current one, which this call does not take from the word `cuda`
-    own = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(device)
-    return nbytes <= DEVICE_SHARE * min(free, own)
-
-
-def limit_device(share: float) -> None:
-    """Keep this process to its `share` of the GPU, in (0, 1]; more than that raises `torch.OutOfMemoryError`.
-
-    Every process's own context, which the allocator knows nothing of, comes out of its share."""
-    if 0 < share < 1:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, 0.5 * share), 0)

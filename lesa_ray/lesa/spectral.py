@@ -21,7 +21,6 @@ are dropped.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,12 +30,12 @@ from torch import Tensor
 
 from lesa_ray.config import Scaling, SvdRoute, Weighing
 from lesa_ray.errors import UserError
+from lesa_ray.gpu import fits_device
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, SYEVD_ROWS, choose_route
-from lesa_ray.lesa.room import Room, Rooms, fits_device
+from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, choose_route
+from lesa_ray.lesa.eigen import eigenvectors
+from lesa_ray.lesa.room import Room, Rooms
 from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -305,35 +304,7 @@ def _leading(gram: Tensor, keep: int, dtype: torch.dtype) -> Tensor:
 
     The matrix is used up.
     """
-    return _fix_signs(_eigenvectors(gram)[:, -keep:].to(dtype).flip(1).contiguous())
-
-
-def _eigenvectors(gram: Tensor) -> Tensor:
-    """All of them as columns, ascending: (d1, d1), on the matrix' device or in host memory.
-
-    eigh, which wants columns, leaves its vectors in the matrix, so that the peak is three times d1² doubles, with
-    LAPACK's workspace, and not four.
-    """
-    columns = gram.mT
-    if not gram.is_cuda and len(gram) > SYEVD_ROWS:
-        import scipy.linalg
-
-        # By relatively robust representations: a workspace of 26·d1, and vectors beside the matrix.
-        _, vectors = scipy.linalg.eigh(columns.numpy(), lower=False, driver="evr", overwrite_a=True, check_finite=False)
-        return torch.from_numpy(vectors)
-    try:
-        found: Tensor = torch.linalg.eigh(columns, UPLO="U", out=(gram.new_empty(len(gram)), columns)).eigenvectors
-    except RuntimeError as error:
-        # What cuSOLVER says, before it has changed anything, of matrices above a bound that its versions have
-        # somewhere from 23,000 rows on (NVIDIA/CUDALibrarySamples, issue 246; JuliaGPU/CUDA.jl, issue 2908).
-        if not gram.is_cuda or "CUSOLVER_STATUS_INVALID_VALUE" not in str(error):
-            raise
-        log.warning(
-            "cuSOLVER does not take a matrix of %d rows; eigh runs on the host with %d threads (--cpus-per-task)",
-            len(gram), torch.get_num_threads(),
-        )  # fmt: skip
-        found = _eigenvectors(gram.cpu())
-    return found
+    return _fix_signs(eigenvectors(gram)[:, -keep:].to(dtype).flip(1).contiguous())
 
 
 def _range(source: Layers, own: range, rows: int, iterations: int, seed: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lesa_ray.comparison.arms import listed
 from lesa_ray.comparison.curves import Axis, reached
 from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, spread, unbeaten, untrained
 from lesa_ray.report.terminal import count, duration
@@ -81,17 +82,12 @@ def _beside_controls(ranked: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"the best control is {best}, {_loss(statistics.fmean(controls[best].values()))}"]
     if max(len(finals(arm)) for arm in ranked) == 1:
         return [*lines, "with one seed no method is told apart from a control"]
-    lines.append(f"controls that {method} does not clearly end below: {_listed(missed[method])}")
-    lines.append(f"methods clearly below every control: {_listed([name for name in missed if not missed[name]])}")
+    lines.append(f"controls that {method} does not clearly end below: {listed(missed[method])}")
+    lines.append(f"methods clearly below every control: {listed([name for name in missed if not missed[name]])}")
     if UNTRAINED in controls:
         short = [name for name, found in missed.items() if UNTRAINED in found]
-        return [*lines, f"methods not clearly below the untrained base: {_listed(short)}"]
+        return [*lines, f"methods not clearly below the untrained base: {listed(short)}"]
     return [*lines, "the untrained base's loss is not known: no control here trains the base"]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names may have commas of their own."""
-    return "; ".join(names) or "none"
 
 
 def _rank(arm: Mapping[str, Any]) -> float:

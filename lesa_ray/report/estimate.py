@@ -7,7 +7,8 @@ from rich.table import Table
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.estimate import Estimate
 from lesa_ray.report import terminal
-from lesa_ray.report.terminal import duration, size
+from lesa_ray.report.terminal import duration
+from lesa_ray.sizes import size
 
 _ROWS = 24  # experts make hundreds of units; the largest are shown
 _PLACES = {"device": "GPU", "memory": "memory", "scratch": "scratch file"}

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from lesa_ray.fleet.state import Outcome, Standing
-from lesa_ray.report.terminal import duration, size
+from lesa_ray.report.terminal import duration
+from lesa_ray.sizes import size
 from lesa_ray.store.garbage import Garbage
 from lesa_ray.store.record import Record
 

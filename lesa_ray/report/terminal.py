@@ -20,20 +20,13 @@ from rich.text import Text
 from lesa_ray.checkpoint.manifest import Manifest
 from lesa_ray.expansion.plan import New, Old, Plan
 from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.sizes import size
 
 console = Console(stderr=True)
 if not console.is_terminal:
     console.width = 140  # a log file wraps nothing
 _CELL = 9
 _PLAIN_SECONDS = 10.0  # where no terminal can redraw a line, one is printed this often
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 1.50 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:
@@ -188,7 +181,7 @@ def fit_table(manifest: Manifest) -> Table | None:
     if not fits:
         return None
     held_out = any(fit["held_out"] for fit in fits.values())
-    rows = "held-out layers" if held_out else "training layers (too few to hold any out)"
+    rows = "held-out layers" if held_out else "training layers (none was held out)"
     made_by = "ridge regression" if next(iter(fits.values())).get("predictor") == "ridge" else "the network"
     table = Table(
         title=f"Fit of {made_by} on {rows}: R² (1 is perfect, 0 is predicting zero) and cosine", title_justify="left"

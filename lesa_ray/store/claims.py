@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.store.process import is_alive
+from lesa_ray.store.process import holder_is_alive
 from lesa_ray.store.register import Unchanged, stamp
 
 _LOOKS = 50
@@ -35,6 +35,7 @@ class Claims:
         """slack: seconds that the storage's times may be coarse by. unchanged: what this observer has seen so far."""
         self._storage, self._slack, self._unchanged = storage, slack, unchanged
         self.id = uuid.uuid4().hex
+        self._own: set[str] = set()
 
     def take(self, told: Mapping[str, Any], term: float) -> bool:
         """Whether the thing is this object's from now on. told: what others may know of its holder."""
@@ -52,8 +53,21 @@ class Claims:
         self.withdraw()
         return False
 
+    def take_again(self, told: Mapping[str, Any], term: float) -> bool:
+        """Whether the thing is this object's again, of whose claim others may think that it ran out.
+
+        The claim is a new one, as others may be about to remove the old, which stays until this is decided: to whom the
+        process is known to live, it still counts."""
+        former, self.id = set(self._own), uuid.uuid4().hex
+        if not self.take(told, term):
+            self.withdraw()
+            return False
+        self._remove(former)
+        return True
+
     def write(self, told: Mapping[str, Any], term: float, *, held: bool) -> None:
         """Make or renew this object's claim."""
+        self._own.add(self.id)
         content = {**told, "term": term, "held": held, "nonce": uuid.uuid4().hex}
         self._storage.write(f"{self.id}.json", (json.dumps(content) + "\n").encode())
 
@@ -62,7 +76,12 @@ class Claims:
         return self._storage.exists(f"{self.id}.json")
 
     def withdraw(self) -> None:
-        self._storage.remove(f"{self.id}.json")
+        self._remove(set(self._own))
+
+    def _remove(self, claims: set[str]) -> None:
+        for claim in claims:
+            self._storage.remove(f"{claim}.json")
+            self._own.discard(claim)
 
     def held(self) -> dict[str, Any] | None:
         """The claim of who holds the thing now, if anyone does."""
@@ -73,17 +92,18 @@ class Claims:
         found = {}
         for file in self._storage.list():
             name = file.removesuffix(".json")
-            if name == self.id or name.startswith(".") or name == file:
+            if name in self._own or name.startswith(".") or name == file:
                 continue
             try:
                 age, claim = self._age(file), json.loads(self._storage.read(file))
             except FileNotFoundError:
                 continue  # withdrawn meanwhile
             age = max(age, self._unchanged.seconds(self._storage.path(file), claim["nonce"]))
-            if age > claim["term"] + self._slack or is_alive(claim.get("process")) is False:
-                self._storage.remove(file)
-            else:
+            alive = holder_is_alive(claim)
+            if alive or (alive is None and age <= claim["term"] + self._slack):
                 found[name] = claim
+            else:
+                self._storage.remove(file)
         return found
 
     def _age(self, file: str) -> float:

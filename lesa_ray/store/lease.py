@@ -10,6 +10,10 @@ grows old; who then wants it takes it over. Three rules make that safe:
   succeeded, by its own steady clock; so it has stopped before anyone takes over, even if the store did not answer.
 - A lease that was taken over is not renewed: its holder learns of it and stops.
 
+A holder may name its process. On the same machine the lease is then that process's as long as it lives, suspended or
+with its store away, and free at once when it has ended. Such a holder goes on renewing what has run out, as long as
+nobody has taken it over.
+
 They assume clocks that run at the same rate and a write that takes effect within three tenths of the term. A process
 that is suspended in the middle of its work can still write when it wakes: what stages write is the same bytes under the
 same names, each whole, so that does no harm.
@@ -32,7 +36,7 @@ from typing import Any
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
 from lesa_ray.store.claims import Claims
-from lesa_ray.store.process import Process, is_alive, this_process
+from lesa_ray.store.process import HERE, Process, holder_is_alive, this_process
 from lesa_ray.store.register import LocalRegister, Register, Seen, Unchanged, register_of
 
 TERM_SECONDS = 120.0
@@ -45,13 +49,24 @@ class Lease:
     """A lease that was got. `held` says whether it still is this process's; to be asked often."""
 
     def __init__(
-        self, name: str, term: float, since: float, renew: Callable[[], bool], release: Callable[[], None]
+        self,
+        name: str,
+        owner: str,
+        term: float,
+        since: float,
+        renew: Callable[[bool], bool],
+        release: Callable[[], None],
+        *,
+        lasting: bool,
     ) -> None:
-        """since: when the request that got it began. renew: whether it is still held; may raise MachineError."""
+        """since: when the request that got it began. renew: whether it is still this holder's, told whether it has run
+        out meanwhile; may raise MachineError. lasting: whether one that has run out is renewed."""
         self.name = name
-        self._term, self._renew, self._release = term, renew, release
+        self._owner, self._term, self._renew, self._release = owner, term, renew, release
+        self._lasting = lasting
         self._valid_until = since + _VALID * term
-        self._stop = threading.Event()
+        self._stop, self._one_at_a_time = threading.Event(), threading.Lock()
+        HERE.add(owner)
         self._thread = threading.Thread(target=self._keep, name=f"lease {name}", daemon=True)
         self._thread.start()
 
@@ -63,23 +78,33 @@ class Lease:
         """Let others have it. A store that does not answer is no fault: the lease runs out by itself."""
         self._stop.set()
         self._thread.join(timeout=self._term)
+        HERE.discard(self._owner)
         if self.held and not self._thread.is_alive():
             self._valid_until = 0.0
             with contextlib.suppress(MachineError, OSError):
                 self._release()
 
+    def renew(self) -> bool:
+        """Renew it now; whether it is held then. False for good if someone else has it.
+
+        Raises: MachineError, or what else the storage does, if that does not answer."""
+        with self._one_at_a_time:
+            begin, in_time = time.monotonic(), self.held
+            if not in_time and not self._lasting:
+                return False
+            if not self._renew(not in_time):
+                self._valid_until = 0.0
+                self._stop.set()
+            elif self.held or self._lasting:  # of others' an answer that late is of a lease that someone may have
+                self._valid_until = begin + _VALID * self._term
+            return self.held
+
     def _keep(self) -> None:
-        while not self._stop.wait(self._term / _RENEWALS) and self.held:
-            begin = time.monotonic()
+        while not self._stop.wait(self._term / _RENEWALS) and (self.held or self._lasting):
             try:
-                renewed = self._renew()
+                self.renew()
             except Exception as error:  # whatever it is, only a renewal that succeeded counts
                 _LOG.debug("lease %s: not renewed: %s", self.name, error)
-                continue
-            if not renewed:
-                self._valid_until = 0.0
-            elif self.held:  # an answer that comes later than that is of a lease that others may have
-                self._valid_until = begin + _VALID * self._term
 
 
 class Leases:
@@ -101,9 +126,9 @@ class Leases:
     def acquire(self, name: str, holder: str, process: Process | None = None) -> Lease | None:
         """The lease `name` for this process, or None if someone has it.
 
-        holder: what others are told of who has it. process: with whose end it is free at once, on the same machine.
+        holder: what others are told of who has it. process: whose it is as long as it lives, on the same machine.
         Raises: MachineError if the store does not answer."""
-        begin, told = time.monotonic(), {"holder": holder, "process": process}
+        begin, told = time.monotonic(), {"holder": holder, "process": process, "owner": uuid.uuid4().hex}
         if self._register is None:
             return self._claim(name, told, begin)
         return self._swap_in(self._register, name, told, begin)
@@ -120,7 +145,7 @@ class Leases:
                 return lease
             held = self._held(name)
             if held is not None:
-                if is_alive(held.get("process")) or before not in (None, held["nonce"]):
+                if holder_is_alive(held) or before not in (None, held["nonce"]):
                     return str(held["holder"])
                 if before is None:
                     waiting(str(held["holder"]))
@@ -144,8 +169,11 @@ class Leases:
 
     def _is_live(self, name: str, seen: Seen) -> bool:
         content = json.loads(seen.data)
-        if content["released"] or is_alive(content.get("process")) is False:
+        if content["released"]:
             return False
+        alive = holder_is_alive(content)
+        if alive is not None:
+            return alive
         age = max(seen.age, self._unchanged.seconds(name, seen.version))
         return bool(age <= content["term"] + _SLACK_SECONDS)
 
@@ -159,7 +187,9 @@ class Leases:
         if not claims.take(told, self._term):
             return None
 
-        def renew() -> bool:
+        def renew(late: bool) -> bool:
+            if late:
+                return claims.take_again(told, self._term)
             if not claims.stands():
                 return False
             claims.write(told, self._term, held=True)
@@ -168,13 +198,14 @@ class Leases:
         if time.monotonic() > begin + _VALID * self._term:
             claims.withdraw()
             return None
-        return Lease(name, self._term, begin, renew, claims.withdraw)
+        lasting = told["process"] is not None
+        return Lease(name, told["owner"], self._term, begin, renew, claims.withdraw, lasting=lasting)
 
     def _swap_in(self, register: Register, name: str, told: Mapping[str, Any], begin: float) -> Lease | None:
-        file, owner = f"{name}.json", uuid.uuid4().hex
+        file, owner = f"{name}.json", str(told["owner"])
 
         def content(*, released: bool) -> bytes:
-            fields = {**told, "owner": owner, "term": self._term, "released": released, "nonce": uuid.uuid4().hex}
+            fields = {**told, "term": self._term, "released": released, "nonce": uuid.uuid4().hex}
             return (json.dumps(fields) + "\n").encode()
 
         seen = register.read(file)
@@ -202,4 +233,7 @@ class Leases:
                     raise
                 register.remove(file, version)
 
-        return Lease(name, self._term, begin, lambda: change(released=False), let_go)
+        def renew(late: bool) -> bool:
+            return change(released=False)
+
+        return Lease(name, owner, self._term, begin, renew, let_go, lasting=told["process"] is not None)

@@ -8,7 +8,11 @@ known of any process, and leases of the dead run out.
 from __future__ import annotations
 
 import os
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+HERE: set[str] = set()
+"""Owners of the leases that this process has got and not let go."""
 
 
 class Process(TypedDict):
@@ -21,7 +25,10 @@ class Process(TypedDict):
 
 def this_process() -> Process | None:
     """The process that asks; None where that cannot be told."""
-    machine, began = _machine(), _began(os.getpid())
+    try:
+        machine, began = _machine(), _began(os.getpid())
+    except PermissionError:  # no /proc
+        return None
     return None if machine is None or began is None else Process(machine=machine, number=os.getpid(), began=began)
 
 
@@ -29,7 +36,18 @@ def is_alive(process: Process | None) -> bool | None:
     """Whether a process still runs; None where that cannot be told: it is another machine's, or unknown."""
     if process is None or process["machine"] != _machine():
         return None
-    return _began(process["number"]) == process["began"]
+    try:
+        return _began(process["number"]) == process["began"]
+    except PermissionError:
+        return None
+
+
+def holder_is_alive(told: Mapping[str, Any]) -> bool | None:
+    """Whether the holder of a lease lives, by what it told of itself; None where that cannot be told from here."""
+    process = told.get("process")
+    if process is not None and process == this_process():
+        return told.get("owner") in HERE
+    return is_alive(process)
 
 
 def _machine() -> str | None:
@@ -41,10 +59,16 @@ def _machine() -> str | None:
 
 
 def _began(number: int) -> int | None:
-    """When a process began (proc(5), field 22 of stat); None if it has ended, waited for by its parent or not."""
+    """When a process began (proc(5), field 22 of stat); None if it has ended, waited for by its parent or not.
+
+    Raises: PermissionError for a process of someone else's that is hidden (proc(5), hidepid)."""
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
     except OSError:
-        return None
+        try:
+            os.kill(number, 0)  # sends nothing
+        except ProcessLookupError:
+            return None
+        raise PermissionError(number) from None
     return None if fields[0] in "ZX" else int(fields[19])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from lesa_ray.checkpoint.mark import mark, marked_by
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
 from lesa_ray.training import tokens
@@ -29,7 +30,6 @@ from lesa_ray.training.sources import Piece, Source, find_sources
 from lesa_ray.training.tokenizer import files_digest, load_tokenizer, tokenizer_files, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, SPLITS, TOKENIZER_DIR, read_manifest
 
-_RUN_FILE = f"{WORK_DIR}/run.json"
 _SOURCES = "sources.jsonl"
 """Name, bytes and digest of each file that was read."""
 STOP = f"{WORK_DIR}/stop"
@@ -106,20 +106,17 @@ def out_state(storage: Storage, run: Run) -> State:
         if manifest.get("fingerprint") == run.fingerprint:
             return "done"
         raise UserError(f"{where}: holds token blocks of other data or settings; give a new place, or remove it")
-    if storage.exists(_RUN_FILE):
-        try:
-            whose = json.loads(storage.read(_RUN_FILE))["fingerprint"]
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"{where}: its {_RUN_FILE} is damaged; remove OUT, or give a new place") from None
-        if whose == run.fingerprint:
-            return "resume"
+    whose = marked_by(storage, where)
+    if whose == run.fingerprint:
+        return "resume"
+    if whose is not None:
         raise UserError(f"{where}: holds unfinished work on other data or settings; repeat that command, or remove it")
     raise UserError(f"{where}: is not empty; give a new place, or empty it")
 
 
 def claim(storage: Storage, run: Run) -> None:
     """Mark OUT as this run's, and put the tokenizer where every task finds it."""
-    storage.write(_RUN_FILE, (json.dumps({"fingerprint": run.fingerprint}) + "\n").encode())
+    mark(storage, run.fingerprint)
     storage.remove(STOP)
     for name, data in run.tokenizer.items():
         storage.write(f"{TOKENIZER_DIR}/{name}", data)

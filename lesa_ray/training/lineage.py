@@ -22,8 +22,10 @@ def replayed(run: Run) -> str | None:
     if run.checkpoint is None:
         return None
     for name, record in _before(str(run.config.checkpoint)):
-        if record.get("data") == run.blocks.digest and record["config"].get("seed") == run.config.seed:
-            rows = record["summary"]["steps"] * record["summary"]["batch"]
+        config, summary = record.get("config", {}), record.get("summary", {})
+        same = (record.get("data"), config.get("seed")) == (run.blocks.digest, run.config.seed)
+        if same and {"steps", "batch"} <= summary.keys():
+            rows = summary["steps"] * summary["batch"]
             return (
                 f"checkpoint {run.config.checkpoint}: {name} was trained on the same token blocks with the same seed, "
                 f"so this run begins with the {rows:,} rows that one saw, in the same order; another --seed gives "
@@ -43,7 +45,7 @@ def _before(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         if record is not None:
             yield name, record
-        earlier = record["config"].get("checkpoint") if record is not None else manifest and manifest["base"]
+        earlier = record.get("config", {}).get("checkpoint") if record is not None else manifest and manifest["base"]
         if not earlier:
             return
         name = earlier

@@ -42,7 +42,8 @@ from lesa_ray.lesa.predictor import Predictor, train
 from lesa_ray.lesa.rates import Rates
 from lesa_ray.lesa.report import FitReport
 from lesa_ray.report.estimate import cluster_line, unit_table
-from lesa_ray.report.terminal import duration, size
+from lesa_ray.report.terminal import duration
+from lesa_ray.sizes import size
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 console = Console(width=160)

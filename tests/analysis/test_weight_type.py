@@ -101,7 +101,6 @@ def test_cosine_of_half_precision_is_summed_in_more() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_gives_the_same_figures(dtype: torch.dtype) -> None:
     layers = weights(24, 40, dtype)

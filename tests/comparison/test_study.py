@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
 from lesa_ray import UserError
-from lesa_ray.comparison.study_settings import StudyConfig
+from lesa_ray.comparison.study_settings import BASE_SEED, StudyConfig
 from lesa_ray.comparison.verdict import reading, verdict
 from lesa_ray.config import load_settings
 from pipelines import corpus, prose, study
@@ -19,6 +19,7 @@ from tests import families
 from tests.training import styles
 
 ARMS: dict[str, Any] = {"arms": [{"method": "llama-pro"}], "tokens": 256}
+MADE: dict[str, Any] = {"name": "a", "architecture": {"model_type": "llama"}, "data": "d", "tokenizer": "t"}
 NO_CONTROLS = dict.fromkeys(("base_same_tokens", "base_same_compute", "random_zero_output", "plain_copies"), False)
 BASES: dict[str, Any] = {"bases": [{"name": "a", "checkpoint": "c", "data": "d"}]}
 
@@ -68,7 +69,7 @@ def test_what_is_not_there_on_every_base_is_told_and_does_not_count() -> None:
     two = comparison({"x": [2.0, 2.1], "y": [], "COPY": [1.9, 2.0]})
     found = verdict({"one": one, "two": two})
     assert (found.best, found.incomplete, found.alike) == ("x", ("y",), ("COPY",))
-    assert reading(found)[-1] == "Without results on every base: y."
+    assert reading(found)[-1] == "Without results on every base, or without a seed of the best control's: y."
 
 
 def test_an_arm_counts_only_with_a_seed_that_the_yardstick_has() -> None:
@@ -119,10 +120,14 @@ def test_a_method_that_does_not_beat_the_base_as_it_is_has_gained_nothing() -> N
         ({"bases": [{"name": "a", "checkpoint": "c"}]}, "a: give corpus or data"),
         ({"bases": [{"name": "a", "checkpoint": "c", "corpus": "code"}]}, "corpus and train are for a base"),
         ({"bases": [{"name": "a", "architecture": {}, "data": "d"}]}, "a: tokenizer: a model that is"),
+        ({"bases": [{**MADE, "data": (), "corpus": "code"}]}, "a: tokenizer: a corpus has one of its own"),
+        ({"train": {"steps": 3}}, "train: is for bases that are pre-trained here, and none is"),
+        ({"vocab_size": 999}, "vocab_size: is for bases that are pre-trained here, and none is"),
+        ({"bases": [MADE], "train": {"seed": 2}}, "train.seed 2: is among compare.seeds"),
         ({"bases": [*BASES["bases"], *BASES["bases"]]}, "bases: a is there twice"),
         ({"train": {"out": "o"}}, "train.out: the study gives it"),
         ({"compare": {**ARMS, "controls": NO_CONTROLS}}, "compare.controls: none is left"),
-        ({"compare": {**ARMS, "pretrain": {"eval_rows": 0}}}, "compare.pretrain.eval_rows: 0 leaves nothing"),
+        ({"compare": {**ARMS, "pretrain": {"eval_rows": 0}}}, "compare: pretrain.eval_rows: 0 leaves nothing"),
         ({"name": "n" * 60, "bases": [{**BASES["bases"][0], "name": "b" * 60}]}, "compare.name: "),
     ],
 )
@@ -130,6 +135,15 @@ def test_settings_that_make_no_study(given: dict[str, Any], says: str) -> None:
     settings = {"name": "s", "out": "o", **BASES, "compare": ARMS, **given}
     with pytest.raises(UserError, match=says):
         load_settings(StudyConfig, None, **settings)
+
+
+def test_more_seeds_leave_the_bases_as_they_are() -> None:
+    def seed(seeds: list[int]) -> Any:
+        given = {"name": "s", "out": "o", "bases": [MADE], "compare": {**ARMS, "seeds": seeds}}
+        config = load_settings(StudyConfig, None, **given)
+        return config.seed_of(config.bases[0])
+
+    assert seed([0, 1, 2]) == seed([0, 1, 2, 3]) == BASE_SEED
 
 
 def test_a_corpus_of_prose_and_one_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import ray
 from pydantic import ValidationError
+from ray._private.state import actors
 
 from lesa_ray import ExpandConfig
 from lesa_ray.analysis.settings import AnalyzeConfig
@@ -16,6 +20,7 @@ from lesa_ray.errors import MachineError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.machines import Machines, told
 from lesa_ray.training.train_settings import TrainConfig
+from tests.waiting import until
 
 MIXED = Machines.of([{"CPU": 64.0, "memory": 100e9}, *2 * [{"CPU": 8.0, "GPU": 1.0, "memory": 50e9}]])
 
@@ -38,38 +43,71 @@ def test_a_bundle_in_words() -> None:
     assert told({"GPU": 0.5, "CPU": 2, "memory": 1.5e9}) == "0.5 GPUs, 2 CPUs and 1.5 GB of memory"
 
 
-def groups() -> list[tuple[str, Any]]:
-    return [(one["state"], one["bundles"]) for one in ray.util.placement_group_table().values()]
+def asking() -> list[str]:
+    """States of the actors that ask for machines."""
+    return [one["State"] for one in actors().values() if one["ActorClassName"] == "_Nothing"]
 
 
-def test_what_there_is_no_room_for_is_asked_for_until_there_is(local_ray: None) -> None:
-    """A placement group of all bundles waits, which is what an autoscaler looks at, and is gone afterwards."""
-    before = len(groups())
-    seen: list[Any] = []
+def test_what_there_is_no_room_for_is_asked_for_until_there_is(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor for each bundle waits, which is what an autoscaler looks at, and is gone afterwards."""
     heard: list[str] = []
-
-    def tell(text: str) -> None:
-        heard.append(text)
-        seen.extend(groups()[before:])
-
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.2)
     bundle = {"CPU": 1.0, "GPU": 2.0, "memory": 0.0}
-    there = await_room(lambda there: bool(seen), bundle, 2, 1.0, tell)
+    there = await_room(lambda there: asking().count("PENDING_CREATION") == 2, bundle, 2, 20.0, heard.append)
     assert there.most("CPU") == 4
-    assert [(state, list(bundles.values())) for state, bundles in seen] == [("PENDING", 2 * [{"CPU": 1.0, "GPU": 2.0}])]
-    assert heard[0].startswith("waiting up to 1 s for machines with 2 × 2 GPUs and 1 CPU to join the cluster")
-    assert [state for state, _ in groups()[before:]] == ["REMOVED"]
+    assert heard[0].startswith("waiting up to 20 s for machines with 2 × 2 GPUs and 1 CPU to join the cluster")
+    until(lambda: set(asking()) <= {"DEAD"})
+
+
+def test_what_is_asked_for_goes_with_who_asks(local_ray: None) -> None:
+    """A stage of a fleet that is cancelled, or loses its machine, leaves no claim on machines that come later."""
+
+    def wait() -> None:
+        await_room(lambda there: False, {"CPU": 1.0, "GPU": 2.0}, 1, 300.0, lambda text: None)
+
+    asker = ray.remote(num_cpus=0, max_retries=0)(wait).remote()
+    until(lambda: "PENDING_CREATION" in asking())
+    ray.cancel(asker, force=True)
+    until(lambda: set(asking()) <= {"DEAD"})
+
+
+@pytest.mark.timeout(120)
+def test_a_task_with_a_gpu_has_a_process_of_its_own() -> None:
+    """A process sees the GPU that it saw first for good, and keeps what it had of it."""
+    script = """
+import os
+import ray
+from lesa_ray.distributed.tasks import Tasks
+ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+def work():
+    return os.getpid()
+for gpus in (1, 0):
+    with Tasks(work) as tasks:
+        for key in range(4):
+            tasks.start(key, "task", num_cpus=1, num_gpus=gpus)
+        found = []
+        while tasks:
+            found += [pid for _, pid in tasks.ended()]
+    print("PROCESSES", len(set(found)))
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean, capture_output=True, text=True, timeout=110, check=False
+    )
+    with_gpu, without = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PROCESSES")]
+    assert with_gpu == 4, done.stderr[-2000:]
+    assert without <= 3
 
 
 def test_where_there_is_room_nothing_is_asked_for(local_ray: None) -> None:
-    before = len(groups())
-
     def tell(text: str) -> None:
         raise AssertionError(text)
 
     share = share_of_task("a unit", 3, gpus=None, cpus=None, tell=tell, seconds=9.0)
     assert (share.gpus, share.cpus) == (0, 1)
     assert share.options(10**6) == {"num_cpus": 1, "num_gpus": 0, "memory": 10**6}
-    assert len(groups()) == before
 
 
 def test_a_machine_that_does_not_come(local_ray: None) -> None:

@@ -160,6 +160,24 @@ def test_interrupted_anywhere_it_goes_on_and_does_nothing_twice(method: str, bas
     assert same(result.out, str(tmp_path / "straight")) == []
 
 
+def test_a_budget_that_is_too_small_costs_nothing_that_is_finished(bases: Bases, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = ExpandConfig(base=bases("llama"), out=str(out), method="lesa")
+    with pytest.raises(KeyboardInterrupt):
+        expand(config, runner=Dies(units=2, shards=0))
+    finished = sorted((out / ".lesa-ray" / "units").iterdir())
+    assert len(finished) == 4
+    for gpus in (0, None):  # refused before anything is started; by the unit itself, which finds no GPU
+        tight = config.model_copy(update={"memory_budget": 300_000, "gpus_per_task": gpus})
+        with pytest.raises(UserError, match=r"^--memory-budget 300.0 kB: .* needs .*; give that much"):
+            expand(tight, runner=InlineRunner())
+        assert sorted((out / ".lesa-ray" / "units").iterdir()) == finished
+    assert expand(config, runner=InlineRunner()).resumed
+    with pytest.raises(UserError, match=r"^--memory-budget 300.0 kB"):
+        expand(tight.model_copy(update={"out": str(tmp_path / "new")}), runner=InlineRunner())
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_of_the_work_that_was_cut_is_made_again(bases: Bases, tmp_path: Path) -> None:
     """As a file system may leave it after a power failure: the name is there, the bytes are not."""
     out = tmp_path / "out"

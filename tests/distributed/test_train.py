@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray._private.state import actors
 from transformers import AutoModelForCausalLM
 
 from lesa_ray import MachineError, UserError
@@ -32,6 +33,7 @@ from lesa_ray.training.run import Run, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.training.blocks import make_blocks
 from tests.training.workers import run_workers
+from tests.waiting import until
 
 Bases = Callable[[str], str]
 Grow = Callable[..., Any]
@@ -250,6 +252,37 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
         assert record.step < 30
     assert not Storage(out).exists("config.json")
     assert not [name for name in Storage(out).within("training").folders() if name.startswith("ray-")]
+
+
+@pytest.mark.timeout(200)
+def test_an_interrupt_stops_the_workers_too(local_ray: None, bases: Bases, data: str, tmp_path: Path) -> None:
+    """In a notebook the process and its Ray live on; so would workers that nobody stops, at a place that is free."""
+    out = str(tmp_path / "out")
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not read_metrics(out):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def alive() -> list[str]:
+        return [
+            one["ActorClassName"]
+            for one in actors().values()
+            if one["State"] != "DEAD" and one["ActorClassName"].endswith(("RayTrainWorker", "TrainController"))
+        ]
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's processes ignore it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            train(bases("llama"), data, out, train="all", steps=1000, workers=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    until(lambda: not alive(), 30)
+    step = read_metrics(out)[-1]["step"]
+    time.sleep(1)
+    assert read_metrics(out)[-1]["step"] == step
 
 
 def test_cores_are_shared_out_among_the_workers() -> None:

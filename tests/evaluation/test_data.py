@@ -114,6 +114,8 @@ def test_data_that_cannot_be_measured_on(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ({}, "nothing to measure: give data, tasks or both"),
+        ({"tasks": "x", "stride": 3}, "stride: is for data"),
+        ({"data": "x", "fewshot": 3}, "fewshot: is for tasks"),
         ({"data": "x", "window": 4, "stride": 5}, "stride 5: is longer than the window"),
         ({"data": "x", "window": 0}, "window"),
         ({"data": "x", "checkpoints": []}, "CHECKPOINTS: missing; give it on the command line"),

@@ -197,9 +197,9 @@ def test_flops_follow_each_layers_heads() -> None:
     assert step_flops(model, tokens=tokens_of_a_step, seq_len=length, lowest_layer=None) == expected
 
 
-def test_layers_of_any_shape_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_layers_of_any_shape_are_all_compiled() -> None:
     """They share their code, of which torch compiles eight shapes by default and runs further ones as they are."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     model = random_model(small_architecture(profile="vanilla", layers=10, beta="0.5,4", alpha="0.25,1"))
     assert len(set(model.config.intermediate_sizes)) == 10

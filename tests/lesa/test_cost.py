@@ -22,7 +22,7 @@ from lesa_ray.lesa.cost import (
     Task,
     UnitCost,
     choose_route,
-    require_budget,
+    require_host_memory,
     stack_size,
     unit_cost,
 )
@@ -214,8 +214,8 @@ def test_a_route_is_the_cheapest_that_fits(d1, d2, layers, rank, budget, route):
 
 def test_a_budget_that_is_too_small_is_said_with_advice():
     with pytest.raises(UserError, match=r"^--memory-budget 1.00 GB: gate_proj needs .* GB; .*--rank"):
-        require_budget(Task(28672, 8192, 80, 40, memory_budget=10**9), "gate_proj")
-    require_budget(Task(1024, 1024, 24, 12, memory_budget=10**9), "q_proj")
+        require_host_memory(Task(28672, 8192, 80, 40, memory_budget=10**9), "gate_proj")
+    require_host_memory(Task(1024, 1024, 24, 12, memory_budget=10**9), "q_proj")
 
 
 @pytest.mark.parametrize(

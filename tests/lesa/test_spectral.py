@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.lesa import spectral
+from lesa_ray.lesa import eigen
 from lesa_ray.lesa.cost import GRAM_ALWAYS, choose_route
 from lesa_ray.lesa.spectral import decompose
 from tests.lesa.layers import reference_svd, related_layers
@@ -250,7 +250,7 @@ def test_above_the_rows_that_syevd_takes_another_solver_finds_the_same(rank, mon
     """32,766 rows would take hours: here the bound is lower."""
     layers = related_layers(4, 60, 24, decay=0.5)
     before = decompose([loader(layers)], 4, svd="gram", rank=rank)
-    monkeypatch.setattr(spectral, "SYEVD_ROWS", 59)
+    monkeypatch.setattr(eigen, "SYEVD_ROWS", 59)
     monkeypatch.setattr(torch.linalg, "eigh", None)
     after = decompose([loader(layers)], 4, svd="gram", rank=rank)
     np.testing.assert_allclose(after.left.numpy(), before.left.numpy(), atol=1e-5)

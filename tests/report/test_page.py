@@ -199,6 +199,13 @@ def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
     assert table.rows[0] == ("lesa", "93 % ± 0 %", "74 % ± 0 %", "93 % ± 0 %")
 
 
+def test_cost_is_that_of_the_arm_by_which_the_comparison_measures(tmp_path: Path) -> None:
+    content = samples.comparison(reference="lesa")
+    said, _, figures = sections_of(samples.write(tmp_path / "c", "comparison.json", content))
+    assert "Cost of reaching lesa's final loss" in figures["cost-at-equal-loss"].title
+    assert "lesa ends at " in said
+
+
 def test_tokens_to_a_loss_are_told_seed_by_seed(tmp_path: Path) -> None:
     """A loss that is named is the same for all seeds; lesa's third run ends above it. Its own arm is always there."""
     content = samples.comparison()

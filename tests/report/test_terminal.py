@@ -13,6 +13,7 @@ from lesa_ray import ExpandConfig, Expanded
 from lesa_ray.expansion.plan import after_groups, between
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.report import terminal
+from lesa_ray.sizes import size
 
 Bases = Callable[[str], str]
 Grow = Callable[..., Expanded]
@@ -43,7 +44,7 @@ def test_the_plan_as_a_picture() -> None:
     [(999, "1.0 kB"), (1.5e6, "1.50 MB"), (16.06e9, "16.06 GB"), (1.4e12, "1.40 TB")],
 )
 def test_sizes(value: float, text: str) -> None:
-    assert terminal.size(value) == text
+    assert size(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(4.21, "4.2 s"), (600, "10 min"), (11_160, "3.1 h")])

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lesa_ray import MachineError
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store import process, register
+from lesa_ray.store.claims import Claims
 from lesa_ray.store.lease import Lease, Leases
 from lesa_ray.store.process import Process, is_alive, this_process
+from tests.waiting import until
 
 RACER = """
 import os, sys, time
@@ -58,19 +61,12 @@ import sys, time
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store.lease import Leases
 
-lease = Leases(Storage(sys.argv[1]), term=600).outlive("thing", "the first", print)
+leases = Leases(Storage(sys.argv[1]), term=float(sys.argv[2]))
+leases._knows = sys.argv[3] == "claimed"
+lease = leases.outlive("thing", "the first", print)
 print("held", flush=True)
 time.sleep(600)
 """
-
-
-def until(holds: Callable[[], object], seconds: float = 40) -> float:
-    """Wait for something; how long that took."""
-    begin = time.monotonic()
-    while not holds():
-        assert time.monotonic() - begin < seconds, "waited in vain"
-        time.sleep(0.05)
-    return time.monotonic() - begin
 
 
 def start(script: str, *arguments: str) -> subprocess.Popen[str]:
@@ -177,7 +173,7 @@ def test_a_clock_that_was_set_back_does_not_keep_the_dead_alive(
 
 @pytest.mark.timeout(60)
 def test_who_comes_after_a_process_of_this_machine_need_not_wait(tmp_path: Path) -> None:
-    first = start(NEIGHBOUR, str(tmp_path))
+    first = start(NEIGHBOUR, str(tmp_path), "600", "swapped")
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
@@ -189,6 +185,103 @@ def test_who_comes_after_a_process_of_this_machine_need_not_wait(tmp_path: Path)
     assert isinstance(leases.outlive("thing", "the second", waited.append), Lease)
     assert leases.holder("thing") == "the second"
     assert not waited
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("how", ["swapped", "claimed"])
+def test_a_process_of_this_machine_that_is_suspended_keeps_what_it_has(how: str, tmp_path: Path) -> None:
+    term = 1.0
+    first = start(NEIGHBOUR, str(tmp_path), str(term), how)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(term + 1.5)
+        leases = Leases(Storage(str(tmp_path)), term)
+        leases._knows = how == "claimed"
+        assert leases.outlive("thing", "the second", print) == "the first"
+    finally:
+        first.kill()
+        first.wait(timeout=20)
+    assert isinstance(leases.outlive("thing", "the second", print), Lease)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("how", ["swapped", "claimed"])
+def test_a_process_takes_up_what_ran_out_while_its_store_was_away(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    term, away = 1.0, []
+
+    def refusing(kind: type, name: str) -> None:
+        """A store that does not answer while `away` holds something."""
+        real = getattr(kind, name)
+
+        def call(*given: object, **named: object) -> object:
+            if away:
+                raise MachineError("the store does not answer")
+            return real(*given, **named)
+
+        monkeypatch.setattr(kind, name, call)
+
+    refusing(register.LocalRegister, "swap")
+    refusing(Claims, "write")
+    refusing(Claims, "withdraw")
+    here, there = (Leases(Storage(str(tmp_path)), term) for _ in range(2))
+    here._knows = there._knows = how == "claimed"
+    lease = here.acquire("thing", "the first", this_process())
+    assert lease is not None
+    away.append("away")
+    until(lambda: not lease.held)
+    with pytest.raises(MachineError):
+        lease.renew()
+    away.clear()
+    until(lambda: lease.held)
+    away.append("away")
+    time.sleep(term + 1.5)
+    assert not lease.held
+    away.clear()
+    assert there.outlive("thing", "the second", print) == "the first"
+    until(lambda: lease.held)
+    away.append("away")
+    lease.release()  # without an answer
+    away.clear()
+    second = there.acquire("thing", "the second", this_process())
+    assert second is not None
+    assert not lease.renew()
+    assert second.held
+    second.release()
+
+
+@pytest.mark.timeout(60)
+def test_nobody_slips_in_while_what_ran_out_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of claims the old one counts until the new one does."""
+    here, there = (Leases(Storage(str(tmp_path)), 1.0) for _ in range(2))
+    here._knows = there._knows = True
+    write = Claims.write
+    got: list[Lease | None] = []
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise MachineError("the store does not answer")
+
+    def contested(claims: Claims, told: Mapping[str, Any], *given: Any, **named: Any) -> None:
+        if told["holder"] == "the second":
+            return write(claims, told, *given, **named)
+        got.append(there.acquire("thing", "the second", this_process()))
+        write(claims, told, *given, **named)
+        got.append(there.acquire("thing", "the second", this_process()))
+        return None
+
+    lease = here.acquire("thing", "the first", this_process())
+    assert lease is not None
+    monkeypatch.setattr(Claims, "write", refused)
+    until(lambda: not lease.held)
+    monkeypatch.setattr(Claims, "write", contested)
+    until(lambda: lease.held)
+    lease.release()
+    assert len(got) >= 4
+    assert set(got) == {None}
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.timeout(60)
@@ -251,9 +344,9 @@ def test_a_renewal_that_was_made_but_never_answered_loses_nothing(
 
     monkeypatch.setattr(register.S3Register, "swap", once)
     with pytest.raises(MachineError):
-        lease._renew()
+        lease.renew()
     assert lost[0] is not None
-    assert lease._renew()
+    assert lease.renew()
     lease.release()
 
 

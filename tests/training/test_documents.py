@@ -97,8 +97,10 @@ def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
     assert [source.name for source in find(tmp_path / "data")] == [str(tmp_path / name) for name in expected]
     files = find_files([str(tmp_path / "data")])
     assert [(file.url, file.nbytes) for file in files] == [(s.name, s.nbytes) for s in find(tmp_path / "data")]
+    (tmp_path / "data/own/out").symlink_to(tmp_path)  # what lies beside the data is none
+    assert [source.name for source in find(tmp_path / "data")] == [str(tmp_path / name) for name in expected]
     (tmp_path / "data/gone.txt").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"gone\.txt: is a link that leads nowhere"):
+    with pytest.raises(UserError, match=r"gone\.txt is a link that leads nowhere"):
         find(tmp_path / "data")
     (tmp_path / "data/gone.txt").unlink()
     assert read(tmp_path / "data") == ["far/3", "far/deep/4", "farther/5", "secret/6", "data/own/1"]

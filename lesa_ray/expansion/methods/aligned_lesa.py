@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.blocks import Attention, Block
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import lesa_route, lesa_task, task_here
+from lesa_ray.expansion.lesa_task import check_budget, lesa_route, lesa_task, task_here
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.expansion.methods.alignments import (
     Blocks,
@@ -38,7 +38,7 @@ from lesa_ray.expansion.methods.alignments import (
     private_vectors,
     run_alignment,
 )
-from lesa_ray.lesa.cost import require_budget, unit_cost
+from lesa_ray.lesa.cost import require_host_memory, unit_cost
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,7 @@ class AlignedLesa(Method):
             makes = job.makes(job.plan.slots, (weight_type,))
             if makes:
                 viewed = _viewed(weight_type, blocks)
+                check_budget(job, (viewed,), weight_type.name)
                 cost = unit_cost(lesa_task(job, (viewed,), memory_budget=job.config.memory_budget))
                 fits.append(Unit(weight_type.name, makes, cost.flops, cost.host_memory, after))
         return [*alignment_units(job, blocks), *fits]
@@ -88,7 +89,7 @@ class AlignedLesa(Method):
         viewed = _viewed(weight_type, blocks)
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(unit.name, viewed.d2, context.device)
-        require_budget(task_here(job, (viewed,), context), unit.name)
+        require_host_memory(task_here(job, (viewed,), context), unit.name)
         block = _block_of(weight_type, blocks)
         part, maps = block.parts[weight_type.name], maps_to_first(block, job.anatomy.layers, tensors)
         wanted = {slot for slot, _ in unit.makes}

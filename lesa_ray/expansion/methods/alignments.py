@@ -11,10 +11,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.budget import require_budget
 from lesa_ray.checkpoint.anatomy import Anatomy
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, parts_in, read_blocks
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
-from lesa_ray.errors import UserError
 from lesa_ray.expansion.method import Job, Kept, RunContext, Tensors, Unit
 from lesa_ray.lesa.cost import EXACT
 
@@ -64,17 +64,14 @@ def alignment_flops(anatomy: Anatomy, blocks: Blocks) -> float:
 
 
 def alignment_memory(job: Job, blocks: Blocks) -> int:
-    """Peak bytes of matching two layers. Raises: UserError if a budget that was given is smaller."""
+    """Peak bytes of matching two layers. Raises: RoomError if a budget that was given is smaller."""
     attention, mlp = blocks
     sizes = [2 * (_layer_bytes(job.anatomy, block) + 4 * _elements(job.anatomy, block)) for block in blocks]
     assigned = 20 * min(mlp.neurons, EXACT) ** 2  # its costs in float32, and twice in float64
     needed = max(sizes[0] + 24 * (attention.heads * attention.size) ** 2, sizes[1] + 6 * mlp.neurons**2 + assigned)
-    budget = job.config.memory_budget
-    if budget is not None and needed > budget:
-        raise UserError(
-            f"memory_budget {budget / 1e9:.2f} GB: {job.method.name} needs {needed / 1e9:.2f} GB to match two layers; "
-            "give that much"
-        )
+    require_budget(
+        job.config.memory_budget, needed, f"{job.method.name}, to match two layers,", "or take another method"
+    )
     return needed
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import lesa_route, lesa_task, task_here
+from lesa_ray.expansion.lesa_task import check_budget, lesa_route, lesa_task, task_here
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
-from lesa_ray.lesa.cost import require_budget, stack_size, unit_cost
+from lesa_ray.lesa.cost import require_host_memory, stack_size, unit_cost
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ class Lesa(Method):
         for name, types in _together(job).items():
             makes = tuple(made for fit in _fits(job, types) for made in job.makes(job.plan.slots, fit))
             if makes:
+                check_budget(job, types, name)
                 cost = unit_cost(lesa_task(job, types, memory_budget=job.config.memory_budget))
                 units.append(Unit(name=name, makes=makes, flops=cost.flops, memory=cost.host_memory))
         return units
@@ -56,7 +57,7 @@ class Lesa(Method):
         types = _together(job)[unit.name]
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(unit.name, types[0].d2, context.device)
-        require_budget(task_here(job, types, context), unit.name)
+        require_host_memory(task_here(job, types, context), unit.name)
         wanted = set(unit.makes)
 
         def fit(name: str, members: Sequence[WeightType]) -> Fit:

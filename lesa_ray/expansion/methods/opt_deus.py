@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.budget import require_budget
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.blocks import in_attention
 from lesa_ray.checkpoint.residual import residual_writers
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.expansion.methods.slots import slot_units
-from lesa_ray.lesa.cost import DEVICE_SHARE
+from lesa_ray.gpu import DEVICE_SHARE, fits_device
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +66,12 @@ class OptDeus(Method):
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.expansion.transport import fuse_layer
-        from lesa_ray.lesa.room import fits_device
 
-        its_share = unit.device_memory <= DEVICE_SHARE * context.device_memory
-        device = "cuda" if its_share and fits_device(unit.device_memory, context.device) else "cpu"
-        _require_budget(job, unit.memory - (unit.device_memory if device == "cuda" else 0))
+        in_share = unit.device_memory <= DEVICE_SHARE * context.device_memory
+        _require_budget(job, unit.memory - (unit.device_memory if in_share else 0))
+        device = "cuda" if in_share and fits_device(unit.device_memory, context.device) else "cpu"
+        if in_share and device == "cpu" and unit.memory > (job.config.memory_budget or unit.memory):
+            raise MachineError(f"{unit.name}: the GPU is taken, and the memory budget has no room for its part as well")
         slot = next(slot for slot in job.plan.slots if slot.id == unit.makes[0][0])
         assert slot.upper is not None, "a fused layer lies between two"
         makes = [name for _, name in unit.makes]
@@ -106,13 +108,8 @@ def _work_bytes(job: Job) -> int:
 
 
 def _require_budget(job: Job, needed: int) -> None:
-    """Raises: UserError if a budget that was given is smaller."""
-    budget = job.config.memory_budget
-    if budget is not None and needed > budget:
-        raise UserError(
-            f"--memory-budget {budget / 1e9:.2f} GB: {job.method.name} needs {needed / 1e9:.2f} GB to align two "
-            "layers; give that much, or take avg-deus"
-        )
+    """Raises: RoomError if a budget that was given is smaller."""
+    require_budget(job.config.memory_budget, needed, f"{job.method.name}, to align two layers,", "or take avg-deus")
 
 
 class _Layer(Mapping[str, "torch.Tensor"]):

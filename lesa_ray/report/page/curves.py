@@ -4,9 +4,9 @@ The curves' frame leaves out the first part of a run where an arm starts far abo
 them into one line. Where that cuts something the sentence says so, and the start has a figure of its own.
 
 Cost at equal loss is LESA's headline (arXiv 2502.13794: below LLaMA Pro's final loss after half of its steps). The
-reference is the arm `llama-pro` if there is one, else the best control. Arms are compared seed by seed, as everywhere:
-the level is what the reference ended at with the same seed, so with the same rows in the same order, and what that run
-spent is 100 %. A run is asked when it first came down to the level, linear between evaluations.
+reference is the arm that the comparison names, else `llama-pro`, else the best control. Arms are compared seed by seed,
+as everywhere: the level is what the reference ended at with the same seed, so with the same rows in the same order, and
+what that run spent is 100 %. A run is asked when it first came down to the level, linear between evaluations.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _draw_curve(axes: Axes, view: ArmView, curve: MeanCurve) -> None:
 
 def saving_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     """Tokens, seconds and FLOPs to the reference's final loss, as shares of what the reference spent."""
-    reference = reference_arm(arms)
+    reference = reference_arm(arms, comparison.reference)
     if reference is None or reference.final is None:
         return None
     level = reference.final.mean
@@ -192,12 +192,14 @@ def saving_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     )
 
 
-def reference_arm(arms: list[ArmView]) -> ArmView | None:
-    """`llama-pro`, which the paper compares with, else the best control; None if neither has a result."""
+def reference_arm(arms: list[ArmView], named: str | None) -> ArmView | None:
+    """The arm that the comparison names, else `llama-pro`, which the paper compares with, else the best control; None
+    if none of them has a result."""
     known = [view for view, _ in ranked(arms)]
+    own = [view for view in known if view.name == named]
     pro = [view for view in known if view.arm.method == "llama-pro" and not view.arm.control]
     controls = [view for view in known if view.arm.control]
-    return next(iter([*pro, *controls]), None)
+    return next(iter([*own, *pro, *controls]), None)
 
 
 def _shares(view: ArmView, reference: ArmView, cost: Cost) -> list[float | None]:

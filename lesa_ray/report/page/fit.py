@@ -63,7 +63,7 @@ def fit_figure(
     better = [t for t in types if (value := r2[t]) is not None and value > 0]
     means = {t: _score(scores[t].get("mean"), "r2") for t in types}
     over_mean = [t for t in better if (mean := means[t]) is not None and mean < (r2[t] or 0.0)]
-    where = "held-out layers" if held_out else "the layers it was trained on, as there were too few to hold any out,"
+    where = "held-out layers" if held_out else "the layers it was trained on (none was held out)"
     see = f"On {where} {predictor} is better than predicting zero (R² above 0) for {len(better)} of "
     see += f"{plural(len(types), 'weight type')}"
     if better:

@@ -111,6 +111,8 @@ class Comparison(_Read):
     machine: Machine = Machine()
     settings: dict[str, Any] = Field(default_factory=dict)
     lesa_ray: str | None = None
+    reference: str | None = None
+    """The arm by whose final loss the others are measured."""
     notes: list[str] = Field(default_factory=list)
     """What was left out."""
     remarks: list[str] = Field(default_factory=list)

@@ -12,7 +12,7 @@ import torch
 from lesa_ray import ExpandConfig, MachineError, expand
 from lesa_ray.expansion.methods.lesa import Lesa
 from lesa_ray.expansion.runner import InlineRunner
-from lesa_ray.lesa.room import CONTEXT_BYTES, fits_device, limit_device
+from lesa_ray.gpu import CONTEXT_BYTES, fits_device, limit_device
 
 GB = 10**9
 
@@ -77,5 +77,8 @@ def test_a_full_gpu_is_a_fault_of_the_machine(
 
     monkeypatch.setattr(Lesa, "run", run)
     config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="lesa")
-    with pytest.raises(MachineError, match=r"unit \S+: the GPU's memory is full; give it a larger --gpus-per-task"):
+    with pytest.raises(
+        MachineError,
+        match=r"unit \S+: the GPU's memory is full; give it a larger --gpus-per-task, or --gpus-per-task 0",
+    ):
         expand(config, runner=InlineRunner())

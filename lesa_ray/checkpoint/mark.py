@@ -1,0 +1,27 @@
+"""Whose unfinished work a folder holds: a small file that is there before anything else is."""
+
+from __future__ import annotations
+
+import json
+
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.errors import UserError
+
+_FILE = f"{WORK_DIR}/run.json"
+
+
+def mark(storage: Storage, fingerprint: str, **more: str) -> None:
+    """Write it; `more`: what people who look into the file would like to know."""
+    storage.write(_FILE, (json.dumps({"fingerprint": fingerprint, **more}) + "\n").encode())
+
+
+def marked_by(storage: Storage, where: str) -> str | None:
+    """The fingerprint of whoever marked the folder, None if nobody did.
+
+    where: as a message calls the folder. Raises: UserError if the file is damaged."""
+    if not storage.exists(_FILE):
+        return None
+    try:
+        return str(json.loads(storage.read(_FILE))["fingerprint"])
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{where}: its {_FILE} is damaged; remove OUT, or give a new place") from None

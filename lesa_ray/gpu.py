@@ -1,0 +1,67 @@
+"""A process's share of a GPU: how large it is, keeping to it, what is free of it, and what it means when it is full.
+
+Where several processes share a GPU each has its share of it, held by PyTorch's allocator (`limit_device`), and what is
+free is what is left of that share: what a process decides by it then does not depend on who else is at work, and
+nobody takes what another has counted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lesa_ray.errors import MachineError
+
+CONTEXT_BYTES = 600 * 2**20
+"""What CUDA and its libraries take on a GPU for each process, roughly."""
+DEVICE_SHARE = 0.85
+"""Of a GPU's free memory that a unit fills; the rest is for a layer or two, products in flight, the allocator's
+rounding and the library's own."""
+
+
+def gpu_memory(share: float | None) -> int:
+    """Bytes of this process' GPU that belong to a unit which asks for that share of one (None: all of it), whatever
+    others have taken by now: what is refused must not depend on the moment."""
+    import torch
+
+    total: int = torch.cuda.get_device_properties(0).total_memory
+    return int(total * min(1.0 if share is None else share, 1.0))
+
+
+def limit_device(share: float) -> None:
+    """Keep this process to its `share` of the GPU, in (0, 1]; more than that raises `torch.OutOfMemoryError`.
+
+    Every process's own context, which the allocator knows nothing of, comes out of its share."""
+    import torch
+
+    if 0 < share < 1:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, 0.5 * share), 0)
+
+
+def fits_device(nbytes: int, device: str) -> bool:
+    """Whether `nbytes` fit in a GPU's free memory; always on a CPU, whose memory is the budget's concern."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return True
+    torch.cuda.empty_cache()  # eigh's workspace, otherwise still counted as taken
+    free, total = torch.cuda.mem_get_info(device)
+    index = torch.device(device).index  # None for the current one, which this call does not take from the word `cuda`
+    own = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(device)
+    return nbytes <= DEVICE_SHARE * min(free, own)
+
+
+@contextmanager
+def full_gpu_is_a_fault(what: str, without: str) -> Iterator[None]:
+    """Around work on one piece of many, called `what`; `without`: the option that does without a GPU.
+
+    Raises: MachineError where the GPU's memory is full."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"{what}: the GPU's memory is full; give it a larger --gpus-per-task, or {without}"
+        ) from error
