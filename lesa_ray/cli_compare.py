@@ -51,8 +51,8 @@ def compare(
         show_standings(look_at_all(store, comparison.stages), as_json)
         return
     if words:
-        from lesa_ray.checkpoint.storage import reaching
         from lesa_ray.comparison.collect import Collector
+        from lesa_ray.faults import reaching
 
         with reaching(f"store {settings.store}", "cannot be listed"):
             store.storage.folders()

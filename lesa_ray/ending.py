@@ -7,6 +7,7 @@ try.
 from __future__ import annotations
 
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain, is_fault
 
 INTERRUPTED = 130
 
@@ -17,6 +18,4 @@ def ending(error: BaseException) -> tuple[str, int] | None:
         return "interrupted; the same command goes on from here", INTERRUPTED
     if isinstance(error, UserError | MachineError):
         return " ".join(str(error).split()), 2 if isinstance(error, UserError) else 1
-    from lesa_ray.checkpoint.storage import explain, is_fault  # fsspec takes a while, which `--help` should not
-
     return (" ".join(explain(error).split()), 1) if is_fault(error) else None

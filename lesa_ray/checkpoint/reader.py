@@ -21,8 +21,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.ranges import read_into
-from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, reaching, resolve_base
+from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 
 if TYPE_CHECKING:
     import torch

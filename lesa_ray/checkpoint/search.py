@@ -11,9 +11,10 @@ from typing import Any
 
 import fsspec
 
-from lesa_ray.checkpoint.storage import filesystem_options, protocols, reaching
+from lesa_ray.checkpoint.storage import filesystem_options, protocols
 from lesa_ray.checkpoint.walking import visible_files
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 
 
 def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[str, Any]]:

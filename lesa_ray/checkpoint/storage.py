@@ -24,23 +24,13 @@ import fsspec
 from lesa_ray.checkpoint.part_plan import UPLOADED, Part
 from lesa_ray.checkpoint.s3_upload import S3Upload
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain, is_outage, reaching
 
 WORK_DIR = ".lesa-ray"
 """Folder inside OUT that holds unfinished work; it goes when the result is complete."""
 
-_STORAGE_MODULES = frozenset(
-    {"botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "httpx2", "requests"}
-)
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "hf"})
 """Where an object is seen only when its upload completes; elsewhere a file is written beside its place and moved."""
-_OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
-"""As s3fs translates 503 SlowDown, 500 InternalError and RequestTimeout."""
-_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
-"""A disk that is full, broken or away."""
-_LOST = frozenset(
-    {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
-)
-"""What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
 _PROBE = ".lesa-ray.tmp"
 ON_THE_HUB = "is it a folder, is the network up, and may you read it (`hf auth login`)?"
 """What to do where a repository of the hub cannot be read: its name may also be a folder's, mistyped."""
@@ -318,70 +308,3 @@ def read_file(place: str, where: str) -> bytes:
 def protocols(fs: Any) -> tuple[str, ...]:
     """The names by which URLs call for a filesystem of fsspec's."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def is_outage(error: BaseException) -> bool:
-    """Whether a backend's error says that the store is away or overloaded, not that the request was wrong."""
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    if isinstance(error, OSError) and error.errno in _OUTAGE_ERRNOS:
-        return True
-    for kind in type(error).__mro__:
-        if kind.__name__ in _LOST and kind.__module__.split(".")[0] in ("botocore", "aiohttp"):
-            return True
-    # the hub's client says of a 503 that a file is not in its cache, because of the 503
-    statuses = _status(error), _status(error.__cause__)
-    return any(status == 429 or (status >= 500 and status != 501) for status in statuses)  # 501: it cannot do that
-
-
-def _status(error: BaseException | None) -> int:
-    """The HTTP status behind a backend's error; 0 if there is none."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    else:  # aiohttp; requests and httpx
-        status = getattr(error, "status", None) or getattr(response, "status_code", 0)
-    return status if isinstance(status, int) else 0
-
-
-def _is_disk(error: BaseException) -> bool:
-    """Whether a disk is full, broken or away. s3fs calls an answer of the server that it does not know EIO, too."""
-    return isinstance(error, OSError) and error.errno in _DISK_ERRNOS and not _status(error.__cause__)
-
-
-def is_fault(error: BaseException) -> bool:
-    """Whether an error is the machine's or its storage's, whatever that is, and not the program's."""
-    return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
-
-
-@contextlib.contextmanager
-def reaching(
-    where: str, refused: str = "cannot be read", hint: str = "check the address and the credentials"
-) -> Iterator[None]:
-    """Around the first calls that touch a place, so that what its backend raises is one of two kinds.
-
-    Around those only: later, when the place has answered, a refusal (credentials that ran out) is the machine's, and
-    what was finished has to stay. `where`: the place as a message calls it, `OUT s3://…`; `refused`: what it is that
-    fails; `hint`: what to do, if that can be said.
-    Raises: MachineError for a store that does not answer and a disk that is full, broken or away; UserError for all
-    else. UserError and MachineError pass.
-    """
-    try:
-        yield
-    except (UserError, MachineError):
-        raise
-    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
-        said = explain(error)[:200]
-        if is_outage(error):
-            raise MachineError(f"{where}: the store does not answer ({said})") from error
-        if _is_disk(error):
-            raise MachineError(f"{where}: {said}; the same command goes on from here") from error
-        raise UserError(f"{where}: {refused} ({said}){hint and f'; {hint}'}") from error
-
-
-def explain(error: BaseException) -> str:
-    """One line that says what the machine or the storage refused."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the device ({error.filename or 'while writing'})"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {text}"

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.analysis.document import make_report
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work_on_type
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.faults import explain, is_fault
 from lesa_ray.gpu import full_gpu_is_a_fault
 
 if TYPE_CHECKING:

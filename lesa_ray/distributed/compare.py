@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.comparison.collect import Collector
 from lesa_ray.comparison.graph import Comparison
 from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.fleet import Say, run_fleet
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 from lesa_ray.fleet.state import Outcome
 from lesa_ray.store.catalog import Store, utc_now
 

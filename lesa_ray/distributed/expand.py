@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
-from lesa_ray.checkpoint.storage import Storage, explain, is_fault, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address
 from lesa_ray.errors import MachineError, RoomError, UserError
@@ -24,6 +24,7 @@ from lesa_ray.expansion.prepare import Expansion, check_out, prepare
 from lesa_ray.expansion.rehearsal import rehearse
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
 from lesa_ray.expansion.workbench import finished_record
+from lesa_ray.faults import explain, is_fault, reaching
 from lesa_ray.report.model_card import model_card
 
 

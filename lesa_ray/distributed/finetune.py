@@ -10,12 +10,13 @@ from __future__ import annotations
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.faults import reaching
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.finish import Trained
 from lesa_ray.training.freeze import trained_names

@@ -21,12 +21,12 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lesa_ray.checkpoint.storage import explain, reaching
 from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.ray_runner import new_board, start_ray
 from lesa_ray.distributed.stage_task import Done, run_stage
 from lesa_ray.distributed.tasks import POLL_SECONDS, result_of
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain, reaching
 from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount, GraphConfig
 from lesa_ray.fleet.stages import Stage

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lesa_ray.checkpoint.storage import Storage, explain, resolve_base
+from lesa_ray.checkpoint.storage import Storage, resolve_base
 from lesa_ray.checkpoint.writer import Shard, write_shard
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
@@ -33,6 +33,7 @@ from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
+from lesa_ray.faults import explain
 from lesa_ray.interrupt import as_before
 
 PASSED_ON = (

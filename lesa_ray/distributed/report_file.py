@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage, explain, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, NotWritten, UserError
+from lesa_ray.faults import explain, reaching
 
 
 def try_place(out: str, folder: str) -> Storage:

@@ -29,9 +29,9 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.distributed.ray_runner import PASSED_ON
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 
 DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start`, `ray dashboard` and `kubectl port-forward` put a cluster's dashboard on this machine."""

@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.errors import MachineError
+from lesa_ray.faults import explain
 
 POLL_SECONDS = 0.5
 """How long a look for tasks that have ended may take, and how often one that runs tells how far it is."""

@@ -16,9 +16,10 @@ import socket
 from collections.abc import Iterator
 from typing import Protocol
 
-from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
 from lesa_ray.expansion.runner import Listener
+from lesa_ray.faults import reaching
 from lesa_ray.store.lease import Lease, Leases
 from lesa_ray.training.run import LEASE_DIR
 

@@ -26,12 +26,13 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, explain, is_fault, reaching
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.faults import explain, is_fault, reaching
 from lesa_ray.training import layout, pieces, sources, tokens
 from lesa_ray.training.block_folder import STOP, abandon, claim, finish, out_state, prepare
 from lesa_ray.training.data_settings import TokenizeConfig

@@ -25,7 +25,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.storage import Storage, explain, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.cluster import await_room, machines, may_grow
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine, start_ray
@@ -34,6 +34,7 @@ from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.faults import explain, reaching
 from lesa_ray.machines import Machines, told
 from lesa_ray.training.export import ExportPlan, OutFile, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result

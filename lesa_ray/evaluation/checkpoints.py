@@ -25,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
-from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, explain, reaching, resolve_base
+from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain, reaching
 from lesa_ray.layerwise.register import register
 
 _COPIED_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")

@@ -21,10 +21,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.perplexity import LONGEST_WINDOW, fitting_batch
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.faults import explain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

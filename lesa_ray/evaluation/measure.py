@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lesa_ray.checkpoint.storage import explain, is_fault
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.checkpoints import (
     Bounds,
@@ -31,6 +30,7 @@ from lesa_ray.evaluation.paired import ratio
 from lesa_ray.evaluation.perplexity import LONGEST_WINDOW, Scores, exp, fitting_batch, score
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import own_peak_memory
+from lesa_ray.faults import explain, is_fault
 
 Progress = Callable[[str, float], None]
 """Is called with what is under way and the share of the data that is done."""

@@ -20,8 +20,9 @@ from typing import IO, Any
 import fsspec
 
 from lesa_ray.checkpoint import search
-from lesa_ray.checkpoint.storage import explain, filesystem_options
+from lesa_ray.checkpoint.storage import filesystem_options
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 
 PLAIN = (".txt", ".md", ".py")
 ROWS = (".jsonl", ".parquet")

@@ -14,12 +14,13 @@ from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Man
 from lesa_ray.checkpoint.mark import mark, marked_by
 from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, reaching
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.widths import RULE
+from lesa_ray.faults import reaching
 from lesa_ray.layerwise.folder import write_code
 
 _MARGIN = 64 * 2**20

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import Storage, reaching, read_file, resolve_base
+from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import reaching
 
 _TOKENIZER = re.compile(
     r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*"

@@ -12,13 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.config import ExpandConfig, Settings, validated
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.auto import AUTO
 from lesa_ray.expansion.method import check_settings
 from lesa_ray.expansion.registry import METHODS, get_method
+from lesa_ray.faults import explain
 from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_identity, tokenizer_identity
 from lesa_ray.fleet.settings import Amount, absolute
 from lesa_ray.store.identity import Identity, code_version

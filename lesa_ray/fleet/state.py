@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lesa_ray.checkpoint.storage import reaching
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 from lesa_ray.fleet.settings import GraphConfig
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.store.catalog import Store, utc_now

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 from lesa_ray.layerwise.names import CODE_FILES, MODEL_TYPE
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lesa_ray.checkpoint.storage import WORK_DIR, Storage, reaching
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 from lesa_ray.store.identity import KINDS, Identity, difference, parse_place
 from lesa_ray.store.lease import TERM_SECONDS, Lease, Leases
 from lesa_ray.store.record import RECORD_FILE, Record, read_record, write_record

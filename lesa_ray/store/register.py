@@ -25,8 +25,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from lesa_ray.checkpoint.s3_upload import http_status
-from lesa_ray.checkpoint.storage import Storage, is_outage
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
+from lesa_ray.faults import is_outage
 
 CONDITIONS_FILE = "conditional-writes.json"
 _REFUSED = frozenset({404, 409, 412})

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.errors import UserError
+from lesa_ray.faults import explain
 from lesa_ray.training.documents import Row, clean
 from lesa_ray.training.packing import Ids
 

@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 from lesa_ray.training.state_files import StateReader, StateWriter
 
 FOLDER = "training/checkpoints"

@@ -25,8 +25,9 @@ from typing import Any
 
 import fsspec
 
-from lesa_ray.checkpoint.storage import explain, filesystem_options
+from lesa_ray.checkpoint.storage import filesystem_options
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 from lesa_ray.training.sources import Part, open_dataset
 
 LONGEST = 2**18

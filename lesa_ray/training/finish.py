@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import validated
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener
+from lesa_ray.faults import reaching
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
 from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export

@@ -25,9 +25,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, Any, Protocol
 
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import flat
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"

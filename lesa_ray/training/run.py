@@ -18,8 +18,9 @@ from typing import Any, Literal
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
-from lesa_ray.checkpoint.storage import Storage, explain, reaching, read_file
+from lesa_ray.checkpoint.storage import Storage, read_file
 from lesa_ray.errors import UserError
+from lesa_ray.faults import explain, reaching
 from lesa_ray.training.conversion import Conversion, plan_conversions
 from lesa_ray.training.insertion import Insertion, plan_insertion
 from lesa_ray.training.tokens import TokenBlocks, open_blocks

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa_ray.checkpoint.search import find_files
-from lesa_ray.checkpoint.storage import explain
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 
 PLAIN = (".txt", ".md", ".py")
 ROWS = (".jsonl", ".jsonl.gz", ".parquet")

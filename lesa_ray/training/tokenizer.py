@@ -10,8 +10,9 @@ from functools import lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lesa_ray.checkpoint.storage import Storage, reaching, resolve_base
+from lesa_ray.checkpoint.storage import Storage, resolve_base
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _CONFIG = "tokenizer_config.json"

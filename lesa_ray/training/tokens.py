@@ -29,8 +29,9 @@ from typing import IO, Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from lesa_ray.checkpoint.storage import Storage, explain, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain, reaching
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lesa_ray.checkpoint.storage import Storage, explain
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain
 from lesa_ray.training.state_files import METADATA_FILE, StateReader
 
 PREFIX = "model."

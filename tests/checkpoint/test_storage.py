@@ -15,8 +15,9 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 from s3fs.errors import translate_boto_error
 
 from lesa_ray import MachineError, UserError
-from lesa_ray.checkpoint.storage import Storage, reaching, read_file, resolve_base
+from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
 from lesa_ray.expansion.prepare import check_out
+from lesa_ray.faults import reaching
 
 Place = Callable[[str], Storage]
 

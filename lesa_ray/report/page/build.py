@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 from lesa_ray.report.page.figure import png
 from lesa_ray.report.page.render import GENERATOR, render
 from lesa_ray.report.page.schema import Analysis

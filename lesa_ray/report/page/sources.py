@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, Manifest
-from lesa_ray.checkpoint.storage import Storage, reaching
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import reaching
 from lesa_ray.report.page.schema import Analysis, Comparison
 from lesa_ray.report.page.words import listed
 

@@ -1,0 +1,92 @@
+"""Faults: what storage and machines raise, told apart from wrong requests and from errors of the program.
+
+Every backend has classes of its own for a store that is away, a bucket that is not there and a key that may not be
+used; here are the questions that the tool asks of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+from lesa_ray.errors import MachineError, UserError
+
+_STORAGE_MODULES = frozenset(
+    {"botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "httpx2", "requests"}
+)
+_OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
+"""As s3fs translates 503 SlowDown, 500 InternalError and RequestTimeout."""
+_DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE})
+"""A disk that is full, broken or away."""
+_LOST = frozenset(
+    {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
+)
+"""What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a backend's error says that the store is away or overloaded, not that the request was wrong."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError) and error.errno in _OUTAGE_ERRNOS:
+        return True
+    for kind in type(error).__mro__:
+        if kind.__name__ in _LOST and kind.__module__.split(".")[0] in ("botocore", "aiohttp"):
+            return True
+    # the hub's client says of a 503 that a file is not in its cache, because of the 503
+    statuses = _status(error), _status(error.__cause__)
+    return any(status == 429 or (status >= 500 and status != 501) for status in statuses)  # 501: it cannot do that
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status behind a backend's error; 0 if there is none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    else:  # aiohttp; requests and httpx
+        status = getattr(error, "status", None) or getattr(response, "status_code", 0)
+    return status if isinstance(status, int) else 0
+
+
+def _is_disk(error: BaseException) -> bool:
+    """Whether a disk is full, broken or away. s3fs calls an answer of the server that it does not know EIO, too."""
+    return isinstance(error, OSError) and error.errno in _DISK_ERRNOS and not _status(error.__cause__)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error is the machine's or its storage's, whatever that is, and not the program's."""
+    return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
+
+
+@contextlib.contextmanager
+def reaching(
+    where: str, refused: str = "cannot be read", hint: str = "check the address and the credentials"
+) -> Iterator[None]:
+    """Around the first calls that touch a place, so that what its backend raises is one of two kinds.
+
+    Around those only: later, when the place has answered, a refusal (credentials that ran out) is the machine's, and
+    what was finished has to stay. `where`: the place as a message calls it, `OUT s3://…`; `refused`: what it is that
+    fails; `hint`: what to do, if that can be said.
+    Raises: MachineError for a store that does not answer and a disk that is full, broken or away; UserError for all
+    else. UserError and MachineError pass.
+    """
+    try:
+        yield
+    except (UserError, MachineError):
+        raise
+    except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        said = explain(error)[:200]
+        if is_outage(error):
+            raise MachineError(f"{where}: the store does not answer ({said})") from error
+        if _is_disk(error):
+            raise MachineError(f"{where}: {said}; the same command goes on from here") from error
+        raise UserError(f"{where}: {refused} ({said}){hint and f'; {hint}'}") from error
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what the machine or the storage refused."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the device ({error.filename or 'while writing'})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {text}"
