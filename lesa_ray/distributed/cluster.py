@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.gpu import limit_device
@@ -36,6 +37,11 @@ Tell = Callable[[str], None]
 def machines() -> Machines:
     """Those of the cluster that are alive now."""
     return Machines.of(node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
+def free() -> Machines:
+    """What nobody uses of those machines now."""
+    return Machines.of(available_resources_per_node().values())
 
 
 def may_grow() -> bool:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from lesa_ray.training.loop import Progress
 
 _AGREE_SECONDS = 5.0
+_FULL = (
+    "a worker needs more memory than its GPU has; --activation-checkpointing, a smaller --micro-batch, --cpu-offload "
+    "and more workers each take less, and a run goes on with them where it was"
+)
 
 
 class Board:
@@ -59,9 +63,8 @@ def work(loop_config: dict[str, Any]) -> None:
     if ray.get(board.failure.remote()) is not None:
         return
     device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(loop_config["threads"])
-    else:
+    torch.set_num_threads(loop_config["threads"])  # beside a GPU too: offloaded parameters are stepped on the CPU
+    if device.type != "cpu":
         limit_device(loop_config["gpus"])
 
     def tell(progress: Progress) -> None:
@@ -69,8 +72,8 @@ def work(loop_config: dict[str, Any]) -> None:
 
     try:
         train(pickle.loads(loop_config["run"]), device, tell)
-    except UserError as error:
-        ray.get(board.fail.remote(str(error)))
+    except (UserError, torch.OutOfMemoryError) as error:
+        ray.get(board.fail.remote(str(error) if isinstance(error, UserError) else _FULL))
         deadline = time.monotonic() + _AGREE_SECONDS
         while time.monotonic() < deadline:
             if ray.get(board.failed.remote()) == get_context().get_world_size():

@@ -146,11 +146,13 @@ class Saver:
         keep: int,
         group: dist.ProcessGroup,
         buffers: Mapping[str, torch.Tensor] | None = None,
+        completed: int = 0,
     ) -> None:
         """group: of its own, on gloo: what the thread that uploads says to the others must not mix with training's.
-        buffers: those that no base holds."""
+        buffers: those that no base holds. completed: step of the last checkpoint that is there."""
         self._buffers = buffers
         self._out, self._identity, self._keep, self._group = out, identity, keep, group
+        self.completed = completed
         self._under_way: tuple[Any, int, int, float | None, list[str]] | None = None
 
     def save(
@@ -197,6 +199,7 @@ class Saver:
                 storage.write(COMPLETE_FILE, (json.dumps(asdict(record)) + "\n").encode())
         except (CheckpointException, OSError) as error:
             raise MachineError(f"{storage.url}: cannot be written ({_first_cause(error)})") from error
+        self.completed = step
         if dist.get_rank() == 0:
             prune(self._out, self._identity, self._keep)
 

@@ -60,6 +60,8 @@ class Progress:
     seconds_left: float
     inserted: float
     """How far new layers are in (mean of their gates); below 1 losses are the gated model's."""
+    saved: int
+    """Step of the last complete checkpoint; 0 before the first."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,8 @@ class Loop:
         left = seconds * (trainer.steps - done)
         rate = speed["tokens_per_second"]
         inserted = self._inserted(done).get("inserted", 1.0)
-        self.tell(Progress(done, trainer.steps, losses[-1], heldout, rate, speed.get("mfu"), left, inserted))
+        mfu, saved = speed.get("mfu"), self.saver.completed
+        self.tell(Progress(done, trainer.steps, losses[-1], heldout, rate, mfu, left, inserted, saved))
 
     def _inserted(self, done: int) -> dict[str, float]:
         """How far new layers are in, where they come in gradually: a loss of that row is the gated model's."""

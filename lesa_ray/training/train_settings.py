@@ -110,12 +110,14 @@ class TrainConfig(Settings):
     cpu_offload: bool = False
     """Keep sharded weights, gradients and optimizer state in the CPU's memory."""
     workers: int | tuple[int, int] = 1
-    """Worker processes, or the fewest and the most (elastic: as many as the cluster can give)."""
+    """Worker processes, or the fewest and the most: as many as are free at the start, after a fault, and when a
+    checkpoint is complete."""
     gpus_per_worker: Gpus | None = None
     """GPUs of a worker. By default one where the cluster has GPUs, else none. A part of one is for a single worker:
     NCCL refuses two of a run on one GPU."""
     cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPU cores and threads of a worker. By default one beside a GPU, else the cluster's cores shared out."""
+    """CPU cores and threads of a worker. By default one beside a GPU, else, and with `cpu_offload`, the cluster's cores
+    shared out."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints: what a killed run loses at most."""
     keep: int = Field(default=2, ge=1)
@@ -129,7 +131,7 @@ class TrainConfig(Settings):
     wait: float = Field(default=GROW_SECONDS, ge=0)
     """Seconds to wait until a running cluster can give the workers, for which it is asked to grow."""
     retries: int = Field(default=3, ge=0)
-    """How often the workers are started again after a fault."""
+    """How often the workers are started again after a fault without a new checkpoint in between."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -178,10 +180,13 @@ class TrainConfig(Settings):
             raise ValueError(f"batch {self.batch}: cannot be divided among {low} workers; give a multiple")
         if self.batch < high:
             raise ValueError(f"batch {self.batch}: is less than a row for each of {high} workers")
+        if self.gpus_per_worker and self.gpus_per_worker > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g}: a worker computes on one GPU; give more workers"
+            )
         if high > 1 and self.gpus_per_worker and self.gpus_per_worker < 1:
             raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker:g}: {high} workers cannot share a GPU; give a whole number, or "
-                "one worker"
+                f"gpus_per_worker {self.gpus_per_worker:g}: {high} workers cannot share a GPU; give 1, or one worker"
             )
         if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} together are more than the whole run")

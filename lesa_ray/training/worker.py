@@ -67,7 +67,7 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
     config = run.config
     trainer, first, flops = set_up(run, device)
     kept = _kept_buffers(run, trainer.model)
-    saver = checkpoints.Saver(config.out, run.identity, config.keep, dist.new_group(backend="gloo"), kept)
+    saver = checkpoints.Saver(config.out, run.identity, config.keep, dist.new_group(backend="gloo"), kept, first)
     metrics = None
     if trainer.place.rank == 0:
         metrics = MetricsLog(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from ray._private.state import actors
 from transformers import AutoModelForCausalLM
@@ -23,8 +24,10 @@ from transformers import AutoModelForCausalLM
 from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed import cluster, rounds
+from lesa_ray.distributed.room_for_workers import resources_of
 from lesa_ray.distributed.tenancy import tenancy
-from lesa_ray.distributed.train import _resources, pretrain
+from lesa_ray.distributed.train import pretrain
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.machines import Machines
 from lesa_ray.training import checkpoints, worker
@@ -280,15 +283,65 @@ def test_an_interrupt_stops_the_workers_too(local_ray: None, bases: Bases, data:
     finally:
         signal.signal(signal.SIGINT, before)
     until(lambda: not alive(), 30)
+    until(lambda: cluster.free().most("CPU") == 4, 30)
     step = read_metrics(out)[-1]["step"]
     time.sleep(1)
     assert read_metrics(out)[-1]["step"] == step
 
 
+@pytest.mark.thorough
+@pytest.mark.timeout(400)
+def test_a_run_takes_what_is_free_and_more_when_a_checkpoint_is_complete(
+    reference: str, bases: Bases, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have all four cores, then three, then none; no step is made twice."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    monkeypatch.setattr(rounds, "_FREED_SECONDS", 8.0)
+    out = str(tmp_path / "out")
+    config = TrainConfig.model_validate(settings(bases("llama"), data, out, train="all", workers="1-2", log_every=1))
+    heard: list[str] = []
+
+    class Heard(Silent):
+        def phase(self, name: str, total: float) -> None:
+            heard.append(name)
+
+        def progress(self, done: float, detail: str) -> None:
+            if done >= 12 and others:
+                ray.kill(others.pop())
+
+    class Busy:
+        pass
+
+    others = [ray.remote(num_cpus=count)(Busy).remote() for count in (3, 1)]
+
+    def free_one() -> None:
+        until(lambda: any("others use the cluster's machines" in name for name in heard), 60)
+        ray.kill(others.pop())
+
+    until(lambda: not cluster.free().most("CPU"))
+    freeing = threading.Thread(target=free_one, daemon=True)
+    freeing.start()
+    pretrain(config, Heard())
+    freeing.join(timeout=10)
+    told = [name for name in heard if "worker" in name or "is saved" in name]
+    assert told[0] == "starting 1 worker"
+    grown = next(index for index, name in enumerate(told) if "and there is room for more than 1 workers" in name)
+    assert told[grown + 1 :] == ["starting 2 workers"]
+    assert np.allclose(list(curve(out).values()), list(curve(reference).values()), rtol=1e-5)
+
+
+def test_faults_are_counted_from_one_checkpoint_to_the_next() -> None:
+    faults = rounds.Faults(3)
+    assert [faults.pause(saved) for saved in (0, 0, 0)] == [0, 15, 60]
+    assert str(faults) == "3 of 3 since the last checkpoint"
+    assert [faults.pause(saved) for saved in (10, 10, 20, 20, 20, 20)] == [0, 15, 0, 15, 60, None]
+    assert rounds.Faults(0).pause(0) is None
+
+
 def test_cores_are_shared_out_among_the_workers() -> None:
     def of(workers: Any, nodes: list[dict[str, float]], **more: Any) -> tuple[int, int]:
         config = TrainConfig.model_validate(settings("c", "d", "o", batch=8, **more) | {"workers": workers, **more})
-        resources, room = _resources(
+        resources, room = resources_of(
             config.model_copy(update={"cpus_per_worker": more.get("cpus_per_worker")}), Machines.of(nodes)
         )
         return resources.cpus, room
@@ -301,6 +354,7 @@ def test_cores_are_shared_out_among_the_workers() -> None:
     assert of(4, [{"CPU": 2}]) == (1, 2)
     assert of(2, [{"CPU": 16, "GPU": 2}]) == (1, 2)
     assert of(2, [{"CPU": 16, "GPU": 1}, {"CPU": 64}]) == (1, 1)
+    assert of(2, [{"CPU": 16, "GPU": 2}], cpu_offload=True) == (8, 2)
     assert of(2, [{"CPU": 16}], cpus_per_worker=3) == (3, 5)
 
 
