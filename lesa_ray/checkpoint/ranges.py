@@ -1,14 +1,17 @@
-"""Exact ranges of files; of remote ones long ranges in pieces of 16 MiB, of which several are on their way at once.
+"""Exact ranges of files; of remote ones long ranges in pieces of 16 MiB. Several are on their way at once.
 
-One connection to an object store brings some 50 to 100 MB/s, whatever the network; many together fill it. A piece
-that is cut off on the way is asked for again by itself (by the filesystem's own retries).
+One connection to an object store brings some 50 to 100 MB/s, whatever the network, and some 50 ms go by before its
+first byte; many together fill it. A piece that is cut off on the way is asked for again by itself (by the filesystem's
+own retries).
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
@@ -18,6 +21,39 @@ _SIDE_BY_SIDE = 8
 _AHEAD = 4
 _AT_ONCE = 2**30
 """Linux reads no more than 2 GiB at a call."""
+
+T = TypeVar("T")
+
+
+def side_by_side(
+    calls: Iterable[tuple[int, Callable[[], T]]], threads: int = _SIDE_BY_SIDE
+) -> Generator[T, None, None]:
+    """What calls return, in their order, each made by one of some threads, a few ahead of what is taken.
+
+    Bounded are those under way, those done that wait, and the one that was taken last: there are at most as many as
+    threads, and they hold at most a piece for each thread together, unless one alone holds more.
+
+    calls: each with the bytes that it will hold; drawn in the thread that takes. Raises: what a call raises, in its
+    place; calls not begun are then dropped.
+    """
+    waiting = iter(calls)
+    following = next(waiting, None)
+    coming: deque[tuple[int, Future[T]]] = deque()
+    held = 0
+    pool = ThreadPoolExecutor(threads)
+    try:
+        while coming or following is not None:
+            while following is not None and len(coming) < threads:
+                size, call = following
+                if coming and held + size > threads * PIECE:
+                    break
+                coming.append((size, pool.submit(call)))
+                held += size
+                following = next(waiting, None)
+            yield coming[0][1].result()
+            held -= coming.popleft()[0]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def read_into(storage: Storage, name: str, start: int, view: memoryview) -> None:
@@ -46,13 +82,8 @@ def read_into(storage: Storage, name: str, start: int, view: memoryview) -> None
         for begin in begins:
             read(begin)
         return
-    with ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(begins))) as pool:
-        futures = [pool.submit(read, begin) for begin in begins]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    for _ in side_by_side((PIECE, functools.partial(read, begin)) for begin in begins):
+        pass
 
 
 def read_ahead(storage: Storage, name: str, start: int, end: int) -> Iterator[bytes]:
@@ -60,22 +91,15 @@ def read_ahead(storage: Storage, name: str, start: int, end: int) -> Iterator[by
 
     Raises: UserError if the file ends before.
     """
-    begins = iter(range(start, end, PIECE))
     if end - start <= PIECE:
         if start < end:
             yield _exactly(storage, name, start, end)
         return
-    with ThreadPoolExecutor(_AHEAD) as pool:
-        coming: deque[Future[bytes]] = deque()
-        try:
-            while True:
-                while len(coming) < _AHEAD and (begin := next(begins, None)) is not None:
-                    coming.append(pool.submit(_exactly, storage, name, begin, min(begin + PIECE, end)))
-                if not coming:
-                    return
-                yield coming.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    begins = range(start, end, PIECE)
+    yield from side_by_side(
+        ((PIECE, functools.partial(_exactly, storage, name, begin, min(begin + PIECE, end))) for begin in begins),
+        threads=_AHEAD,
+    )
 
 
 def _exactly(storage: Storage, name: str, start: int, end: int) -> bytes:

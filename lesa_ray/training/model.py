@@ -6,10 +6,11 @@ Buffers are not sharded and have a file of their own (`lesa_ray.training.buffers
 
 Decides
 - FSDP2 (`fully_shard`): each layer a group, the rest (embeddings, last norm, head) the root group. Each worker reads
-  exactly the byte ranges of its shards (rows of dimension 0), so no process ever holds a whole model; a tensor at a
-  time passes through memory.
-- Element types: a group in which something is trained is kept in float32, a frozen one in the files' own type; with
-  precision bf16 both compute in bfloat16, and gradients are summed over workers in float32.
+  exactly the byte ranges of its shards (rows of dimension 0), eight of at most 16 MiB at once, so no process ever holds
+  a whole model; only tensors that are converted pass through memory whole.
+- Element types: what is trained is kept in float32, what is frozen in the files' own type, also within one group:
+  FSDP2 wants one type of the trained alone (since torch 2.8), and casts all to the one they compute in before it sends
+  them together. With precision bf16 that is bfloat16, and gradients are summed over workers in float32.
 - Activations are checkpointed in layers that are trained or above one that is, never below: there is no backward pass
   there. transformers' own switch would make every layer's input require gradients.
 - No dropout, whatever config.json says: one pass over much text does not over-fit (Llama, Qwen and Mistral have none),
@@ -23,8 +24,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -37,16 +39,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lesa_ray.checkpoint.anatomy import layer_of
-from lesa_ray.checkpoint.ranges import read_into
-from lesa_ray.checkpoint.reader import ELEMENT_NAMES, TORCH_NAMES, Checkpoint
+from lesa_ray.checkpoint.ranges import PIECE, read_into, side_by_side
+from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FLOAT_BYTES, TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.register import register
 from lesa_ray.training.buffers import initial_buffers, place_buffers
 from lesa_ray.training.conversion import Conversion, convert, model_tensors
-
-_CHUNK = 2**28
-"""Bytes that are held where a tensor cannot be read in place."""
 
 
 def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
@@ -115,13 +114,9 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=None),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy(),
     }
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _set_storage(model, stored)
     for layer in layers:
-        _set_storage(layer.parameters(), names, stored)
         fully_shard(layer, **policy)
-    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    rest = [p for name, p in model.named_parameters() if layer_of(name) is None and id(p) not in inside]
-    _set_storage(rest, names, stored)
     fully_shard(model, reshard_after_forward=False, **policy)
     model.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     model.tie_weights()
@@ -147,23 +142,21 @@ def _checkpoint_activations(layer: nn.Module) -> None:
 
 
 def stored_types(checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> dict[str, str]:
-    """The element type in the files of each of the model's tensors."""
-    return {
-        target: checkpoint.tensors[conversion.sources[0]].dtype
-        for conversion in conversions
-        for target in conversion.targets
-    }
+    """The element type in the files of each of the model's tensors; of those made of several, if they have one."""
+    found = {}
+    for conversion in conversions:
+        kinds = {checkpoint.tensors[source].dtype for source in conversion.sources}
+        if len(kinds) == 1:
+            found.update(dict.fromkeys(conversion.targets, kinds.pop()))
+    return found
 
 
-def _set_storage(parameters: Iterable[nn.Parameter], names: Mapping[int, str], stored: Mapping[str, str]) -> None:
-    """The element type in which a group of (meta) parameters is kept: one for all of them, as FSDP2 asks."""
-    group = list(parameters)
-    if any(parameter.requires_grad for parameter in group):
-        return  # float32, as built
-    types = {stored.get(names[id(parameter)]) for parameter in group}
-    kind = types.pop() if len(types) == 1 else None
-    if kind is not None:
-        for parameter in group:
+def _set_storage(model: nn.Module, stored: Mapping[str, str]) -> None:
+    """The element type in which each (meta) parameter is kept: float32, as built, or a shorter one that it is stored in
+    and that training does not change."""
+    for name, parameter in model.named_parameters():
+        kind = stored.get(name)
+        if not parameter.requires_grad and kind is not None and FLOAT_BYTES.get(kind, 4) < 4:
             parameter.data = parameter.data.to(getattr(torch, TORCH_NAMES[kind]))
 
 
@@ -171,21 +164,24 @@ def load(model: PreTrainedModel, checkpoint: Checkpoint, conversions: Sequence[C
     """Fill the shards of this process from the checkpoint's files.
 
     By its own byte ranges where a tensor is stored as the model holds it, else from one converted tensor at a time.
+    Threads only read; this one fills, for gradient mode and current device are a thread's own.
 
-    conversions: as `plan_conversions` made them before the model was sharded."""
+    conversions: as `plan_conversions` made them before the model was sharded, or some of them."""
     tensors = model_tensors(model)
     with torch.no_grad():
-        for conversion in conversions:
-            if conversion.plain:
-                local, start, rows = _own_rows(tensors[conversion.targets[0]])
-                if rows:
-                    _read_rows(checkpoint, conversion.sources[0], start, local)
-                continue
-            whole = {name: checkpoint.read(name) for name in conversion.sources}
-            for name, tensor in convert(model, conversion, whole).items():
-                local, start, rows = _own_rows(tensors[name])
-                if rows:
-                    local.copy_(tensor[start : start + rows])
+        plain = (_own_pieces(checkpoint, c.sources[0], tensors[c.targets[0]]) for c in conversions if c.plain)
+        for target, values in side_by_side(itertools.chain.from_iterable(plain)):
+            target.copy_(values)
+        fused = [c for c in conversions if not c.plain and any(_own_rows(tensors[name])[2] for name in c.targets)]
+        sources = [name for conversion in fused for name in conversion.sources]
+        reads = ((checkpoint.tensors[name].nbytes, functools.partial(checkpoint.read, name)) for name in sources)
+        with closing(side_by_side(reads)) as coming:
+            for conversion in fused:
+                whole = {name: next(coming) for name in conversion.sources}
+                for name, tensor in convert(model, conversion, whole).items():
+                    local, start, rows = _own_rows(tensors[name])
+                    if rows:
+                        local.copy_(tensor[start : start + rows])
 
 
 def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -196,29 +192,38 @@ def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return tensor.to_local(), offset[0] if offset else 0, shape[0] if shape and 0 not in shape else 0
 
 
-def _read_rows(checkpoint: Checkpoint, name: str, start: int, local: torch.Tensor) -> None:
-    """Read rows [start, start + len(local)) of a stored tensor into `local`, in its element type: straight into its
-    memory where that takes the bytes as they are, else in pieces."""
+_Filling = tuple[torch.Tensor, torch.Tensor]
+"""A part of a tensor's memory, and the values for it, in the files' element type."""
+
+
+def _own_pieces(
+    checkpoint: Checkpoint, name: str, tensor: torch.Tensor
+) -> Iterator[tuple[int, Callable[[], _Filling]]]:
+    """Calls that read this process's rows of a stored tensor, for `side_by_side`: pieces, however long a row is."""
+    local, start, rows = _own_rows(tensor)
+    if not rows:
+        return
     entry = checkpoint.tensors[name]
     dtype = getattr(torch, ELEMENT_NAMES[entry.dtype])
-    width = entry.nbytes // entry.shape[0] if entry.shape else entry.nbytes
-    begin = entry.offset + start * width
-    if local.dtype == dtype and local.device.type == "cpu" and local.is_contiguous():
-        read_into(checkpoint.storage, entry.file, begin, _bytes(local))
+    begin = entry.offset + start * (entry.nbytes // entry.shape[0] if entry.shape else 0)
+
+    def read(target: torch.Tensor, first: int) -> _Filling:
+        values = torch.empty(target.shape, dtype=dtype)
+        read_into(checkpoint.storage, entry.file, begin + first * dtype.itemsize, _bytes(values))
+        return target, values
+
+    if not local.is_contiguous():  # a buffer may be, and is short
+        yield local.numel() * dtype.itemsize, functools.partial(read, local, 0)
         return
-    rows = local.shape[0] if local.ndim else 1
-    step = min(max(1, _CHUNK // max(width, 1)), rows)
-    piece = torch.empty((step, *local.shape[1:]), dtype=dtype)
-    for first in range(0, rows, step):
-        part = piece[: min(step, rows - first)]
-        read_into(checkpoint.storage, entry.file, begin + first * width, _bytes(part))
-        target = local[first : first + step] if local.ndim else local
-        target.copy_(part.view(target.shape))
+    flat, step = local.view(-1), PIECE // dtype.itemsize
+    for first in range(0, len(flat), step):
+        part = flat[first : first + step]
+        yield len(part) * dtype.itemsize, functools.partial(read, part, first)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def initialise(model: PreTrainedModel, raw: dict[str, Any], seed: int) -> None:

@@ -5,20 +5,24 @@ Decides
   all, a store that refuses now and then is asked again, and one that is away is a MachineError. PyTorch's own fsspec
   classes publish what was written before a fault, rename by copying, and sync all disks of the machine for an object.
 - A shard is fetched whole, exactly its bytes, a long one in pieces side by side: unpacking it in place would seek, and
-  each seek be a request.
+  each seek be a request. The next shards are fetched by threads meanwhile, up to eight or 128 MiB; only the thread that
+  asked unpacks them and fills tensors, for a planner of PyTorch's need not bear more.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
-from lesa_ray.checkpoint.ranges import read_into
+from lesa_ray.checkpoint.ranges import read_into, side_by_side
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 
@@ -32,15 +36,34 @@ class StateReader(FileSystemReader):
         super().__init__("")
         self.fs: Any = _Files(storage)
         self.path: Any = ""
+        self._storage = storage
+        self._coming: Iterator[tuple[Any, IO[bytes]]] = iter(())
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As PyTorch's, which asks for shards (`_slice_file`) file by file; they are fetched in that order."""
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            shard = self.storage_data[item.storage_index]
+            by_file.setdefault(shard.relative_path, []).append(shard)
+        fetches = (
+            (shard.length, functools.partial(self._fetch, shard)) for shards in by_file.values() for shard in shards
+        )
+        with closing(side_by_side(fetches)) as self._coming:
+            return super().read_data(plan, planner)
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        shard = io.BytesIO(bytes(sinfo.length))
+        shard, content = next(self._coming)
+        assert shard == sinfo, "PyTorch reads shards in another order than it plans them"
+        return content
+
+    def _fetch(self, shard: Any) -> tuple[Any, IO[bytes]]:
+        content = io.BytesIO(bytes(shard.length))
         try:
-            with shard.getbuffer() as view:
-                read_into(file.storage, file.name, sinfo.offset, view)
+            with content.getbuffer() as view:
+                read_into(self._storage, shard.relative_path, shard.offset, view)
         except UserError as error:  # PyTorch's own words for a file that is not whole
             raise EOFError(str(error)) from error
-        return shard
+        return shard, content
 
 
 class StateWriter(FileSystemWriter):
@@ -61,7 +84,8 @@ class _Files(FileSystemBase):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         if mode == "rb":
-            yield _Stored(self._storage, str(path))
+            # shards, which `StateReader` fetches, are ranges of the other files
+            yield io.BytesIO(self._storage.read(METADATA_FILE) if path == METADATA_FILE else b"")
             return
         with self._storage.create(_final(path)) as file:
             yield _Unclosed(file)
@@ -94,14 +118,6 @@ class _Files(FileSystemBase):
 def _final(path: str | os.PathLike[str]) -> str:
     """PyTorch writes `.metadata.tmp` and renames it."""
     return str(path).removesuffix(".tmp")
-
-
-class _Stored(io.BytesIO):
-    """A file at its storage. Read as a file it is fetched whole (the metadata); shards are ranges of it."""
-
-    def __init__(self, storage: Storage, name: str) -> None:
-        super().__init__(storage.read(name) if name == METADATA_FILE else b"")
-        self.storage, self.name = storage, name
 
 
 class _Unclosed(io.RawIOBase):

@@ -6,7 +6,7 @@ build ▸ freeze ▸ gates of new layers ▸ shard ▸ load (or initialise) ▸ 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lesa_ray.training import checkpoints
 from lesa_ray.training.buffers import persistent_buffers
+from lesa_ray.training.conversion import Conversion
 from lesa_ray.training.flops import peak_flops, step_flops
 from lesa_ray.training.freeze import freeze
 from lesa_ray.training.gates import Gates
@@ -50,7 +51,7 @@ def set_up(run: Run, device: torch.device, *, fresh: bool = False) -> tuple[Trai
     checkpoints.init_optimizer_state(optimizer)
     last = None if fresh else _last_checkpoint(run)
     if run.checkpoint is not None:
-        load(model, run.checkpoint, run.conversions)
+        load(model, run.checkpoint, run.conversions if last is None else _not_trained(run.conversions, trained))
     elif last is None:
         initialise(model, run.architecture, config.seed)
     if last is not None:
@@ -90,6 +91,11 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
 def _kept_buffers(run: Run, model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that training checkpoints hold: those that no base does."""
     return {} if run.checkpoint is not None else persistent_buffers(model)
+
+
+def _not_trained(conversions: Iterable[Conversion], trained: Container[str]) -> list[Conversion]:
+    """Those that make something that no training checkpoint holds: a frozen parameter or a buffer."""
+    return [conversion for conversion in conversions if not all(name in trained for name in conversion.targets)]
 
 
 def _last_checkpoint(run: Run) -> checkpoints.Record | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import threading
+import time
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
@@ -12,16 +15,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
+from transformers import AutoModelForCausalLM
 
 from lesa_ray import UserError
 from lesa_ray.checkpoint import ranges
-from lesa_ray.checkpoint.ranges import read_ahead, read_into
+from lesa_ray.checkpoint.ranges import read_ahead, read_into, side_by_side
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.training import model as model_module
 from lesa_ray.training.conversion import plan_conversions
 from lesa_ray.training.model import build, load
-from lesa_ray.training.state_files import StateWriter
+from lesa_ray.training.state_files import StateReader, StateWriter
 from lesa_ray.training.trained_state import TrainedState
 from tests.moody import Moody, hold_until
 
@@ -114,7 +118,7 @@ def test_weights_are_filled_by_ranges_side_by_side(
     dtype: str, bases: Callable[[str], str], store: Moody, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranges, "PIECE", 1024)
-    monkeypatch.setattr(model_module, "_CHUNK", 10_000)
+    monkeypatch.setattr(model_module, "PIECE", 1024)
     local = open_checkpoint(bases("llama"))
     there = Storage(f"s3://bucket/{dtype}")
     stored = {name: local.read(name).to(getattr(torch, dtype)) for name in local.tensors}
@@ -130,6 +134,81 @@ def test_weights_are_filled_by_ranges_side_by_side(
     assert most() == 8
     assert len(plan) == 3
     assert all(torch.equal(model.get_parameter(name), stored[name].float()) for name in names)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # as the files hold it, and converted
+def test_weights_are_filled_from_eight_tensors_at_once(family: str, bases: Callable[[str], str], store: Moody) -> None:
+    local = open_checkpoint(bases(family))
+    there = Storage(f"s3://bucket/{family}")
+    for name in local.files:
+        there.write(name, local.storage.read(name))
+    checkpoint = open_checkpoint(there.url)
+    model, expected = build(local.config, "test"), build(local.config, "test")
+    plan = plan_conversions(model, checkpoint.tensors, "test")
+    sources = [name for c in plan if c.plain == (family == "llama") for name in c.sources][:8]
+    starts = {(checkpoint.tensors[name].file, checkpoint.tensors[name].offset) for name in sources}
+
+    def is_one(request: str, headers: Message) -> bool:
+        begin = headers.get("range", "").removeprefix("bytes=").partition("-")[0]
+        return begin.isdigit() and (request.rsplit("/", 1)[-1], int(begin)) in starts
+
+    model.to_empty(device="cpu")
+    expected.to_empty(device="cpu")
+    most = hold_until(store, 8, is_one)
+    load(model, checkpoint, plan)
+    assert most() == len(starts) == 8
+    load(expected, local, plan)
+    reference = dict(AutoModelForCausalLM.from_pretrained(local.base).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, reference[name]), name
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+def test_tensors_of_a_training_checkpoint_are_read_eight_at_once(store: Moody) -> None:
+    state = {f"model.w{number}": torch.randn(100) for number in range(8)}
+    there = Storage("s3://bucket/tensors")
+    dcp.save(state, storage_writer=StateWriter(there), no_dist=True)
+    found = {name: torch.zeros(100) for name in state}
+    most = hold_until(store, 8, lambda request, headers: ".distcp" in request and is_range(request, headers))
+    dcp.load(found, storage_reader=StateReader(there), no_dist=True)
+    assert most() == 8
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_what_is_under_way_is_bounded() -> None:
+    sizes = random.Random(1).choices([1, PIECE, 3 * PIECE, 9 * PIECE], k=200)
+    lock, held, most = threading.Lock(), 0, 0
+
+    def call(number: int) -> int:
+        nonlocal held, most
+        with lock:
+            held += sizes[number]
+            most = max(most, held)
+            assert held <= 8 * PIECE or held == sizes[number]
+        return number
+
+    calls = ((size, functools.partial(call, number)) for number, size in enumerate(sizes))
+    for place, number in enumerate(side_by_side(calls)):
+        assert number == place
+        time.sleep(0.001)
+        with lock:
+            held -= sizes[number]
+    assert place == 199
+    assert most == 9 * PIECE
+
+
+def test_a_call_that_fails_ends_the_rest() -> None:
+    begun = []
+
+    def call(number: int) -> int:
+        begun.append(number)
+        if number == 3:
+            raise UserError("three")
+        return number
+
+    with pytest.raises(UserError, match="three"):
+        list(side_by_side((1, functools.partial(call, number)) for number in range(100)))
+    assert len(begun) <= 3 + 8
 
 
 def test_a_training_checkpoint_is_read_by_ranges_side_by_side(store: Moody) -> None:

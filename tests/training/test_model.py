@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def rows(step: int) -> dict[str, np.ndarray]:
 
 
 def chosen_of(base: str, chosen: str) -> tuple[str, ...]:
-    return ("all",) if chosen == "all" else tuple(p for p in UPPER if (".h." in p) == ("gpt2" in base))
+    return (chosen,) if chosen in ("all", "norms") else tuple(p for p in UPPER if (".h." in p) == ("gpt2" in base))
 
 
 def plain_loop(base: str, chosen: str) -> list[tuple[float, float]]:
@@ -87,7 +88,7 @@ def plain_loop(base: str, chosen: str) -> list[tuple[float, float]]:
 
 
 def sharded(base: str, chosen: str, **settings: Any) -> tuple[list[tuple[float, float]], int]:
-    """The same by the trainer, on this worker."""
+    """The same by the trainer, on this worker; the bytes of the parameters that it holds."""
     config = config_for(base, **settings)
     checkpoint = open_checkpoint(base)
     workers, rank = dist.get_world_size(), dist.get_rank()
@@ -111,7 +112,7 @@ def sharded(base: str, chosen: str, **settings: Any) -> tuple[list[tuple[float, 
         loss, norm = trainer.step(step, own)
         dist.all_reduce(loss)
         found.append((loss.item(), float(norm)))
-    local = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
+    local = sum(parameter.to_local().nbytes for parameter in model.parameters())  # type: ignore[attr-defined]
     return found, local
 
 
@@ -132,8 +133,28 @@ def test_loss_and_gradient_norm_equal_a_plain_loops(bases: Callable[[str], str])
         for rank in range(2):
             values, local = found[rank][number]
             assert np.allclose(values, expected, rtol=1e-6, atol=0), (base, chosen, settings, values, expected)
-            whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+            whole = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(base).parameters())
             assert local < 0.6 * whole
+
+
+def test_frozen_weights_beside_trained_ones_are_kept_as_stored(tmp_path: Path) -> None:
+    for name in ("llama_tied", "mixtral"):  # the latter's experts are several tensors of the files
+        families.make(name, tmp_path / name, dtype=torch.bfloat16)
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        (str(tmp_path / "llama_tied"), "norms", {}),
+        (str(tmp_path / "llama_tied"), "norms", {"activation_checkpointing": True}),
+        (str(tmp_path / "mixtral"), "norms", {}),
+    ]
+    found = run_workers(several, 2, cases)
+    for number, (base, chosen, _) in enumerate(cases):
+        expected = plain_loop(base, chosen)
+        norms, rest = [0], [0]
+        for name, parameter in AutoModelForCausalLM.from_pretrained(base).named_parameters():
+            (norms if "norm" in name else rest).append(parameter.numel())
+        for rank in range(2):
+            values, local = found[rank][number]
+            assert np.allclose(values, expected, rtol=1e-6, atol=0), (base, values, expected)
+            assert local == (4 * sum(norms) + 2 * sum(rest)) / 2
 
 
 def fresh_weights(architecture: dict[str, Any], workers_expected: int) -> dict[str, np.ndarray]:

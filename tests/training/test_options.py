@@ -3,7 +3,7 @@ workers. What is computed stays what it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
-from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.training import checkpoints
+from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.training import checkpoints, worker
+from lesa_ray.training.conversion import Conversion
 from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.model import load
 from lesa_ray.training.run import prepare
 from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.trained_state import TrainedState
@@ -91,6 +94,54 @@ def test_offloaded_or_in_bf16(bases: Bases, data: str, tmp_path: Path) -> None:
     assert state.read(name).dtype is torch.float32
     moved = (state.read(name) - open_checkpoint(str(base)).read(name).float()).abs()
     assert 0 < moved.mean() < 0.05
+
+
+def resumed(cases: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, np.ndarray]]]:
+    """Of each run when it is set up again: what it reads of the base, and the weights that it has then."""
+    found = []
+    for case in cases:
+        run = prepare(TrainConfig.model_validate(case), gpus=False)
+        train(run, CPU, lambda progress: None)
+        read: list[str] = []
+
+        def watched(model: Any, checkpoint: Checkpoint, conversions: Sequence[Conversion], read: Any = read) -> None:
+            read += [name for conversion in conversions for name in conversion.targets]
+            load(model, checkpoint, conversions)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "load", watched)
+            trainer, step, _ = set_up(run, CPU)
+        assert step == run.steps
+        weights = {name: p.full_tensor().detach().numpy() for name, p in trainer.model.named_parameters()}  # type: ignore[attr-defined]
+        found.append((read, weights))
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_goes_on_reads_of_the_base_what_it_does_not_train(bases: Bases, data: str, tmp_path: Path) -> None:
+    once = {"steps": 1, "checkpoint_every": 1, "eval_every": 9, "log_every": 1}
+    cases = [
+        settings(bases("llama_tied"), data, tmp_path / "all", **once),
+        settings(bases("mixtral"), data, tmp_path / "some", train=("*.mlp.experts.down_proj", "norms"), **once),
+    ]
+    found = run_workers(resumed, 1, cases)[0]
+    for case, (read, weights) in zip(cases, found, strict=True):
+        state = TrainedState(f"{case['out']}/{checkpoints.FOLDER}/step-00000001")
+        assert sorted(read) == sorted(weights.keys() - state.shapes.keys())
+        base = dict(AutoModelForCausalLM.from_pretrained(case["checkpoint"]).named_parameters())
+        for name, values in weights.items():
+            trained = name in state.shapes
+            assert np.array_equal(values, (state.read(name) if trained else base[name].detach()).numpy()), name
+    assert found[0][0] == []
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.experts.gate_up_proj"} < set(found[1][0])
+
+
+def test_what_is_made_together_with_something_frozen_is_read() -> None:
+    plain, buffer = Conversion(("w",), ("w",), True), Conversion(("b",), ("b",), True)
+    both, neither = Conversion(("qk",), ("q", "k"), False), Conversion(("e0", "e1"), ("e",), False)
+    given = [plain, buffer, both, neither]
+    assert worker._not_trained(given, {"w": 0, "q": 0, "e": 0}) == [buffer, both]
+    assert worker._not_trained(given, ()) == given
 
 
 def with_graphs(plain: dict[str, Any], compiled: dict[str, Any]) -> tuple[Curve, Curve, int, int]:
