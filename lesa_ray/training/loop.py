@@ -31,12 +31,14 @@ from lesa_ray.expansion.runner import own_peak_memory
 from lesa_ray.training.batches import Rows, cut, labelled, scored_tokens, spread, step_rows, worker_share
 from lesa_ray.training.checkpoints import Saver
 from lesa_ray.training.gates import Gates
+from lesa_ray.training.long_rows import losses_in_pieces
 from lesa_ray.training.schedule import learning_rate
 from lesa_ray.training.tokens import UNSCORED, Split, TokenBlocks
 from lesa_ray.training.train_settings import TrainConfig
 
 _MICRO_TOKENS = 4096
-"""Logits and their gradient take 12 bytes a token and entry of the vocabulary: 6 GB at 128,256."""
+"""Logits and their gradient take 12 bytes a token and entry of the vocabulary: 6 GB at 128,256. So a micro-batch has no
+more unless it is one row, or asked for; and one that has more gets its logits a piece of so many tokens at a time."""
 
 
 class Metrics(Protocol):
@@ -123,11 +125,15 @@ class Trainer:
         self._scored = scored
         self.gates = gates
         self._loss_sum = torch.compile(token_losses) if config.compile else token_losses
+        # a graph for each shape: what is checkpointed must find the one again that it was computed with
+        self._piece_loss = torch.compile(token_losses, dynamic=False) if config.compile else token_losses
 
     def losses(self, rows: Rows) -> torch.Tensor:
         """Sum of the losses of some rows, in nats."""
         inputs = self._tensors(rows)
         labels = inputs.pop("labels")
+        if labels.numel() > _MICRO_TOKENS:
+            return losses_in_pieces(self.model, inputs, labels, self._piece_loss, _MICRO_TOKENS)
         logits = self.model(**inputs, use_cache=False).logits
         loss: torch.Tensor = self._loss_sum(logits, labels)
         return loss
