@@ -125,8 +125,8 @@ class Trainer:
         self._scored = scored
         self.gates = gates
         self._loss_sum = torch.compile(token_losses) if config.compile else token_losses
-        # A graph for each shape: with one for all, made when the second comes, pieces of the first would be made anew by
-        # another graph than they were made by, which saves other tensors.
+        # A graph for each shape: with one for all, made when the second comes, pieces of the first would be made anew
+        # by another graph than they were made by, which saves other tensors.
         self._piece_loss = torch.compile(token_losses, dynamic=False) if config.compile else token_losses
 
     def losses(self, rows: Rows) -> torch.Tensor:
