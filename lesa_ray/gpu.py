@@ -28,6 +28,15 @@ def gpu_memory(share: float | None) -> int:
     return int(total * min(1.0 if share is None else share, 1.0))
 
 
+def allowed_memory(device: str) -> int:
+    """Bytes of a GPU that this process may take (`limit_device`), whatever others have taken by now."""
+    import torch
+
+    where = torch.device(device).index or 0
+    total: int = torch.cuda.get_device_properties(where).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(where))
+
+
 def limit_device(share: float) -> None:
     """Keep this process to its `share` of the GPU, in (0, 1]; more than that raises `torch.OutOfMemoryError`.
 

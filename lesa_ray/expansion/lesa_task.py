@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
 from lesa_ray.expansion.method import Device, Job, RunContext
-from lesa_ray.lesa.cost import Route, Task, require_host_memory, route_of
+from lesa_ray.lesa.cost import Route, Task, require_device_memory, require_host_memory, route_of
 
 _ANY_AMOUNT = 2**60
 
@@ -52,6 +53,17 @@ def task_here(job: Job, types: Iterable[WeightType], context: RunContext) -> Tas
         memory_budget=job.config.memory_budget,
         device_memory=context.device_memory,
     )
+
+
+def require_room(job: Job, types: Iterable[WeightType], context: RunContext, name: str) -> None:
+    """Before unit `name` reads its layers. Raises: RoomError if a budget that was given, or its share of the GPU, is
+    smaller than what it needs where it runs."""
+    task = task_here(job, types, context)
+    require_host_memory(task, name)
+    if task.device == "cuda":
+        known = replace(task, memory_budget=context.memory_budget)  # it decides the place of the coefficients
+        settings = task.settings.model_copy(update={"svd": route_of(task)})
+        require_device_memory(replace(known, settings=settings), name)
 
 
 def check_budget(job: Job, types: Iterable[WeightType], name: str) -> None:

@@ -25,7 +25,9 @@ from typing import Any, Literal
 
 from lesa_ray.budget import require_budget
 from lesa_ray.config import LesaSettings
+from lesa_ray.errors import RoomError
 from lesa_ray.gpu import DEVICE_SHARE
+from lesa_ray.sizes import size as size_text
 
 Route = Literal["gram", "randomized", "exact", "none"]
 Place = Literal["device", "memory", "scratch"]
@@ -197,6 +199,31 @@ def choose_place(size: int, beside: int, budget: int | None, fits_gpu: Callable[
     return "memory" if budget is None or needed <= budget else "scratch"
 
 
+def bytes_beside(task: Task) -> tuple[int, int]:
+    """What is needed beside the coefficients where the unit computes, from when they take their place on, at the peak
+    of each phase: if they take it before the Gram matrix is summed, and if after the basis was found."""
+    needs = _needs(task, *_sizes(task))
+    return needs.early, needs.late
+
+
+def why_no_room_for_ridge(task: Task) -> str | None:
+    """Why ridge is no yardstick for want of the GPU's memory, wherever the coefficients lie, or None."""
+    if task.device == "cpu":
+        return None
+    needed, most = _needs(task, *_sizes(task)).ridge, int(DEVICE_SHARE * task.device_memory)
+    return f"takes {size_text(needed)} of a GPU; there are {size_text(most)} for it" if needed > most else None
+
+
+def require_device_memory(task: Task, name: str) -> None:
+    """Raises: RoomError if the unit of weight type `name` needs more of the GPU than is its own."""
+    needed = unit_cost(task).device_memory
+    if needed > task.device_memory:
+        raise RoomError(
+            f"{name} needs {size_text(needed)} of a GPU, its share is {size_text(task.device_memory)}; give it a "
+            "larger --gpus-per-task, --gpus-per-task 0, or keep fewer directions (--rank)"
+        )
+
+
 def require_host_memory(task: Task, name: str) -> None:
     """Raises: RoomError if the unit of weight type `name` needs more host memory than its budget."""
     if task.memory_budget is not None:
@@ -222,54 +249,45 @@ def unit_cost(task: Task) -> UnitCost:
     s, d1, d2 = task.settings, task.d1, task.d2
     n, own = task.checkpoints * task.layers, task.basis * task.layers
     stack, slots = side_by_side(s, task.device, task.fits), task.slots // task.fits
-    route = route_of(task)
-    directions = d1 if route == "none" else min(d1, own * d2)
-    rank = min(s.rank or directions, directions)
-    rows = min(rank + s.oversampling, directions) if route == "randomized" else rank
+    route, rank, rows = _sizes(task)
+    needs = _needs(task, route, rank, rows)
     word = _word(task)
     row = word * d2
     layer, of_one = d1 * d2 * task.element_bytes, n * rows * d2 * word
     size = stack * of_one
-    frame = 0 if route == "none" else word * d1 * rows
     weights = _weights(task)
 
     # As Room decides: where the layers of the first pass can wait in the coefficients' place, they are read once.
-    early = _place(task, size, EIGH_MATRICES * 8 * d1 * d1)
+    early = _place(task, size, needs.early)
     held = route == "gram" and early != "scratch" and rows * word >= d1 * task.element_bytes
-    place = early if held else _place(task, size, frame)
+    place = early if held else _place(task, size, needs.late)
     flight = _layers_in_flight(d1, d2, task.element_bytes)
     gpu = task.device == "cuda"
-
-    others = (stack - 1) * (frame + word * weights)  # what the other fits of a stack keep
 
     def phase(
         name: str, work: int, *, keeps: bool = True, on_host: int = 0, flops: Mapping[str, float], **figures: float
     ) -> Phase:
         """work: peak bytes where the unit computes, beside the coefficients if it `keeps` them; on_host: in memory
         with a GPU too. flops, figures: of one fit."""
-        work += others
+        work += needs.others
         host = on_host + (flight if gpu else work) + (size if keeps and place == "memory" else 0)
         device = work + (size if keeps and place == "device" else 0) if gpu else 0
         all_flops = {kind: task.fits * count for kind, count in flops.items()}
         scaled: dict[str, Any] = {kind: task.fits * figure for kind, figure in figures.items()}
         return Phase(name, host, device, all_flops, **scaled)
 
-    triples = task.checkpoints * (task.layers - 2)
-    held_out = min(max(round(s.holdout * triples), 1), triples - 1) if s.holdout > 0 else 0
-    trained = triples - held_out
+    trained, held_out = _triples(task)
     samples = trained * rank
     ridge_moved = 5.0 * min(n, 2 * trained) * rank * row  # layers that normal equations take up
-    ridge_bytes = d2 * (32 * d2 + 48 * min(RIDGE_BLOCK, 2 * d2)) + 2 * word * rank * d2  # of the system in float64
 
     phases = []
     if route == "gram":
         whole = EIGH_MATRICES * 8 * d1 * d1  # the matrix, in which the eigenvectors come back, and eigh's workspace
         away = gpu and whole > DEVICE_SHARE * task.device_memory
-        block = 12 * GRAM_BLOCK[task.device] * d1  # a product in float32 and as doubles
         phases += [
             phase(
                 "gram",
-                flight + block + (0 if away else whole // EIGH_MATRICES),
+                needs.gram - (whole // EIGH_MATRICES if away else 0),
                 keeps=held,
                 on_host=whole // EIGH_MATRICES if away else 0,
                 flops=_gram_flops(d1, d2, own, task.element_bytes, task.device),
@@ -311,7 +329,7 @@ def unit_cost(task: Task) -> UnitCost:
     phases.append(
         phase(
             "project",
-            (flight if again else 0) + word * (d1 * d2 + 2 * rows * d2) + frame * (7 if route == "randomized" else 1),
+            needs.project + (flight if again else 0),
             flops=_project_flops(route, d1, d2, n, rank, rows),
             traffic=8.0 * of_one + n * 6.0 * d1 * d2,
             moved=4 * of_one + (own * layer if held else 0),
@@ -322,17 +340,16 @@ def unit_cost(task: Task) -> UnitCost:
         phases.append(
             phase(
                 "train",
-                frame + ridge_bytes,
+                needs.train,
                 flops=_ridge_flops(d2, rank, n, trained),
                 moved=ridge_moved,
             )
         )
     else:
-        batch = 8 * word * s.batch_size * (3 * d2 + s.hidden)
         steps = s.epochs * math.ceil(samples / s.batch_size)
         train = phase(
             "train",
-            frame + stack * (4 * word * weights + 64 * samples + batch),
+            needs.train,
             # Products of a stack are no longer narrow, and its parameters pass through memory in each step.
             flops={"narrow" if stack == 1 else "fp32": samples * s.epochs * s.hidden * (14.0 * d2 + 6 * s.hidden)},
             traffic=0.0 if stack == 1 else STEP_WORDS * word * weights * steps,
@@ -340,7 +357,7 @@ def unit_cost(task: Task) -> UnitCost:
         )
         phases.append(replace(train, steps=steps * task.fits // stack))
     one = 4 * rank * d2 * d2 if s.predictor == "ridge" else 2 * rank * weights  # a layer, predicted
-    rival = s.predictor == "mlp" and s.ridge_yardstick and 2 * d2 <= RIDGE_FEATURES[task.device]
+    rival = needs.rival
     scored = min(trained, max(held_out, SCORED)) + held_out
     flops = {"fp32": float(scored * one)}
     if rival:
@@ -348,14 +365,14 @@ def unit_cost(task: Task) -> UnitCost:
     phases += [
         phase(
             "yardsticks",
-            frame + (ridge_bytes if rival else 0) + 12 * word * rank * d2,
+            needs.yardsticks,
             flops=flops,
             traffic=40.0 * word * scored * rank * d2,
             moved=3.0 * scored * rank * row + (ridge_moved if rival else 0),
         ),
         phase(
             "predict",
-            frame + word * (6 * rank * d2 + 3 * d1 * d2) + (8 * d2 * d2 if s.predictor == "ridge" else 0),
+            needs.predict,
             flops={"fp32": slots * (one + 2.0 * d1 * rank * d2)},
             # Composed, its norm taken, converted and looked at: mostly fresh memory.
             traffic=slots * (40.0 * d1 * d2 + 8.0 * word * rank * d2),
@@ -381,6 +398,77 @@ def route_of(task: Task) -> Route:
         power_iterations=s.power_iterations,
         memory_budget=task.memory_budget,
     )
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Peak bytes of the phases of a fit, or of those side by side, where it computes, beside the coefficients and
+    beside `others`."""
+
+    others: int
+    """What the other fits of a stack keep."""
+    gram: int
+    eigh: int
+    project: int
+    """Without the layers that are read again."""
+    train: int
+    ridge: int
+    """Of the yardsticks, with ridge."""
+    yardsticks: int
+    predict: int
+    rival: bool
+    """Whether ridge is a yardstick."""
+    early: int
+    """The most of all phases, and `others`, from the Gram matrix on."""
+    late: int
+    """And from the projection of all layers on."""
+
+
+def _needs(task: Task, route: Route, rank: int, rows: int) -> _Needs:
+    s, d1, d2, word, weights = task.settings, task.d1, task.d2, _word(task), _weights(task)
+    stack = side_by_side(s, task.device, task.fits)
+    frame = 0 if route == "none" else word * d1 * rows
+    others = (stack - 1) * (frame + word * weights)
+    flight = _layers_in_flight(d1, d2, task.element_bytes)
+    block = 12 * GRAM_BLOCK[task.device] * d1  # a product in float32 and as doubles
+    gram, eigh = flight + block + 8 * d1 * d1, EIGH_MATRICES * 8 * d1 * d1
+    project = word * (d1 * d2 + 2 * rows * d2) + frame * (7 if route == "randomized" else 1)
+
+    system = d2 * (32 * d2 + 48 * min(RIDGE_BLOCK, 2 * d2)) + 2 * word * rank * d2  # of ridge, in float64
+    solution, scores = 2 * word * d2 * d2, 12 * word * rank * d2
+    by_ridge = s.predictor == "ridge"
+    ridge = frame + max(system, solution + scores)
+    wanted = s.ridge_yardstick and not by_ridge and 2 * d2 <= RIDGE_FEATURES[task.device]
+    rival = wanted and (task.device == "cpu" or ridge + others <= DEVICE_SHARE * task.device_memory)
+    if by_ridge:
+        train = frame + system
+    else:
+        samples = _triples(task)[0] * rank
+        batch = 8 * word * s.batch_size * (3 * d2 + s.hidden)
+        train = frame + stack * (4 * word * weights + 64 * samples + batch)
+    yardsticks = ridge if rival else frame + scores + (solution if by_ridge else 0)
+    predict = frame + word * (6 * rank * d2 + 3 * d1 * d2) + (solution if by_ridge else 0)
+
+    later = max(train, yardsticks, predict)
+    again = flight if task.checkpoints > task.basis else 0
+    early = others + max(gram, eigh, project + again, later)
+    late = others + max(project + flight, later)
+    return _Needs(others, gram, eigh, project, train, ridge + others, yardsticks, predict, rival, early, late)
+
+
+def _sizes(task: Task) -> tuple[Route, int, int]:
+    """The route, the directions that are kept, and those that are held until they are turned."""
+    s, own, route = task.settings, task.basis * task.layers, route_of(task)
+    directions = task.d1 if route == "none" else min(task.d1, own * task.d2)
+    rank = min(s.rank or directions, directions)
+    return route, rank, min(rank + s.oversampling, directions) if route == "randomized" else rank
+
+
+def _triples(task: Task) -> tuple[int, int]:
+    """How many are trained on, and how many held out."""
+    triples, holdout = task.checkpoints * (task.layers - 2), task.settings.holdout
+    held_out = min(max(round(holdout * triples), 1), triples - 1) if holdout > 0 else 0
+    return triples - held_out, held_out
 
 
 def _word(task: Task) -> int:

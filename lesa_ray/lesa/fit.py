@@ -21,16 +21,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lesa_ray.config import LesaSettings, NormRule
 from lesa_ray.errors import UserError
+from lesa_ray.gpu import allowed_memory
 from lesa_ray.lesa import yardsticks
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import SCORED, side_by_side
+from lesa_ray.lesa.cost import SCORED, Task, side_by_side, why_no_room_for_ridge
 from lesa_ray.lesa.predictor import Predictor, Progress, train_together
 from lesa_ray.lesa.report import FitReport, Predict, score
 from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
@@ -61,6 +63,7 @@ def fit_weight_type(
     seed: int,
     *,
     device: str = "cpu",
+    device_memory: int = 0,
     variants: Sequence[Load] = (),
     scratch_dir: str | None = None,
     memory_budget: int | None = None,
@@ -73,6 +76,7 @@ def fit_weight_type(
         slots,
         settings,
         device=device,
+        device_memory=device_memory,
         scratch_dir=scratch_dir,
         memory_budget=memory_budget,
         progress=progress,
@@ -87,6 +91,7 @@ def fit_each(
     settings: LesaSettings,
     *,
     device: str = "cpu",
+    device_memory: int = 0,
     scratch_dir: str | None = None,
     memory_budget: int | None = None,
     progress: Progress | None = None,
@@ -98,35 +103,52 @@ def fit_each(
     layer is predicted from member e of its neighbours.
 
     Layers are loaded once or more, in a thread. Coefficients above `memory_budget` bytes go to a vanishing file in
-    `scratch_dir`. On GPUs the predictors of several fits are trained side by side, and all their coefficients are held
-    meanwhile; on CPUs one fit is done after another, with the bytes that each would have alone. The same arguments
-    give the same bytes on the same kind of device with the same number of threads.
+    `scratch_dir`. device_memory: bytes of the GPU that are the fits' own, by which a yardstick without room is left
+    out; 0: what this process may take. On GPUs the predictors of several fits are trained side by side, and all their
+    coefficients are held meanwhile; on CPUs one fit is done after another, with the bytes that each would have alone.
+    The same arguments give the same bytes on the same kind of device with the same number of threads.
 
     Raises: UserError for fewer than 3 layers, for layers that are not finite float matrices of one shape, and for
     predictor ridge where its system is too large.
     """
     if layers < 3:
         raise UserError(f"LESA learns from three layers in a row; the base has {layers}")
-    at_once = side_by_side(settings, torch.device(device).type, len(fits))
+    kind: Literal["cpu", "cuda"] = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    if kind == "cuda" and not device_memory:
+        device_memory = allowed_memory(device)
+    at_once = side_by_side(settings, kind, len(fits))
     reports: list[FitReport] = []
     for start in range(0, len(fits), at_once):
         some = fits[start : start + at_once]
         share = _between(progress or (lambda phase, share: None), start / len(fits), (start + len(some)) / len(fits))
         with torch.no_grad():
-            reports += _fit_at_once(some, layers, slots, settings, device, scratch_dir, memory_budget, share)
+            task = Task(
+                d1=0,  # what the layers have
+                d2=0,
+                layers=layers,
+                slots=len(some) * len(slots),
+                settings=settings,
+                checkpoints=len(some[0].loads) + len(some[0].variants),
+                basis=len(some[0].loads),
+                fits=len(some),
+                device=kind,
+                memory_budget=memory_budget,
+                device_memory=device_memory,
+            )
+            reports += _fit_at_once(some, task, slots, device, scratch_dir, share)
     return reports
 
 
 def _fit_at_once(
     fits: Sequence[Fit],
-    layers: int,
+    task: Task,
     slots: Sequence[tuple[int, int, int]],
-    settings: LesaSettings,
     device: str,
     scratch_dir: str | None,
-    memory_budget: int | None,
     progress: Progress,
 ) -> list[FitReport]:
+    """task: the fits as a unit, but for the shape and element type of their matrices."""
+    layers, settings, memory_budget = task.layers, task.settings, task.memory_budget
     progress("decomposing", 0.0)
     rooms = Rooms(len(fits), device, scratch_dir, memory_budget)
     clocks = [Clock() for _ in fits]
@@ -146,6 +168,7 @@ def _fit_at_once(
             scratch_dir=scratch_dir,
             memory_budget=memory_budget,
             rooms=rooms,
+            task=task,
             clock=clock,
         )
         for fit, clock in zip(fits, clocks, strict=True)
@@ -172,7 +195,9 @@ def _fit_at_once(
 
         with clock.phase("yardsticks"):
             rivals: dict[str, Predict] = {"predictor": predictor, "zero": yardsticks.zero, "mean": yardsticks.mean}
-            skipped = _why_no_yardstick(settings, d2, device)
+            skipped = _why_no_yardstick(
+                replace(task, d1=parts.shape[0], d2=d2, element_bytes=coefficients.element_size()), device
+            )
             if skipped is None:
                 rivals["ridge"] = fit_ridge(coefficients, training, settings.ridge, device)
             scored = evenly(training, max(len(held_out), SCORED))
@@ -278,13 +303,13 @@ def _of_one_rank(coefficients: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _why_no_yardstick(settings: LesaSettings, d2: int, device: str) -> str | None:
+def _why_no_yardstick(task: Task, device: str) -> str | None:
     """Why ridge is no yardstick of this fit, or None."""
-    if settings.predictor == "ridge":
+    if task.settings.predictor == "ridge":
         return "it is the predictor"
-    if not settings.ridge_yardstick:
+    if not task.settings.ridge_yardstick:
         return "not wanted"
-    return why_no_ridge(d2, device)
+    return why_no_ridge(task.d2, device) or why_no_room_for_ridge(task)
 
 
 def _fill(

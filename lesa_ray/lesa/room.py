@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lesa_ray.errors import MachineError
 from lesa_ray.gpu import fits_device
-from lesa_ray.lesa.cost import choose_place
+from lesa_ray.lesa.cost import Place, choose_place
 
 
 class Rooms:
@@ -38,25 +37,30 @@ class Rooms:
         assert self._given <= self._count, "a room for each fit"
         return Room(self, self._given - 1, shape, dtype)
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int, *, or_file: bool) -> Tensor | None:
+    def take(
+        self, shape: tuple[int, ...], dtype: torch.dtype, beside: int, *, taken: int = 0, or_file: bool
+    ) -> Tensor | None:
         """All places, (count, *shape), uninitialised when taken; as `Room.take`, None if there is none."""
         whole = (self._count, *shape)
         if self._place is None:
-            self._place = self._in_memory(whole, dtype, beside)
+            self._place = self._in_memory(whole, dtype, beside, taken)
         if self._place is None and or_file:
             assert self._scratch_dir is not None, "host memory does without one"
             self._place, self._filed = _mapped(whole, dtype, self._scratch_dir), True
         assert self._place is None or (self._place.shape == whole and self._place.dtype == dtype), "fits of one shape"
         return self._place if or_file or not self._filed else None
 
-    def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int) -> Tensor | None:
-        on_cpu = torch.device(self._device).type == "cpu"
-        budget = None if self._scratch_dir is None else self._budget
-        fits_gpu = None if on_cpu else partial(fits_device, device=self._device)
-        where = choose_place(math.prod(shape) * dtype.itemsize, beside, budget, fits_gpu)
+    def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int, taken: int) -> Tensor | None:
+        where = self._where(shape, dtype, beside, taken)
         if where == "scratch":
             return None
         return torch.empty(shape, dtype=dtype, device=self._device if where == "device" else "cpu")
+
+    def _where(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int, taken: int) -> Place:
+        on_cpu = torch.device(self._device).type == "cpu"
+        budget = None if self._scratch_dir is None else self._budget
+        fits_gpu = None if on_cpu else (lambda nbytes: fits_device(nbytes - taken, self._device))
+        return choose_place(math.prod(shape) * dtype.itemsize, beside, budget, fits_gpu)
 
 
 class Room:
@@ -81,16 +85,17 @@ class Room:
         place = self.tensor[checkpoint, layer].flatten().view(torch.uint8)
         return place[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-    def take(self, beside: int, *, or_file: bool) -> bool:
+    def take(self, beside: int, *, taken: int = 0, or_file: bool) -> bool:
         """Take the place, unless it was taken; False if there is none.
 
-        beside: bytes on the device (or in memory, without a GPU) that others are yet to take. or_file: whether the file
-        will do; it is worse than what may be free when the others are gone.
+        beside: bytes that are needed on the device (or in memory, without a GPU) as long as the place is; taken: of
+        them those that lie on the device already. or_file: whether the file will do; it is worse than what may be free
+        when others are gone.
 
         Raises: MachineError if the file cannot be made or the disk has no room for it.
         """
         if self._tensor is None:
-            places = self._rooms.take(self._shape, self._dtype, beside, or_file=or_file)
+            places = self._rooms.take(self._shape, self._dtype, beside, taken=taken, or_file=or_file)
             self._tensor = None if places is None else places[self._at]
         return self._tensor is not None
 

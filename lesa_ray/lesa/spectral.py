@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from lesa_ray.config import Scaling, SvdRoute, Weighing
 from lesa_ray.errors import UserError
 from lesa_ray.gpu import fits_device
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, choose_route
+from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, Task, bytes_beside, choose_route
 from lesa_ray.lesa.eigen import eigenvectors
 from lesa_ray.lesa.room import Room, Rooms
 from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
@@ -102,6 +102,7 @@ def decompose(
     scratch_dir: str | None = None,
     memory_budget: int | None = None,
     rooms: Rooms | None = None,
+    task: Task | None = None,
     clock: Clock | None = None,
 ) -> Decomposition:
     """Basis of the first `basis` checkpoints of `loads`, and in it the coefficients of all of them.
@@ -110,6 +111,8 @@ def decompose(
     scale: `unit` makes the mean square of the base's coefficients 1 by one factor.
     memory_budget: bytes of host memory in all; without room for them in it, the coefficients lie in `scratch_dir`.
     rooms: where they lie beside those of other fits of one shape; by default by themselves.
+    task: the unit that the coefficients are for, for what else has to fit beside them; its shape, element type and
+    route are those found here. None: nothing else.
     clock: is charged with the phases load, gram, eigh, range, svd and project.
     Raises: UserError for weights that are not finite float matrices of one shape.
     """
@@ -137,12 +140,16 @@ def decompose(
     rooms = rooms or Rooms(1, device, scratch_dir, memory_budget)
     room = rooms.next((len(loads), layers, rows, d2), dtype)
     own = range(basis)
+    early, late = EIGH_MATRICES * 8 * d1 * d1, 0 if route == "none" else rows * d1 * dtype.itemsize
+    if task is not None:
+        found = task.settings.model_copy(update={"svd": route})
+        early, late = bytes_beside(replace(task, d1=d1, d2=d2, element_bytes=source.dtype.itemsize, settings=found))
 
     held = False
     frame: Tensor | None = None  # (d1, rows), orthonormal columns
     if route == "gram":
         # Each layer is read once: until it is projected it lies where its coefficients will.
-        held = room.holds(d1 * d2 * source.dtype.itemsize) and room.take(EIGH_MATRICES * 8 * d1 * d1, or_file=False)
+        held = room.holds(d1 * d2 * source.dtype.itemsize) and room.take(early, or_file=False)
         with clock.phase("gram"):
             gram = _gram(source, own, device, room if held else None)
         with clock.phase("eigh"):
@@ -156,7 +163,7 @@ def decompose(
             frame = _range(source, own, rows, power_iterations, seed).to(dtype)
 
     with clock.phase("project"):
-        room.take(0 if frame is None else frame.nbytes, or_file=True)
+        room.take(late, taken=0 if frame is None else frame.nbytes, or_file=True)
         coefficients = room.tensor
         if held:
             for c, i in itertools.product(own, range(layers)):

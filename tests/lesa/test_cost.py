@@ -15,16 +15,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_ray.config import LesaSettings
-from lesa_ray.errors import UserError
-from lesa_ray.lesa import ridge, spectral
+from lesa_ray.errors import RoomError, UserError
+from lesa_ray.gpu import DEVICE_SHARE
+from lesa_ray.lesa import ridge, room, spectral
 from lesa_ray.lesa.cost import (
+    EIGH_MATRICES,
     Phase,
     Task,
     UnitCost,
+    bytes_beside,
+    choose_place,
     choose_route,
+    require_device_memory,
     require_host_memory,
     stack_size,
     unit_cost,
+    why_no_room_for_ridge,
 )
 from lesa_ray.lesa.fit import fit_weight_type
 from lesa_ray.lesa.predictor import Predictor, train, train_together
@@ -174,6 +180,53 @@ def test_70b_gate_proj_on_gpus():
         assert cost.read_bytes == 80 * 28672 * 8192 * 2
     slow, fast = (sum(unit_seconds(cost, GPUS["h100"], 5e9, 1e9).values()) for cost in (h100, h200))
     assert slow > fast  # coefficients cross the bus in each epoch
+
+
+DOWN = Task(4096, 14336, 32, 16, device="cuda")
+"""Llama-3-8B's down_proj: 7.5 GB of coefficients, and a system of 7 GB for ridge."""
+
+
+def test_coefficients_leave_a_gpu_that_has_no_room_for_what_follows():
+    tight, wide = (unit_cost(replace(DOWN, device_memory=int(share * 80e9))) for share in (0.125, 0.25))
+    assert (tight.coefficients, wide.coefficients) == ("memory", "device")
+    for cost, share in ((tight, 0.125), (wide, 0.25)):
+        assert cost.device_memory <= DEVICE_SHARE * share * 80e9
+        assert phase(cost, "yardsticks").device > 32 * 14336**2  # with ridge
+    early, late = bytes_beside(DOWN)
+    assert (
+        tight.coefficient_bytes + EIGH_MATRICES * 8 * 4096**2
+        < 0.85 * 10e9
+        < tight.coefficient_bytes + late
+        <= (tight.coefficient_bytes + early)
+    )
+
+
+def test_a_share_without_room_for_ridge_does_without_the_yardstick_or_refuses():
+    small = replace(DOWN, device_memory=6 * 10**9)
+    assert why_no_room_for_ridge(small) == "takes 7.29 GB of a GPU; there are 5.10 GB for it"
+    assert why_no_room_for_ridge(replace(small, device="cpu")) is None
+    assert why_no_room_for_ridge(replace(small, device_memory=10**10)) is None
+    assert phase(unit_cost(small), "yardsticks").device < 5.1e9
+    require_device_memory(small, "down_proj")
+    with pytest.raises(RoomError, match=r"^down_proj needs 7\.\d+ GB of a GPU, its share is 6\.00 GB; give"):
+        require_device_memory(replace(small, settings=LesaSettings(predictor="ridge")), "down_proj")
+
+
+def test_where_coefficients_lie_is_decided_as_it_is_reckoned(tmp_path, monkeypatch):
+    """In budgets around what eigh, and what ridge afterwards, takes beside them."""
+    layers, settings = related_layers(5, 12, 64), LesaSettings(hidden=4, epochs=1)
+    early, _ = bytes_beside(Task(12, 64, 5, 1, settings, element_bytes=4))
+    size = 5 * 12 * 64 * 4
+    assert early > EIGH_MATRICES * 8 * 12**2
+    for budget in (size + EIGH_MATRICES * 8 * 12**2, size + early - 1, size + early):
+        placed = []
+        monkeypatch.setattr(room, "choose_place", lambda *given, to=placed: to.append(choose_place(*given)) or to[-1])
+        fit_weight_type(
+            layers.__getitem__, 5, [(5, 1, 2)], lambda *_: None, settings, 0, scratch_dir=str(tmp_path),
+            memory_budget=budget,
+        )  # fmt: skip
+        assert placed[-1] == unit_cost(Task(12, 64, 5, 1, settings, element_bytes=4, memory_budget=budget)).coefficients
+    assert placed == ["memory"]
 
 
 def test_eigh_goes_to_the_host_where_the_gpu_is_too_small():

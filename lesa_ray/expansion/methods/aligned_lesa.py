@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.checkpoint.blocks import Attention, Block
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import check_budget, lesa_route, lesa_task, task_here
+from lesa_ray.expansion.lesa_task import check_budget, lesa_route, lesa_task, require_room
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
 from lesa_ray.expansion.methods.alignments import (
     Blocks,
@@ -38,7 +38,7 @@ from lesa_ray.expansion.methods.alignments import (
     private_vectors,
     run_alignment,
 )
-from lesa_ray.lesa.cost import require_host_memory, unit_cost
+from lesa_ray.lesa.cost import unit_cost
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ class AlignedLesa(Method):
         viewed = _viewed(weight_type, blocks)
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(unit.name, viewed.d2, context.device)
-        require_host_memory(task_here(job, (viewed,), context), unit.name)
+        require_room(job, (viewed,), context, unit.name)
         block = _block_of(weight_type, blocks)
         part, maps = block.parts[weight_type.name], maps_to_first(block, job.anatomy.layers, tensors)
         wanted = {slot for slot, _ in unit.makes}
@@ -113,6 +113,7 @@ class AlignedLesa(Method):
             job.config.lesa.model_copy(update={"svd": lesa_route(job, (viewed,))}),
             seed=seed_for(job.config.seed, self.name, unit.name),
             device=context.device,
+            device_memory=context.device_memory,
             variants=[functools.partial(load, variant=variant) for variant in range(len(job.config.variants))],
             scratch_dir=context.scratch_dir,
             memory_budget=context.memory_budget,

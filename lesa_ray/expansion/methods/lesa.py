@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import WeightType
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.lesa_task import check_budget, lesa_route, lesa_task, task_here
+from lesa_ray.expansion.lesa_task import check_budget, lesa_route, lesa_task, require_room
 from lesa_ray.expansion.method import Job, Method, RunContext, Tensors, Unit
-from lesa_ray.lesa.cost import require_host_memory, stack_size, unit_cost
+from lesa_ray.lesa.cost import stack_size, unit_cost
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Lesa(Method):
         types = _together(job)[unit.name]
         if job.config.lesa.predictor == "ridge":  # before the layers are read
             require_ridge(unit.name, types[0].d2, context.device)
-        require_host_memory(task_here(job, types, context), unit.name)
+        require_room(job, types, context, unit.name)
         wanted = set(unit.makes)
 
         def fit(name: str, members: Sequence[WeightType]) -> Fit:
@@ -84,6 +84,7 @@ class Lesa(Method):
             [(slot.id, slot.lower, slot.upper) for slot in job.plan.slots if slot.upper is not None],
             job.config.lesa.model_copy(update={"svd": lesa_route(job, types)}),
             device=context.device,
+            device_memory=context.device_memory,
             scratch_dir=context.scratch_dir,
             memory_budget=context.memory_budget,
             progress=context.progress,
