@@ -72,6 +72,8 @@ class Estimate:
     """All processes of one node together, at most."""
     device_memory: int
     """Of the largest unit; 0 without a GPU."""
+    gpu_share: int
+    """Bytes of a GPU that each unit has; 0 without."""
 
     @property
     def seconds(self) -> float:
@@ -94,8 +96,9 @@ class Estimate:
         """What does not fit, in words; None if all does."""
         if self.memory > self.cluster.memory_per_node:
             return "the largest process needs more memory than a node has"
-        if self.device_memory > self.cluster.gpu_memory:
-            return "the largest unit needs more memory than a GPU has"
+        if self.device_memory > self.gpu_share:
+            share = "its share of a GPU" if self.gpu_share < self.cluster.gpu_memory else "a GPU"
+            return f"the largest unit needs more memory than {share} has"
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +159,7 @@ def estimate(expansion: Expansion, cluster: ClusterSpec, rates: Rates | None = N
         memory=max((unit.host_memory for unit in units), default=COPIER_BYTES),
         node_memory=max(peak_memory(work, placed), COPIER_BYTES),
         device_memory=max((unit.device_memory for unit in units), default=0),
+        gpu_share=device_memory,
     )
 
 

@@ -95,6 +95,16 @@ def test_units_run_on_gpus_unless_that_is_declined(bases: Bases, tmp_path: Path)
     assert {unit.coefficients for unit in on_cpu.units} == {"memory"}
 
 
+def test_a_unit_is_held_against_its_share_of_a_gpu(bases: Bases, tmp_path: Path) -> None:
+    config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"))
+    whole = estimate(prepare(config), GPUS)
+    assert whole.short_of is None
+    share = whole.device_memory / 4 / whole.cluster.gpu_memory
+    small = estimate(prepare(config.model_copy(update={"gpus_per_task": share})), GPUS)
+    assert 0 < small.gpu_share < small.device_memory < small.cluster.gpu_memory
+    assert small.short_of == "the largest unit needs more memory than its share of a GPU has"
+
+
 @pytest.mark.parametrize("method", ["opt-deus", "avg-deus", "llama-pro", "solar"])
 def test_methods_without_a_model_of_their_own_are_predicted_too(method: str, bases: Bases, tmp_path: Path) -> None:
     expansion = prepare(ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method=method))
