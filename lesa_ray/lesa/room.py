@@ -50,6 +50,12 @@ class Rooms:
         assert self._place is None or (self._place.shape == whole and self._place.dtype == dtype), "fits of one shape"
         return self._place if or_file or not self._filed else None
 
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int) -> None:
+        """Take the file if `take` will find no other place."""
+        whole = (self._count, *shape)
+        if self._place is None and self._where(whole, dtype, beside, 0) == "scratch":
+            self.take(shape, dtype, beside, or_file=True)
+
     def _in_memory(self, shape: tuple[int, ...], dtype: torch.dtype, beside: int, taken: int) -> Tensor | None:
         where = self._where(shape, dtype, beside, taken)
         if where == "scratch":
@@ -84,6 +90,11 @@ class Room:
         """A view (shape, dtype) of the place of one layer's coefficients."""
         place = self.tensor[checkpoint, layer].flatten().view(torch.uint8)
         return place[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def reserve(self, beside: int) -> None:
+        """Before long work, after which the place is taken with `beside`: make the file if there will be no other
+        place, so that a disk without room for it is told of now. Raises: MachineError, as `take`."""
+        self._rooms.reserve(self._shape, self._dtype, beside)
 
     def take(self, beside: int, *, taken: int = 0, or_file: bool) -> bool:
         """Take the place, unless it was taken; False if there is none.

@@ -150,6 +150,9 @@ def decompose(
     if route == "gram":
         # Each layer is read once: until it is projected it lies where its coefficients will.
         held = room.holds(d1 * d2 * source.dtype.itemsize) and room.take(early, or_file=False)
+    if not held:
+        room.reserve(late)
+    if route == "gram":
         with clock.phase("gram"):
             gram = _gram(source, own, device, room if held else None)
         with clock.phase("eigh"):

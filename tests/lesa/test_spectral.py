@@ -199,6 +199,19 @@ def test_a_budget_that_suffices_uses_no_file():
     assert parts.coefficients.shape == (1, 6, 24, 16)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_disk_without_room_is_told_of_before_the_layers_are_read(route):
+    layers, read = related_layers(6, 24, 16), []
+
+    def load(i):
+        read.append(i)
+        return layers[i]
+
+    with pytest.raises(MachineError, match="cannot reserve"):
+        decompose([load], 6, svd=route, rank=8, scratch_dir="/nowhere", memory_budget=1000)
+    assert read == [0]  # for its shape
+
+
 def test_scratch_space_that_cannot_be_had_is_a_fault_of_the_machine(tmp_path, monkeypatch):
     layers = related_layers(6, 24, 16)
     with pytest.raises(MachineError, match=r"^/nowhere: cannot reserve 0.0 GB of scratch space: No such file"):
