@@ -48,6 +48,17 @@ def limit_device(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, 0.5 * share), 0)
 
 
+def keep_float32() -> None:
+    """Let products of float32 matrices be of float32, as PyTorch does by itself, and not of TF32, which has 10 bits.
+
+    Where weights are made or measured, bounds of rounding are counted upon. NVIDIA's containers turn TF32 on for all
+    processes by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE; PyTorch reads that once, as its first setting, which this replaces.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+
+
 def fits_device(nbytes: int, device: str) -> bool:
     """Whether `nbytes` fit in a GPU's free memory; always on a CPU, whose memory is the budget's concern."""
     import torch

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lesa_ray import ExpandConfig, MachineError, expand
+from lesa_ray.distributed import analyze
 from lesa_ray.expansion.methods.lesa import Lesa
 from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.gpu import CONTEXT_BYTES, fits_device, limit_device
@@ -52,6 +57,38 @@ def test_contexts_and_shares_together_fit(monkeypatch: pytest.MonkeyPatch) -> No
         limit_device(share)
     assert len(shares) == 1, "a whole GPU needs no limit"
     assert 4 * (shares[0] * total + CONTEXT_BYTES) == pytest.approx(total)
+
+
+TF32 = """
+import os, sys, torch
+from lesa_ray import ExpandConfig, expand
+from lesa_ray.expansion.methods.lesa import Lesa
+from lesa_ray.expansion.runner import InlineRunner
+assert torch.get_float32_matmul_precision() == "high", "as in NVIDIA's containers"
+Lesa.run = lambda *_: print(torch.get_float32_matmul_precision(), flush=True) or os._exit(0)
+expand(ExpandConfig(base=sys.argv[1], out=sys.argv[2], method="lesa"), runner=InlineRunner())
+"""
+
+
+def test_units_multiply_in_float32_whatever_the_container_says(bases: Callable[[str], str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TF32, bases("llama"), str(tmp_path / "out")],
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        stdout=subprocess.PIPE, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip().splitlines()[-1] == "highest"
+
+
+def test_the_pieces_of_an_analysis_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    work: Any = SimpleNamespace(subject=SimpleNamespace(types=("q",)))
+    monkeypatch.setattr(analyze, "work_on_type", lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        analyze._Work.do(work, "q", "cpu")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
 
 
 @pytest.mark.gpu

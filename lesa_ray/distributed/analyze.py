@@ -29,7 +29,7 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault
-from lesa_ray.gpu import full_gpu_is_a_fault
+from lesa_ray.gpu import full_gpu_is_a_fault, keep_float32
 
 if TYPE_CHECKING:
     from lesa_ray.distributed.cluster import Share
@@ -59,6 +59,7 @@ class _Work:
         return [*([_RESIDUAL] if self.residual is not None else []), *self.subject.blocks, *types]
 
     def do(self, piece: str, device: str, progress: Progress = lambda phase, share: None) -> Any:
+        keep_float32()
         with full_gpu_is_a_fault(piece, "--device cpu"):
             if piece in self.subject.types:
                 return work_on_type(self.subject, piece, device, progress)

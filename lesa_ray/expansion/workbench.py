@@ -19,7 +19,7 @@ from lesa_ray.expansion.memory import default_budget, return_freed_memory, scrat
 from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
 from lesa_ray.expansion.methods.resizing import run_resizing
 from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
-from lesa_ray.gpu import full_gpu_is_a_fault, gpu_memory
+from lesa_ray.gpu import full_gpu_is_a_fault, gpu_memory, keep_float32
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,7 @@ def run_unit(
     import torch
 
     torch.set_num_threads(threads)
+    keep_float32()
     return_freed_memory()
     storage = units_storage(out)
     with storage.create(unit.file) as file:
