@@ -72,6 +72,15 @@ def fits_device(nbytes: int, device: str) -> bool:
     return nbytes <= DEVICE_SHARE * min(free, own)
 
 
+_FULL = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate",
+)
+"""What CUDA and its libraries say, past PyTorch's allocator, when they find no memory: handles want some."""
+
+
 @contextmanager
 def full_gpu_is_a_fault(what: str, without: str) -> Iterator[None]:
     """Around work on one piece of many, called `what`; `without`: the option that does without a GPU.
@@ -81,7 +90,9 @@ def full_gpu_is_a_fault(what: str, without: str) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _FULL)):
+            raise
         raise MachineError(
             f"{what}: the GPU's memory is full; give it a larger --gpus-per-task, or {without}"
         ) from error

@@ -17,7 +17,7 @@ from lesa_ray import ExpandConfig, MachineError, expand
 from lesa_ray.distributed import analyze
 from lesa_ray.expansion.methods.lesa import Lesa
 from lesa_ray.expansion.runner import InlineRunner
-from lesa_ray.gpu import CONTEXT_BYTES, fits_device, limit_device
+from lesa_ray.gpu import CONTEXT_BYTES, fits_device, full_gpu_is_a_fault, limit_device
 
 GB = 10**9
 
@@ -106,11 +106,20 @@ def test_a_real_gpu_keeps_to_the_share() -> None:
         torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+    ],
+)
 def test_a_full_gpu_is_a_fault_of_the_machine(
-    bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*_: Any) -> dict[str, Any]:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(Lesa, "run", run)
     config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="lesa")
@@ -119,3 +128,10 @@ def test_a_full_gpu_is_a_fault_of_the_machine(
         match=r"unit \S+: the GPU's memory is full; give it a larger --gpus-per-task, or --gpus-per-task 0",
     ):
         expand(config, runner=InlineRunner())
+
+
+def test_other_faults_of_a_gpu_are_not_taken_for_a_full_one() -> None:
+    said = "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXsyevd(handle)`"
+    with pytest.raises(RuntimeError, match="Xsyevd") as caught, full_gpu_is_a_fault("unit", "--gpus-per-task 0"):
+        raise RuntimeError(said)
+    assert not isinstance(caught.value, MachineError)
