@@ -8,9 +8,13 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Wall-clock seconds by phase. A phase inside another counts for itself alone."""
+    """Wall-clock seconds by phase. A phase inside another counts for itself alone.
 
-    def __init__(self) -> None:
+    A GPU works on after a call has returned: a phase there ends when the device has done what the phase asked for on
+    this thread's stream. Other threads' streams, which read ahead, are not waited for."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device if device.startswith("cuda") else None
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = time.perf_counter()
@@ -27,6 +31,10 @@ class Clock:
 
     def _charge(self) -> None:
         """Count the time since the last change for the innermost phase."""
+        if self._device is not None and self._open:
+            import torch
+
+            torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()
         if self._open:
             name = self._open[-1]

@@ -151,7 +151,7 @@ def _fit_at_once(
     layers, settings, memory_budget = task.layers, task.settings, task.memory_budget
     progress("decomposing", 0.0)
     rooms = Rooms(len(fits), device, scratch_dir, memory_budget)
-    clocks = [Clock() for _ in fits]
+    clocks = [Clock(device) for _ in fits]
     bases = [
         decompose(
             [*fit.loads, *fit.variants],
@@ -175,7 +175,7 @@ def _fit_at_once(
     ]
     splits = [split_triples(len(f.loads) + len(f.variants), layers, settings.holdout, f.seed) for f in fits]
 
-    training_clock = Clock()
+    training_clock = Clock(device)
     with training_clock.phase("train"):
         fitted = _fit_predictors(
             [parts.coefficients.flatten(0, 1) for parts in bases],

@@ -116,7 +116,7 @@ def decompose(
     clock: is charged with the phases load, gram, eigh, range, svd and project.
     Raises: UserError for weights that are not finite float matrices of one shape.
     """
-    clock = clock or Clock()
+    clock = clock or Clock(device)
     source = Layers(loads, layers, device, clock)
     d1, d2 = source.shape
     dtype = working_dtype(source.dtype)
