@@ -9,6 +9,7 @@ basis with its predictor (a unit of several experts has several):
 
 gram        n·d1·(d1 + block)·d2 operations (the lower half alone), d1²·8 bytes
 eigh        9·d1³, float64; the matrix, where the eigenvectors come back, and two of its size as workspace: d1²·24 bytes
+            (twice that on a GPU above `CUSOLVER_ROWS`)
 range       (2 + 4·iterations)·n·d1·d2·rows, and a QR of (d1, rows) after each pass
 project     2·n·d1·d2·rows; the randomised route then turns its frame
 train       t·r·epochs·h·(14·d2 + 6·h), the first layer having no gradient towards its input
@@ -42,6 +43,11 @@ EXACTNESS = 4
 accurate where many directions are left out, and of few the Gram route finds the very ones."""
 EIGH_MATRICES = 3
 """d1² doubles at the peak of eigh: the matrix, in which the eigenvectors come back, and a workspace of two."""
+CUSOLVER_ROWS = 23_000
+"""Rows that the eigensolver of every cuSOLVER takes; that of CUDA 13 takes more."""
+SPLIT_MATRICES = 6
+"""d1² doubles at the peak where a larger matrix is split (`split_eigh`), the matrix among them. Reckoned with whichever
+CUDA there is, as estimates do not know it."""
 SYEVD_ROWS = 32_766
 """Rows of the largest matrix that LAPACK's syevd takes: its 2·d1² words of workspace are counted in 32 bits. With more
 PyTorch 2.13 dies of a segmentation fault (pytorch/pytorch, issue 92141)."""
@@ -199,6 +205,11 @@ def choose_place(size: int, beside: int, budget: int | None, fits_gpu: Callable[
     return "memory" if budget is None or needed <= budget else "scratch"
 
 
+def eigh_bytes(d1: int, device: str) -> int:
+    """Of a Gram matrix while its eigenvectors are found: the matrix, in which they come back, and a workspace."""
+    return (SPLIT_MATRICES if device == "cuda" and d1 > CUSOLVER_ROWS else EIGH_MATRICES) * 8 * d1 * d1
+
+
 def bytes_beside(task: Task) -> tuple[int, int]:
     """What is needed beside the coefficients where the unit computes, from when they take their place on, at the peak
     of each phase: if they take it before the Gram matrix is summed, and if after the basis was found."""
@@ -282,24 +293,25 @@ def unit_cost(task: Task) -> UnitCost:
 
     phases = []
     if route == "gram":
-        whole = EIGH_MATRICES * 8 * d1 * d1  # the matrix, in which the eigenvectors come back, and eigh's workspace
-        away = gpu and whole > DEVICE_SHARE * task.device_memory
+        matrix = 8 * d1 * d1
+        most = DEVICE_SHARE * task.device_memory
+        away, eigh_away = gpu and EIGH_MATRICES * matrix > most, gpu and needs.eigh > most
         phases += [
             phase(
                 "gram",
-                needs.gram - (whole // EIGH_MATRICES if away else 0),
+                needs.gram - (matrix if away else 0),
                 keeps=held,
-                on_host=whole // EIGH_MATRICES if away else 0,
+                on_host=matrix if away else 0,
                 flops=_gram_flops(d1, d2, own, task.element_bytes, task.device),
                 traffic=own * (6.0 * d1 * d2 + 12.0 * d1 * d1),
                 read_bytes=own * layer,
             ),
             phase(
                 "eigh",
-                0 if away else whole,
+                0 if eigh_away else needs.eigh,
                 keeps=held,
-                on_host=whole if away else 0,
-                flops={"eigh_host" if away else "eigh": 9.0 * d1**3},
+                on_host=EIGH_MATRICES * matrix if eigh_away else 0,
+                flops={"eigh_host" if eigh_away else "eigh": 9.0 * d1**3},
             ),
         ]
     elif route == "randomized":
@@ -431,7 +443,7 @@ def _needs(task: Task, route: Route, rank: int, rows: int) -> _Needs:
     others = (stack - 1) * (frame + word * weights)
     flight = _layers_in_flight(d1, d2, task.element_bytes)
     block = 12 * GRAM_BLOCK[task.device] * d1  # a product in float32 and as doubles
-    gram, eigh = flight + block + 8 * d1 * d1, EIGH_MATRICES * 8 * d1 * d1
+    gram, eigh = flight + block + 8 * d1 * d1, eigh_bytes(d1, task.device)
     project = word * (d1 * d2 + 2 * rows * d2) + frame * (7 if route == "randomized" else 1)
 
     system = d2 * (32 * d2 + 48 * min(RIDGE_BLOCK, 2 * d2)) + 2 * word * rank * d2  # of ridge, in float64

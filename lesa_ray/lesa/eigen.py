@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lesa_ray.gpu import fits_device
-from lesa_ray.lesa.cost import SYEVD_ROWS
-from lesa_ray.lesa.split_eigh import CUSOLVER_ROWS, SPLIT_MATRICES, split_eigh
+from lesa_ray.lesa.cost import CUSOLVER_ROWS, SPLIT_MATRICES, SYEVD_ROWS
+from lesa_ray.lesa.split_eigh import split_eigh
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def eigenvectors(gram: Tensor) -> Tensor:
     try:
         found: Tensor = torch.linalg.eigh(columns, UPLO="U", out=(gram.new_empty(len(gram)), columns)).eigenvectors
     except RuntimeError as error:
-        # What cuSOLVER says, before it has changed anything, of matrices that are too large for it.
+        # What cuSOLVER of CUDA 12 says, before it has changed anything, of matrices that are too large for it.
         if not gram.is_cuda or "CUSOLVER_STATUS_INVALID_VALUE" not in str(error):
             raise
         found = _in_parts(gram, CUSOLVER_ROWS)

@@ -32,7 +32,7 @@ from lesa_ray.config import Scaling, SvdRoute, Weighing
 from lesa_ray.errors import UserError
 from lesa_ray.gpu import fits_device
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, Task, bytes_beside, choose_route
+from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, Task, bytes_beside, choose_route, eigh_bytes
 from lesa_ray.lesa.eigen import eigenvectors
 from lesa_ray.lesa.room import Room, Rooms
 from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
@@ -140,7 +140,7 @@ def decompose(
     rooms = rooms or Rooms(1, device, scratch_dir, memory_budget)
     room = rooms.next((len(loads), layers, rows, d2), dtype)
     own = range(basis)
-    early, late = EIGH_MATRICES * 8 * d1 * d1, 0 if route == "none" else rows * d1 * dtype.itemsize
+    early, late = eigh_bytes(d1, torch.device(device).type), 0 if route == "none" else rows * d1 * dtype.itemsize
     if task is not None:
         found = task.settings.model_copy(update={"svd": route})
         early, late = bytes_beside(replace(task, d1=d1, d2=d2, element_bytes=source.dtype.itemsize, settings=found))

@@ -1,12 +1,14 @@
 """Eigenvectors of a symmetric matrix that is larger than an eigensolver takes: its spectrum is split, each part solved.
 
-cuSOLVER's solver takes some 23,000 rows (NVIDIA/CUDALibrarySamples, issue 246; JuliaGPU/CUDA.jl, issue 2908), and the
-gate and up projections of a 70B model have 28,672. With σ between two eigenvalues, sign(A − σI) has A's eigenvectors
-and the eigenvalues ±1, so P = (I + sign)/2 projects onto those above σ. An orthonormal basis [V₁ V₂] of what P keeps
-and of the rest makes two smaller matrices VᵢᵀAVᵢ of A (spectral divide and conquer: Nakatsukasa and Higham, SIAM J.
-Sci. Comput. 35, 2013). The sign comes from Newton's iteration X ← (γX + (γX)⁻¹)/2 with scaling γ (Higham, Functions of
-Matrices, chapter 5; stable for what it is used for here: Byers and Xu, SIAM J. Matrix Anal. Appl. 30, 2008). All of it
-is products, inverses and QR, which have no such bound on a GPU; it takes some 30·n³ operations beside the parts' own.
+Up to CUDA 12 cuSOLVER's solver takes some 23,000 rows (NVIDIA/CUDALibrarySamples, issue 246; JuliaGPU/CUDA.jl, issue
+2908), and the gate and up projections of a 70B model have 28,672; since CUDA 13.0 its sizes are of 64 bits (NVIDIA's
+release notes of 13.0, by JuliaGPU/CUDA.jl, pull request 3084), and nothing is split. With σ between two eigenvalues,
+sign(A − σI) has A's eigenvectors and the eigenvalues ±1, so P = (I + sign)/2 projects onto those above σ. An
+orthonormal basis [V₁ V₂] of what P keeps and of the rest makes two smaller matrices VᵢᵀAVᵢ of A (spectral divide and
+conquer: Nakatsukasa and Higham, SIAM J. Sci. Comput. 35, 2013). The sign comes from Newton's iteration X ← (γX +
+(γX)⁻¹)/2 with scaling γ (Higham, Functions of Matrices, chapter 5; stable for what it is used for here: Byers and Xu,
+SIAM J. Matrix Anal. Appl. 30, 2008). All of it is products, inverses and QR, which have no such bound on a GPU; it
+takes some 30·n³ operations beside the parts' own.
 
 σ need not be the median: any that leaves both parts small enough does. A few Lanczos runs from random vectors estimate
 how the eigenvalues are spread (Lin, Saad and Yang, SIAM Review 58, 2016), and a σ that was too far off narrows what is
@@ -22,10 +24,6 @@ from torch import Tensor
 
 from lesa_ray.lesa.streams import generator_for
 
-CUSOLVER_ROWS = 23_000
-"""So many rows all its versions take."""
-SPLIT_MATRICES = 6
-"""n² doubles at the peak of a split, the matrix among them."""
 _ITERATIONS, _TRIES = 60, 6
 _STEPS, _STARTS = 96, 3  # of Lanczos
 _SAME = 1e-12  # of the largest eigenvalue: what rounding makes of equal ones, with room to spare

@@ -20,6 +20,7 @@ from lesa_ray.gpu import DEVICE_SHARE
 from lesa_ray.lesa import ridge, room, spectral
 from lesa_ray.lesa.cost import (
     EIGH_MATRICES,
+    SPLIT_MATRICES,
     Phase,
     Task,
     UnitCost,
@@ -179,6 +180,11 @@ def test_70b_gate_proj_on_gpus():
         assert cost.device_memory < GPU_MEMORY[kind]
         assert cost.read_bytes == 80 * 28672 * 8192 * 2
     slow, fast = (sum(unit_seconds(cost, GPUS["h100"], 5e9, 1e9).values()) for cost in (h100, h200))
+    # A spectrum that CUDA 12 has to split still has room on both.
+    assert {phase(cost, "eigh").flops.keys() == {"eigh"} for cost in (h100, h200)} == {True}
+    assert phase(h100, "eigh").device == SPLIT_MATRICES * 8 * 28672**2
+    half = unit_cost(replace(unit, device_memory=GPU_MEMORY["h100"] // 2))
+    assert (phase(half, "gram").device > 8 * 28672**2, phase(half, "eigh").device) == (True, 0)
     assert slow > fast  # coefficients cross the bus in each epoch
 
 
