@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from lesa_ray.layerwise.study import StudyConfig
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
+from pipelines.benchmark import large
+from pipelines.benchmark.layers import Weights
 from tests import families
 from tests.training import styles
 
@@ -171,3 +175,20 @@ def test_the_demo_from_start_to_end_and_again(tmp_path: Path) -> None:
     assert "Next, your own model:" in second.stdout
     table = [line for line in first.stdout.splitlines() if "│" in line]
     assert [line for line in second.stdout.splitlines() if "│" in line] == table
+
+
+def test_the_large_benchmark_counts_what_goes_to_scratch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """6 layers and 3 new ones of 64 × 32 in bfloat16, and coefficients of 6 in float32."""
+    needed = (6 + 3) * 64 * 32 * 2 + 6 * 64 * 32 * 4
+    line = ["large", "--layers", "6", "--d1", "64", "--d2", "32", "--rank", "0", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*line, "--memory-budget", "50kB"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(SystemExit, match="needs 0 GB; give fewer --layers"):
+        large.main()
+    assert "of coefficients go to scratch" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    monkeypatch.setattr(Weights, "write", lambda *_, **given: sys.exit(given["device"]))
+    with pytest.raises(SystemExit, match="cpu"):
+        large.main()

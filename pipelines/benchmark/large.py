@@ -5,9 +5,10 @@
 
 The layers have the shape of Llama-3-70B's gate_proj, 28,672 × 8,192 in bfloat16 (470 MB each), made tensor by tensor in
 `--folder`. Each number of layers is a fresh process that reads them, finds the basis, fits the predictor and writes the
-new layers of the top half as safetensors. On a CPU a rank makes this bearable: without one the eigenvectors of a
-28,672-row Gram matrix take hours there. Printed: seconds by phase, seconds per layer (old and new together, as both
-cost), the process's peak memory beside the interpreter against the budget, and the exponent of time in the layers.
+new layers of the top half as safetensors. What does not fit the budget lies in `--folder` too. On a CPU a rank makes
+this bearable: without one the eigenvectors of a 28,672-row Gram matrix take hours there. Printed: seconds by phase,
+seconds per layer (old and new together, as both cost), the process's peak memory beside the interpreter against the
+budget, and the exponent of time in the layers.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ import shutil
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
 
 from lesa_ray.config import LesaSettings
+from lesa_ray.gpu import gpu_memory
+from lesa_ray.lesa.cost import Task, UnitCost, unit_cost
 from lesa_ray.sizes import parse_size
 from pipelines.benchmark.fresh import Unit, exponent, in_fresh_process
 from pipelines.benchmark.layers import Weights
@@ -64,10 +70,22 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        needed = (max(counts) + max(counts) // 2 + 1) * options.d1 * options.d2 * 2
+        whole = Weights("gate", folder, max(counts), options.d1, options.d2)
+        cost = cost_of(whole, settings, options.device, budget)
+        needed = (whole.layers + len(whole.slots)) * options.d1 * options.d2 * 2
+        if cost.coefficients == "scratch":
+            needed += cost.coefficient_bytes
+            enough = cost_of(whole, settings, options.device, None).host_memory
+            print(
+                f"{cost.coefficient_bytes / 1e9:.1f} GB of coefficients go to scratch, in {folder}; "
+                f"--memory-budget {-(-enough // 10**6)}MB would keep them in memory",
+                flush=True,
+            )
         if needed > shutil.disk_usage(folder).free:
             raise SystemExit(f"{folder}: needs {needed / 1e9:.0f} GB; give fewer --layers or another --folder")
-        Weights("gate", folder, max(counts), options.d1, options.d2).write(seed=0)
+        whole.write(seed=0, device=options.device)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()  # for the processes that follow
         for count in counts:
             weights = Weights("gate", folder, count, options.d1, options.d2)
             unit = Unit(weights, settings, options.threads, options.device, budget, folder)
@@ -92,6 +110,23 @@ def main() -> None:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"options": vars(options), "rows": [asdict(row) for row in rows]}, file, indent=1)
+
+
+def cost_of(weights: Weights, settings: LesaSettings, device: Literal["cpu", "cuda"], budget: int | None) -> UnitCost:
+    """What the unit is reckoned to take here."""
+    memory = gpu_memory(None) if device == "cuda" else 0
+    return unit_cost(
+        Task(
+            weights.d1,
+            weights.d2,
+            weights.layers,
+            len(weights.slots),
+            settings,
+            device=device,
+            memory_budget=budget,
+            device_memory=memory,
+        )
+    )
 
 
 def _growth(rows: list[Row]) -> str:

@@ -32,16 +32,17 @@ class Weights:
         start = self.layers // 2 - 1
         return [(self.layers + at, i, i + 1) for at, i in enumerate(range(start, self.layers - 1))]
 
-    def write(self, seed: int) -> None:
-        """Make the layers, one in memory at a time: a random walk W_i = 0.8·W_{i−1} + 0.6·noise."""
-        generator = torch.Generator().manual_seed(seed)
+    def write(self, seed: int, device: str = "cpu") -> None:
+        """Make the layers, one in memory at a time: a random walk W_i = 0.8·W_{i−1} + 0.6·noise, with the numbers of
+        `device`'s generator."""
+        generator = torch.Generator(device).manual_seed(seed)
         planned = tuple(OutTensor(str(i), "BF16", (self.d1, self.d2), None) for i in range(self.layers))
         with Storage(self.folder).create(self.file) as file:
             writer = TensorFileWriter(file, planned)
-            weight = torch.randn(self.d1, self.d2, generator=generator).mul_(0.02)
+            weight = torch.randn(self.d1, self.d2, generator=generator, device=device).mul_(0.02)
             noise = torch.empty_like(weight)
             for i in range(self.layers):
-                writer.write(str(i), weight)
+                writer.write(str(i), weight.cpu())
                 weight.mul_(0.8).add_(noise.normal_(generator=generator), alpha=0.6 * 0.02)
             writer.finish()
 
