@@ -1,7 +1,7 @@
 """One weight type of a 70B model: memory within the stated budget, time per layer constant in the number of layers.
 
     python -m pipelines.benchmark.large --layers 4,8,16 --rank 256 --memory-budget 6GB
-    python -m pipelines.benchmark.large --layers 80 --rank 0 --device cuda --runs 1        # the whole unit, on a GPU
+    python -m pipelines.benchmark.large --layers 80 --rank 0 --device cuda --memory-budget 90GB --runs 1  # on a GPU
 
 The layers have the shape of Llama-3-70B's gate_proj, 28,672 × 8,192 in bfloat16 (470 MB each), made tensor by tensor in
 `--folder`. Each number of layers is a fresh process that reads them, finds the basis, fits the predictor and writes the
