@@ -4,15 +4,16 @@
     ray_lesa_ray_bytes_total            bytes written (expand) or read (tokenize)
     ray_lesa_ray_step, _loss, _heldout_loss, _tokens_per_second    of training, as last heard
 
-Each carries `run` (the address of its output) and `stage` (expand, tokenize, train, evaluate). Told by the process that
-leads the stage, a few times a second at most, through Ray's own metrics, which every node serves beside its other
-figures (`ray start --metrics-export-port`).
+Each carries `run` (the address of its output, quoted as in a URL, as Ray takes ASCII alone) and `stage` (expand,
+tokenize, train, evaluate). Told by the process that leads the stage, a few times a second at most, through Ray's own
+metrics, which every node serves beside its other figures (`ray start --metrics-export-port`).
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge, Metric
 
@@ -41,7 +42,7 @@ class Health:
 
     def __init__(self, run: str, stage: str) -> None:
         """run: where its output goes."""
-        self._tags = {"run": run, "stage": stage}
+        self._tags = {"run": quote(run, safe=":/"), "stage": stage}
 
     def task_ended(self, nbytes: int = 0) -> None:
         """A task ended well, and wrote or read `nbytes`."""
