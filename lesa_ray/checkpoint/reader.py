@@ -151,11 +151,7 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
 
     with ThreadPoolExecutor(16) as pool:
         headers = list(pool.map(header_of, shards))
-    found = {entry.name: entry for header in headers for entry in header}
-    for name, shard in weight_map.items():
-        if name not in found or found[name].file != shard:
-            raise UserError(f"{where}: {shard} lacks the tensor {name}, which {INDEX_FILE} places in it")
-    tensors = {name: entry for name, entry in found.items() if not weight_map or name in weight_map}
+    tensors = _all_tensors(where, [entry for header in headers for entry in header], weight_map)
     if not tensors:
         raise UserError(f"{where}: its safetensors files hold no tensor")
     for entry in tensors.values():
@@ -186,6 +182,21 @@ def _weight_map(where: str, storage: Storage, files: dict[str, int]) -> dict[str
         if not isinstance(shard, str) or "/" in shard or shard.startswith(".."):
             raise UserError(f"{where}: {INDEX_FILE} names the shard {shard!r}, which is not a file of this folder")
     return weight_map
+
+
+def _all_tensors(where: str, entries: list[TensorEntry], weight_map: dict[str, str]) -> dict[str, TensorEntry]:
+    """What the shards hold, as transformers loads it: an index finds shards, and may leave out tensors of theirs. Of a
+    tensor that lies in two shards, the one that the index names.
+
+    Raises: UserError if a layer lacks a tensor that the index places. Elsewhere its name may be one of old times."""
+    from lesa_ray.checkpoint.anatomy import layer_of  # which needs this file
+
+    found = {entry.name: entry for entry in entries}
+    found |= {entry.name: entry for entry in entries if weight_map.get(entry.name) == entry.file}
+    for name, shard in weight_map.items():
+        if name not in found and layer_of(name) is not None:
+            raise UserError(f"{where}: {shard} lacks the tensor {name}, which {INDEX_FILE} places in it")
+    return found
 
 
 def _single_file(where: str, files: dict[str, int]) -> str:

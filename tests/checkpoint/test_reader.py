@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
 from lesa_ray.checkpoint.reader import open_checkpoint
@@ -71,3 +71,36 @@ def test_an_index_cannot_point_out_of_the_folder(bases: Bases, tmp_path: Path) -
     index.write_text(json.dumps(content))
     with pytest.raises(UserError, match="not a file of this folder"):
         open_checkpoint(str(copy))
+
+
+def edited_index(folder: Path, change: Callable[[dict[str, str]], object]) -> str:
+    """A sharded checkpoint whose index was changed."""
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_an_index_finds_shards_and_nothing_else(bases: Bases, tmp_path: Path) -> None:
+    """transformers loads all that the shards hold, whether or not the index lists it."""
+    copy = Path(shutil.copytree(bases("llama"), tmp_path / "copy"))
+    lost = ("model.norm.weight", "model.layers.3.mlp.up_proj.weight")
+
+    def change(weight_map: dict[str, str]) -> None:
+        weight_map["model.rotary_emb.inv_freq"] = weight_map["model.norm.weight"]  # of old times
+        for name in lost:
+            weight_map.pop(name)
+
+    found = open_checkpoint(edited_index(copy, change)).tensors
+    assert found == open_checkpoint(bases("llama")).tensors
+
+
+def test_of_a_tensor_in_two_shards_the_one_that_the_index_names(bases: Bases, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bases("llama"), tmp_path / "copy"))
+    place = {name: entry.file for name, entry in open_checkpoint(str(copy)).tensors.items()}
+    for shard in sorted(copy.glob("*.safetensors")):
+        tensors = load_file(shard)
+        if shard.name != place["model.norm.weight"]:
+            save_file({**tensors, "model.norm.weight": torch.zeros(3)}, shard)
+    assert {name: entry.file for name, entry in open_checkpoint(str(copy)).tensors.items()} == place
