@@ -173,7 +173,7 @@ def _reaching(where: str, storage: Storage, refused: str) -> AbstractContextMana
 
 
 def _weight_map(where: str, storage: Storage, files: dict[str, int]) -> dict[str, str]:
-    if INDEX_FILE not in files:
+    if SINGLE_FILE in files or INDEX_FILE not in files:  # transformers takes the single file, index or not
         return {}
     weight_map = _read_json(where, storage, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

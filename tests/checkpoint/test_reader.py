@@ -104,3 +104,14 @@ def test_of_a_tensor_in_two_shards_the_one_that_the_index_names(bases: Bases, tm
         if shard.name != place["model.norm.weight"]:
             save_file({**tensors, "model.norm.weight": torch.zeros(3)}, shard)
     assert {name: entry.file for name, entry in open_checkpoint(str(copy)).tensors.items()} == place
+
+
+@pytest.mark.parametrize("shards_are_there", [True, False])
+def test_a_single_file_comes_before_an_index(shards_are_there: bool, bases: Bases, tmp_path: Path) -> None:
+    """So transformers chooses, too, whether or not there are the shards that the index names."""
+    copy = Path(shutil.copytree(bases("llama"), tmp_path / "copy"))
+    for shard in () if shards_are_there else list(copy.glob("*.safetensors")):
+        shard.unlink()
+    save_file({"w": torch.ones(3)}, copy / "model.safetensors")
+    checkpoint = open_checkpoint(str(copy))
+    assert (checkpoint.shards, list(checkpoint.tensors)) == (("model.safetensors",), ["w"])
