@@ -1,9 +1,9 @@
 """The configuration of a deeper model: every key that follows depth, changed along.
 
 Besides the number of layers these are lists with one value for each layer (`layer_types`, …), lists of layer indices
-(`mlp_only_layers`, …) and `max_window_layers`. Each old layer keeps its own values; a new one takes those of the
-layer below it. Many configurations leave such a list to a rule by index (Gemma 2: every second layer attends to a
-window). In a deeper model the rule would hit other layers, so the list is spelled out, as transformers' own
+(`mlp_only_layers`, …) and bounds (`max_window_layers`, …). Each old layer keeps its own values; a new one takes those
+of the layer below it. Many configurations leave such a list to a rule by index (Gemma 2: every second layer attends to
+a window). In a deeper model the rule would hit other layers, so the list is spelled out, as transformers' own
 configuration class completes it (no remote code is run). A list that looks like one value per layer and is not known
 is an error, never a guess."""
 
@@ -30,6 +30,8 @@ PER_LAYER = (
 """Lists with one value for each layer."""
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the indices of the layers that are special."""
+_FIRST_ABOVE = ("max_window_layers", "moe_layer_start_index")
+"""The first layer of another kind than those below it (Qwen 2: of a window; Ernie 4.5: of experts)."""
 _BY_INDEX = (
     "sliding_window_pattern",
     "no_rope_layer_interval",
@@ -82,8 +84,10 @@ def deeper_config(
             config[key] = [value[origin] for origin in origins]
         elif key in LAYER_INDICES and isinstance(value, list):
             config[key] = [index for index, origin in enumerate(origins) if origin in value]
-        elif key == "max_window_layers" and isinstance(value, int):
-            config[key] = sum(origin < value for origin in origins) + max(value - base_layers, 0)
+        elif key in _FIRST_ABOVE and isinstance(value, int):
+            config[key] = _moved(value, origins, base_layers)
+        elif key == "moe_layer_end_index" and isinstance(value, int) and value >= 0:  # -1: the last, whatever the depth
+            config[key] = _moved(value + 1, origins, base_layers) - 1
         elif key == "attention_types" or (key not in _NOT_PER_LAYER and _looks_per_layer(value, base_layers)):
             raise UserError(
                 f"BASE {base}: config.json: {key} seems to hold one value for each of the {base_layers} layers, "
@@ -100,6 +104,11 @@ def deeper_config(
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config
+
+
+def _moved(bound: int, origins: list[int], base_layers: int) -> int:
+    """How many layers lie below a bound that `bound` of the base's did; above the depth it stays as far off."""
+    return sum(origin < bound for origin in origins) + max(bound - base_layers, 0)
 
 
 def _spelled_out(raw: dict[str, Any], base_layers: int, base: str) -> dict[str, list[Any]]:

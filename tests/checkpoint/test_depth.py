@@ -46,6 +46,13 @@ def test_max_window_layers_counts_the_same_layers(before: int, after: int) -> No
     assert deeper(max_window_layers=before)["max_window_layers"] == after
 
 
+@pytest.mark.parametrize(("before", "after"), [(-1, -1), (0, 0), (1, 2), (2, 3), (3, 5), (7, 9)])
+def test_the_last_layer_of_experts_stays_the_last(before: int, after: int) -> None:
+    """Ernie 4.5: the index belongs to the layers of experts, and transformers writes that of the top layer."""
+    assert deeper(moe_layer_end_index=before)["moe_layer_end_index"] == after
+    assert deeper(moe_layer_start_index=2)["moe_layer_start_index"] == 3
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2", "smollm3", "cohere2", "qwen3_next"])
 def test_rules_by_index_are_spelled_out_for_the_old_layers(family: str) -> None:
     """What transformers says of each layer of the base, it must say of that layer in the deeper model."""
