@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.special_floats import decoded
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
@@ -73,7 +74,7 @@ def _text_config(name: str, raw: dict[str, Any]) -> Any:
     if family not in CONFIG_MAPPING:
         raise UserError(f"checkpoint {name}: transformers does not know the family {family!r} of its config.json")
     try:
-        return CONFIG_MAPPING[family].from_dict(dict(raw)).get_text_config()
+        return CONFIG_MAPPING[family].from_dict(decoded(raw)).get_text_config()
     except Exception as error:  # each family validates in its own way
         raise UserError(f"checkpoint {name}: config.json: transformers refuses it ({explain(error)[:200]})") from error
 
