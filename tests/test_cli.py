@@ -88,6 +88,17 @@ def quantised_tensor(base: Path) -> None:
     save_file(tensors, shard)
 
 
+def packed(base: Path) -> None:
+    """As AutoGPTQ packs a matrix, without a word in config.json."""
+    shard = next(f for f in sorted(base.glob("*.safetensors")) if any("q_proj" in k for k in load_file(f)))
+    packs = {k.replace("weight", "qweight"): t.to(torch.int32) for k, t in load_file(shard).items() if "q_proj" in k}
+    save_file(load_file(shard) | packs, shard)
+
+
+def quantise_config(base: Path) -> None:
+    (base / "quantize_config.json").write_text('{"bits": 4}')
+
+
 def other_depth(base: Path) -> None:
     edit_config(base, num_hidden_layers=7)
 
@@ -142,6 +153,8 @@ def edit_config(base: Path, **changes: object) -> None:
         (pickled, "only pytorch_model.bin and no safetensors"),
         (quantised, "is quantised (gptq)"),
         (quantised_tensor, "has dtype I8, so the checkpoint is quantised"),
+        (packed, "q_proj.qweight has dtype I32, so the checkpoint is quantised"),
+        (quantise_config, "is quantised (quantize_config.json)"),
         (other_depth, "config.json says num_hidden_layers = 7, the files hold 5 layers"),
         (unknown_list, "head_counts seems to hold one value for each of the 5 layers"),
         (no_offsets, "is not a whole safetensors file"),

@@ -38,6 +38,8 @@ FORMAT_NAMES = {name: key for key, name in TORCH_NAMES.items()}
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_QUANTISED = "quantize_config.json"
+"""Beside what AutoGPTQ wrote before config.json could say it."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 _FIRST_READ = 128 * 1024
 _MAX_HEADER = 100 * 2**20  # the format's own bound
@@ -139,6 +141,8 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise UserError(f"{where}: is quantised ({method}); expand the unquantised checkpoint, quantise the result")
+    if _QUANTISED in files:
+        raise UserError(f"{where}: is quantised ({_QUANTISED}); expand the unquantised checkpoint, quantise the result")
     weight_map = _weight_map(where, storage, files)
     shards = sorted(set(weight_map.values())) if weight_map else [_single_file(where, files)]
     for shard in shards:
@@ -155,7 +159,7 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
     if not tensors:
         raise UserError(f"{where}: its safetensors files hold no tensor")
     for entry in tensors.values():
-        if not entry.is_float and len(entry.shape) == 2 and entry.name.endswith(".weight"):
+        if _is_packed(entry):
             raise UserError(
                 f"{where}: tensor {entry.name} has dtype {entry.dtype}, so the checkpoint is quantised; "
                 f"expand one in {', '.join(TORCH_NAMES.values())}"
@@ -197,6 +201,16 @@ def _all_tensors(where: str, entries: list[TensorEntry], weight_map: dict[str, s
         if name not in found and layer_of(name) is not None:
             raise UserError(f"{where}: {shard} lacks the tensor {name}, which {INDEX_FILE} places in it")
     return found
+
+
+def _is_packed(entry: TensorEntry) -> bool:
+    """Whether it is a matrix in a type of quantised weights: of whatever name in a layer (GPTQ: `qweight`, `qzeros`),
+    where masks are of booleans and tables of indices of 64 bits."""
+    from lesa_ray.checkpoint.anatomy import layer_of  # which needs this file
+
+    if entry.is_float or len(entry.shape) != 2:
+        return False
+    return entry.name.endswith(".weight") or (layer_of(entry.name) is not None and entry.dtype not in ("BOOL", "I64"))
 
 
 def _single_file(where: str, files: dict[str, int]) -> str:
