@@ -42,12 +42,19 @@ _BY_INDEX = (
     "interleave_moe_layer_step",
 )
 """Rules by index. They are safe where transformers spells them out in a list, else they must be 1 or absent."""
+_SCALED_BY_DEPTH = "what each layer adds is divided by the root of the number of layers"
 _FOLLOWS_DEPTH = {
     "num_kv_shared_layers": "the last layers share one layer's keys and values",
     "hidden_size_per_layer_input": "each layer has embeddings of its own",
     "scale_attn_by_inverse_layer_idx": "attention is divided by the layer's index",
+    "scale_depth": _SCALED_BY_DEPTH,
 }
 """Settings that tie a layer to its place: moved there by a new layer below, an old one would compute something else."""
+_FAMILY_FOLLOWS_DEPTH = {
+    "diffllama": "its attention takes lambda_init from the layer's index",
+    "minicpm3": _SCALED_BY_DEPTH,
+}
+"""Families that do so whatever their settings."""
 _NOT_PER_LAYER = (
     "architectures",
     "eos_token_id",
@@ -78,6 +85,8 @@ def deeper_config(
     for key, why in _FOLLOWS_DEPTH.items():
         if config.get(key):
             raise UserError(f"BASE {base}: config.json: {key} = {config[key]}: {why}, so no layer can be put between")
+    if why := _FAMILY_FOLLOWS_DEPTH.get(str(raw.get("model_type"))):
+        raise UserError(f"BASE {base}: is a {raw['model_type']} model: {why}, so no layer can be put between")
     for key, value in config.items():
         if key in PER_LAYER and isinstance(value, list):
             if len(value) != base_layers:

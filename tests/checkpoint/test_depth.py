@@ -53,6 +53,13 @@ def test_the_last_layer_of_experts_stays_the_last(before: int, after: int) -> No
     assert deeper(moe_layer_start_index=2)["moe_layer_start_index"] == 3
 
 
+@pytest.mark.parametrize("family", ["minicpm3", "diffllama"])
+def test_families_whose_layers_follow_the_depth_are_refused(family: str) -> None:
+    """Whatever config.json leaves to the class."""
+    with pytest.raises(UserError, match=f"is a {family} model: .* so no layer can be put between"):
+        deeper(model_type=family)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "qwen2", "smollm3", "cohere2", "qwen3_next"])
 def test_rules_by_index_are_spelled_out_for_the_old_layers(family: str) -> None:
     """What transformers says of each layer of the base, it must say of that layer in the deeper model."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,15 @@ def test_a_function_that_would_not_be_kept_is_no_choice(bases: Bases) -> None:
     found = prepare(settings(bases("bert"), method="auto"))
     assert (found.job.method.name, found.rehearsed) == ("avg-deus", False)
     assert prepare(settings(bases("llama"), method="auto")).rehearsed
+
+
+def test_a_base_that_cannot_be_grown_at_all_is_refused(bases: Bases, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bases("llama"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "scale_depth": 1.4}))  # as MiniCPM's
+    for method in ("auto", "llama-pro", "solar", "avg-deus"):
+        with pytest.raises(UserError, match=r"scale_depth = 1\.4: what each layer adds is divided by the root"):
+            prepare(settings(str(base), method=method))
 
 
 def test_settings_that_no_base_can_have_are_an_error(bases: Bases) -> None:
