@@ -22,6 +22,7 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 _LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<type>.+)$")
 _EXPERT = re.compile(r"(?P<before>^|\.)experts\.(?P<number>\d+)\.")
+_EXPERTS = re.compile(r"(?P<before>^|\.)experts\.")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 Kind = Literal["matrix", "vector", "router", "other"]
@@ -82,7 +83,7 @@ class Anatomy:
 
     @property
     def matrices(self) -> tuple[WeightType, ...]:
-        """The 2-D weight types, routers left out: what a method makes anew."""
+        """The 2-D weight types, routers' left out: what a method makes anew."""
         return tuple(t for t in self.types.values() if t.kind == "matrix")
 
     @property
@@ -194,10 +195,10 @@ def _weight_type(entry: TensorEntry, name: str, layer: dict[str, TensorEntry], c
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     if not entry.is_float:
         kind: Kind = "other"
-    elif len(entry.shape) == 2:
-        kind = "router" if _is_router(name, entry, layer) else "matrix"
-    elif len(entry.shape) == 1:
-        kind = "vector"
+    elif len(entry.shape) in (1, 2) and _is_router(name, entry, layer):
+        kind = "router"
+    elif len(entry.shape) in (1, 2):
+        kind = "matrix" if len(entry.shape) == 2 else "vector"
     else:
         kind = "other"
     transposed = kind == "matrix" and conv1d and module in _CONV1D_MODULES
@@ -205,16 +206,29 @@ def _weight_type(entry: TensorEntry, name: str, layer: dict[str, TensorEntry], c
 
 
 def _is_router(name: str, entry: TensorEntry, layer: dict[str, TensorEntry]) -> bool:
-    """A matrix beside `experts` with one row per expert: it chooses among them, and their order is its own."""
-    if _EXPERT.search(name):
+    """A matrix or vector in the module that holds `experts`, with a row or an entry for each: it chooses among them,
+    and their order is its own. What all tokens share has no such axis, unless by chance."""
+    if _EXPERT.search(name) or "shared" in name:
         return False
-    parent = name.removesuffix(".weight").rpartition(".")[0]
-    prefix = f"{parent}.experts." if parent else "experts."
-    experts = {other[len(prefix) :].split(".", 1)[0] for other in layer if other.startswith(prefix)}
-    if experts and all(expert.isdigit() for expert in experts):
-        return entry.shape[0] == len(experts)
-    fused = [item for other, item in layer.items() if other.startswith(prefix) and len(item.shape) == 3]
-    return bool(fused) and entry.shape[0] == fused[0].shape[0]
+    for module, count in _experts(layer).items():
+        beside = name.startswith(module) and not name.startswith(f"{module}experts.")
+        if not module:  # they lie in the layer itself, as do its attention and all else
+            beside = "." not in name.removesuffix(".weight") or name.startswith("router.")
+        if beside and count in entry.shape:
+            return True
+    return False
+
+
+def _experts(layer: dict[str, TensorEntry]) -> dict[str, int]:
+    """How many experts each module of a layer (its name with the dot behind it) holds, one by one or in 3-D tensors."""
+    numbers: dict[str, set[str]] = {}
+    counts = {}
+    for name, entry in layer.items():
+        if match := _EXPERT.search(name):
+            numbers.setdefault(name[: match.end("before")], set()).add(match["number"])
+        elif len(entry.shape) == 3 and (match := _EXPERTS.search(name)):
+            counts[name[: match.end("before")]] = entry.shape[0]
+    return counts | {module: len(found) for module, found in numbers.items()}
 
 
 def _sample(names: list[str]) -> str:

@@ -70,6 +70,34 @@ def test_routers_are_no_matrices(family: str, router: str, bases: Bases) -> None
     assert routers[0].endswith(router)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("module", ["mlp.", "block_sparse_moe."])
+def test_what_has_an_entry_for_each_expert_is_the_routers(module: str, fused: bool, tmp_path: Path) -> None:
+    """Hunyuan nests its gate, DeepSeek 3, MiniMax and Ernie 4.5 correct its choice by vectors."""
+    experts = 3
+    routers: dict[str, tuple[int, ...]] = {
+        f"{module}gate.wg.weight": (experts, 8),
+        f"{module}gate.weight": (experts, 8),
+        f"{module}gate.e_score_correction_bias": (experts,),
+        f"{module}e_score_correction_bias": (experts,),
+        f"{module}moe_statics.e_score_correction_bias": (1, experts),
+    }
+    others: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (experts, 8),
+        "norm.weight": (experts,),
+        f"{module}norm.weight": (8,),
+        f"{module}shared_expert.up_proj.weight": (experts, 8),
+        f"{module}shared_expert_gate.weight": (1, 8),
+    }
+    single = {f"{module}experts.{number}.up.weight": (experts, 8) for number in range(experts)}
+    shapes = {**routers, **others, **({f"{module}experts.up": (experts, 8, 8)} if fused else single)}
+    anatomy = anatomy_of(
+        checkpoint(tmp_path, {f"layers.0.{name}": shape for name, shape in shapes.items()}, num_hidden_layers=1)
+    )
+    assert {name for name, t in anatomy.types.items() if t.kind == "router"} == set(routers)
+    assert {t.name for t in anatomy.vectors} == {"norm.weight", f"{module}norm.weight"}
+
+
 def test_experts_of_a_kind_share_a_name(bases: Bases) -> None:
     anatomy = anatomy_of(bases("qwen3_moe"))
     experts = [t.name for t in anatomy.matrices if "experts." in t.name]
