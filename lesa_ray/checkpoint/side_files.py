@@ -10,7 +10,13 @@ from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.storage import Storage
 
 CARD_FILE = "README.md"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+WEIGHTS = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".pdparams", ".nemo"),
+    *(".gguf", "imatrix.dat", ".tflite", ".onnx", ".onnx_data", ".onnx.data"),
+)
+"""How the names of weights end, in whatever format, and of what holds for quantising these alone."""
+_TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps chat templates beside the first."""
 _TRAINING_RECORDS = (
     "trainer_state.json",
     "pretrain.json",
@@ -25,7 +31,12 @@ _WRITTEN_ANEW = frozenset({CARD_FILE, "config.json", INDEX_FILE, *_TRAINING_RECO
 
 def side_files(files: Iterable[str]) -> list[str]:
     """Those of a checkpoint's files that hold for other weights too. `expansion.json` is one of them."""
-    return [name for name in files if name not in _WRITTEN_ANEW and not name.endswith(_WEIGHTS) and name[0] != "."]
+    return [name for name in files if name not in _WRITTEN_ANEW and not name.endswith(WEIGHTS) and name[0] != "."]
+
+
+def more_templates(storage: Storage) -> list[str]:
+    """Chat templates in a folder of their own, as names from the checkpoint's: side files, too."""
+    return [f"{_TEMPLATES}/{name}" for name in storage.within(_TEMPLATES).list() if name.endswith(".jinja")]
 
 
 def copy_small_files(source: Storage, target: Storage, names: Iterable[str]) -> None:

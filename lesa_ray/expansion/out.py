@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.mark import mark, marked_by
 from lesa_ray.checkpoint.reader import INDEX_FILE
-from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, side_files
+from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, more_templates, side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
@@ -89,7 +89,8 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
 def copy_side_files(expansion: Expansion, storage: Storage) -> None:
     """Copy the tokenizer, generation settings, chat template, modelling code, licence: what still holds."""
     names = [name for name in side_files(expansion.checkpoint.files) if name != MANIFEST_FILE]
-    copy_small_files(expansion.checkpoint.storage, storage, names)
+    source = expansion.checkpoint.storage
+    copy_small_files(source, storage, [*names, *more_templates(source)])
 
 
 def abandon(expansion: Expansion) -> None:

@@ -10,11 +10,11 @@ from functools import lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lesa_ray.checkpoint.side_files import WEIGHTS
 from lesa_ray.checkpoint.storage import Storage, resolve_base
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _CONFIG = "tokenizer_config.json"
 _HOW_LOADED = {"local_files_only", "is_local", "name_or_path", "cache_dir", "revision", "token", "_commit_hash"}
 
@@ -45,7 +45,7 @@ def cached_tokenizer(url: str, digest: str) -> PreTrainedTokenizerBase:
 
 
 def _load_copy(storage: Storage) -> PreTrainedTokenizerBase:
-    names = [name for name in storage.list() if not name.endswith(_WEIGHTS)]
+    names = [name for name in storage.list() if not name.endswith(WEIGHTS)]
     if not names:
         raise UserError(f"tokenizer {storage.url}: there is no such folder, or it is empty")
     with tempfile.TemporaryDirectory(prefix="lesa-ray-tokenizer-") as folder:

@@ -161,7 +161,7 @@ def test_side_files_come_along(tmp_path: Path) -> None:
     tokenizer.save_pretrained(base)
     for name in ("LICENSE", "pytorch_model.bin", "trainer_state.json", "README.md"):
         (tmp_path / "base" / name).write_text("of the base")
-    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "T{{ messages[0].content }}"}
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
     run(base, state, str(tmp_path / "out"), tokenizer=str(tmp_path / "tokenizer"))
@@ -171,7 +171,7 @@ def test_side_files_come_along(tmp_path: Path) -> None:
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {
         *("config.json", "model.safetensors", "generation_config.json", "README.md", "LICENSE", "training"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"),
     }
     assert (tmp_path / "out/README.md").read_text() != "of the base"
 
