@@ -94,11 +94,12 @@ class Watch:
             assert layer.before is not None
             assert self.real is not None
             after = output if isinstance(output, Tensor) else output[0]
+            real, shape = self.real, layer.before.shape  # some experts write (batch · tokens, width): Llama 4
             _add(
                 layer.sums,
-                layer.before[self.real],
-                after[self.real],
-                {k: v[self.real] for k, v in layer.writes.items()},
+                layer.before[real],
+                after[real],
+                {what: write.reshape(shape)[real] for what, write in layer.writes.items()},
             )
             layer.before = None
             layer.writes.clear()

@@ -113,6 +113,26 @@ def test_layers_that_do_not_just_add_have_no_parts(family: str, settings: dict[s
         assert math.isfinite(layer["cosine"])
 
 
+def test_experts_that_write_tokens_in_one_row_are_split_too() -> None:
+    """Llama 4's give (batch · tokens, width)."""
+    shape = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None}
+    experts = {"num_local_experts": 2, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 32}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama4_text", **{**shape, **heads, **experts})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    some = rows()
+    found = contributions(model, some, 16, 1000, "model")
+    plain = streams(model, some)
+    change = (plain[1] - plain[0]).norm(dim=1) / plain[0].norm(dim=1)
+    assert found["unsplit"] is None
+    assert found["layers"][0]["block"] == pytest.approx(mean(change), rel=1e-4)
+    assert found["layers"][0]["mlp"] > 0
+
+
 def test_half_precision_splits_too(bases: Bases) -> None:
     exact, rounded = (
         contributions(
