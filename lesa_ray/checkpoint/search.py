@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import fsspec
-
-from lesa_ray.checkpoint.storage import filesystem_options, protocols
+from lesa_ray.checkpoint.storage import filesystem, protocols
 from lesa_ray.checkpoint.walking import visible_files
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
@@ -25,7 +23,7 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
     store does not answer.
     """
     try:
-        fs, path = fsspec.url_to_fs(name, use_listings_cache=False, **filesystem_options(name))
+        fs, path = filesystem(name)
     except (ValueError, ImportError) as error:
         raise UserError(f"{where}: {error}") from error
     known, local = tuple(kinds), "file" in protocols(fs)

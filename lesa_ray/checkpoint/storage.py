@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from lesa_ray.checkpoint.part_plan import UPLOADED, Part
 from lesa_ray.checkpoint.s3_upload import S3Upload
@@ -63,7 +64,7 @@ class Storage:
         local = "://" not in url
         self.url = os.path.abspath(os.path.expanduser(url)) if local else url.rstrip("/")
         try:
-            self.fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False, **filesystem_options(self.url))
+            self.fs, root = filesystem(self.url)
         except (ValueError, ImportError) as error:
             raise UserError(f"{url}: {error}") from error
         self.root: str = root.rstrip("/")
@@ -270,6 +271,16 @@ class Storage:
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         return folder
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The filesystem behind a local path or a URL, and its own path there; its listings are never cached.
+
+    Raises: ValueError or ImportError if there is none for it."""
+    if "://" not in url:  # fsspec would take a path with `::` for a chain of filesystems
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+    fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **filesystem_options(url))
+    return fs, path
 
 
 def filesystem_options(url: str) -> dict[str, Any]:

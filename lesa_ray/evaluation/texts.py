@@ -17,10 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-import fsspec
-
 from lesa_ray.checkpoint import search
-from lesa_ray.checkpoint.storage import filesystem_options
+from lesa_ray.checkpoint.storage import filesystem
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 
@@ -135,7 +133,7 @@ def pieces(stream: IO[str], longest: int = LONGEST) -> Iterator[str]:
 @contextmanager
 def _open(url: str) -> Iterator[Any]:
     try:
-        fs, path = fsspec.url_to_fs(url, **filesystem_options(url))
+        fs, path = filesystem(url)
         with fs.open(path, "rb") as file:
             yield file
     except (UserError, MachineError):

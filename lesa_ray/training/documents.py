@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import fsspec
-
-from lesa_ray.checkpoint.storage import filesystem_options
+from lesa_ray.checkpoint.storage import filesystem
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 from lesa_ray.training.sources import Part, open_dataset
@@ -246,7 +244,7 @@ def _hub(part: Part, dataset: tuple[str | None, str]) -> Iterator[Row]:
 @contextmanager
 def _open(url: str) -> Iterator[Any]:
     try:
-        fs, path = fsspec.url_to_fs(url, use_listings_cache=False, **filesystem_options(url))
+        fs, path = filesystem(url)
         with fs.open(path, "rb") as file:
             yield file
     except (UserError, MachineError):

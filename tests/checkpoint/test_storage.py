@@ -15,6 +15,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 from s3fs.errors import translate_boto_error
 
 from lesa_ray import MachineError, UserError
+from lesa_ray.checkpoint.search import find_files
 from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.faults import reaching
@@ -54,6 +55,16 @@ def test_what_is_written_is_read_listed_and_removed(place: Place) -> None:
     assert storage.list() == {}
     storage.remove_tree()
     assert storage.is_empty()
+
+
+def test_a_local_path_is_no_chain_of_filesystems(tmp_path: Path) -> None:
+    for url in (f"{tmp_path}/a::b", f"{tmp_path}/memory::{tmp_path}/c"):
+        storage = Storage(url)
+        storage.write("a.txt", b"here")
+        assert storage.is_local
+        assert Path(url, "a.txt").read_bytes() == b"here"
+        assert list(storage.list()) == ["a.txt"]
+        assert list(find_files(url, (".txt",), "--data")) == [f"{url}/a.txt"]
 
 
 def write_half(file: IO[bytes]) -> None:
