@@ -88,6 +88,8 @@ def deeper_config(
     if why := _FAMILY_FOLLOWS_DEPTH.get(str(raw.get("model_type"))):
         raise UserError(f"BASE {base}: is a {raw['model_type']} model: {why}, so no layer can be put between")
     for key, value in config.items():
+        if key in PER_LAYER and value == []:
+            continue  # nothing is said of any layer
         if key in PER_LAYER and isinstance(value, list):
             if len(value) != base_layers:
                 raise UserError(f"BASE {base}: config.json: {key} has {len(value)} entries for {base_layers} layers")
@@ -138,7 +140,7 @@ def _spelled_out(raw: dict[str, Any], base_layers: int, base: str) -> dict[str, 
     return {
         key: list(full[key])
         for key in PER_LAYER
-        if isinstance(full.get(key), list) and len(full[key]) == base_layers and raw.get(key) is None
+        if isinstance(full.get(key), list) and len(full[key]) == base_layers and raw.get(key) in (None, [])
     }
 
 

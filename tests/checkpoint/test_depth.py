@@ -40,6 +40,15 @@ def test_lists_follow_their_layers() -> None:
     assert deeper(mlp_only_layers=[])["mlp_only_layers"] == []
 
 
+def test_an_empty_list_says_nothing() -> None:
+    """Llama 4 takes it for its rule by index, which is then spelled out."""
+    assert deeper(no_rope_layers=[])["no_rope_layers"] == []
+    full = AutoConfig.for_model("llama4_text", num_hidden_layers=4, no_rope_layers=[]).to_dict()
+    raw = {**full, "no_rope_layers": []}
+    assert deeper_config(raw, ORIGINS, 4, "base")["no_rope_layers"] == [full["no_rope_layers"][i] for i in ORIGINS]
+    assert len(set(full["no_rope_layers"])) == 2
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 6), (28, 30)])
 def test_max_window_layers_counts_the_same_layers(before: int, after: int) -> None:
     """Layers below it attend fully (Qwen2). Above the depth it is a limit nobody reaches, and stays one."""
