@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -221,9 +222,14 @@ def _check_supported(job: Job) -> None:
         return
     for weight_type in job.anatomy.types.values():
         if weight_type.kind == "other" and len(weight_type.shape) == 3 and weight_type.dtype in FLOAT_BYTES:
+            what = f"{job.method.name}: {weight_type.name}"
+            if re.search(r"(^|\.)experts\.", weight_type.name):
+                raise UserError(
+                    f"{what} holds the experts in one 3-D tensor {list(weight_type.shape)}, which only llama-pro and "
+                    "solar can expand; save the checkpoint with one matrix for each expert"
+                )
             raise UserError(
-                f"{job.method.name}: {weight_type.name} holds the experts in one 3-D tensor {list(weight_type.shape)}, "
-                "which only llama-pro and solar can expand; save the checkpoint with one matrix for each expert"
+                f"{what} is a 3-D tensor {list(weight_type.shape)}, which only llama-pro and solar can expand"
             )
 
 
