@@ -85,8 +85,11 @@ def deeper_config(
     for key, why in _FOLLOWS_DEPTH.items():
         if config.get(key):
             raise UserError(f"BASE {base}: config.json: {key} = {config[key]}: {why}, so no layer can be put between")
-    if why := _FAMILY_FOLLOWS_DEPTH.get(str(raw.get("model_type"))):
-        raise UserError(f"BASE {base}: is a {raw['model_type']} model: {why}, so no layer can be put between")
+    family = str(raw.get("model_type"))
+    if family in _FAMILY_FOLLOWS_DEPTH:
+        raise UserError(
+            f"BASE {base}: is a {family} model: {_FAMILY_FOLLOWS_DEPTH[family]}, so no layer can be put between"
+        )
     for key, value in config.items():
         if key in PER_LAYER and value == []:
             continue  # nothing is said of any layer
