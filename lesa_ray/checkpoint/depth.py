@@ -66,7 +66,7 @@ _NOT_PER_LAYER = (
     "ssm_multipliers",
 )
 _INDICES_NAME = re.compile(r"layer.*(_|\b)(ids|idxs|indices|indexes)$|_layers$")
-_NO_LISTS = ("llama", "mistral", "gpt2", "gpt_neox", "opt", "bert", "mixtral")
+NO_LISTS = ("llama", "mistral", "gpt2", "gpt_neox", "opt", "bert", "mixtral")
 """Families without any per-layer setting: the import of transformers (2 to 3 s) is saved."""
 
 
@@ -129,7 +129,7 @@ def _moved(bound: int, origins: list[int], base_layers: int) -> int:
 def _spelled_out(raw: dict[str, Any], base_layers: int, base: str) -> dict[str, list[Any]]:
     """The per-layer lists that the base's config.json leaves to its configuration class."""
     family = raw.get("model_type")
-    if family in _NO_LISTS:
+    if family in NO_LISTS:
         return {}
     full = completed_config(raw, base)
     if full is None:

@@ -21,7 +21,7 @@ from lesa_ray.distributed.address import check_address
 from lesa_ray.errors import MachineError, RoomError, UserError
 from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
 from lesa_ray.expansion.prepare import Expansion, check_out, prepare
-from lesa_ray.expansion.rehearsal import rehearse
+from lesa_ray.expansion.rehearsal import check_layers, rehearse
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
 from lesa_ray.expansion.workbench import finished_record
 from lesa_ray.faults import explain, is_fault, reaching
@@ -72,8 +72,9 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
         with _rehearsing(expansion) as rehearsal:
             records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
             units = [unit for unit in expansion.units if unit.name not in records]
-            if units and expansion.job.zero_init:
-                listener.phase("trying on a miniature that the function is kept", 0)
+            if units:
+                if expansion.job.zero_init:
+                    listener.phase("trying on a miniature that the function is kept", 0)
                 rehearsal()  # before work that may take hours
             runner = runner or _default_runner(bool(units), storage, listener)
             if units:
@@ -102,14 +103,18 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
 
 @contextmanager
 def _rehearsing(expansion: Expansion) -> Iterator[Callable[[], None]]:
-    """Try on a miniature, beside what is done within, that the function is kept, if that is promised; calling what is
-    yielded waits for the verdict. The end waits, too: transformers patches itself while a model is made, so a thread
-    that is still at it when the caller loads a model would leave him one whose weights are not tied."""
-    if not expansion.job.zero_init or expansion.rehearsed:
-        yield lambda: None
-        return
+    """Try, beside what is done within, that old layers stay the same and, on a miniature, that the function is kept, if
+    that is promised; calling what is yielded waits for the verdict. The end waits, too: transformers patches itself
+    while a model is made, so a thread that is still at it when the caller loads a model would leave him one whose
+    weights are not tied."""
+
+    def verdict() -> None:
+        check_layers(expansion)
+        if expansion.job.zero_init and not expansion.rehearsed:
+            rehearse(expansion)
+
     with ThreadPoolExecutor(1, "rehearsal") as pool:
-        yield pool.submit(rehearse, expansion).result
+        yield pool.submit(verdict).result
 
 
 def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:

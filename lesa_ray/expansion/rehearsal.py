@@ -14,14 +14,16 @@ import tempfile
 import threading
 from typing import Any
 
-from lesa_ray.checkpoint.depth import completed_config
+from lesa_ray.checkpoint.depth import NO_LISTS, completed_config
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.miniature import miniature, quiet_transformers, shake
 from lesa_ray.expansion.out import finish, make_manifest
+from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.prepare import Expansion, prepare
+from lesa_ray.expansion.same_layers import check_old_layers
 from lesa_ray.expansion.workbench import run_unit
 
 _ALONE = threading.Lock()
@@ -29,6 +31,18 @@ _ALONE = threading.Lock()
 _LAYERS = 2
 _WIDTHS = (0.5, 2.0)
 """Of the miniature's new layers, where those of the real model get widths of their own: one is cut, one widened."""
+
+
+def check_layers(expansion: Expansion) -> None:
+    """Raises: UserError if an old layer would be another in the deeper model (`lesa_ray.expansion.same_layers`).
+
+    Families whose settings are all known, and layers with widths of their own, are taken as they are."""
+    job = expansion.job
+    if job.anatomy.family in NO_LISTS or job.widths is not None:
+        return
+    places = {index: output.id for index, output in enumerate(job.plan.outputs) if isinstance(output, Old)}
+    with _ALONE, quiet_transformers():
+        check_old_layers(expansion.checkpoint.config, expansion.config, places, job.config.base)
 
 
 def rehearse(expansion: Expansion) -> None:

@@ -73,8 +73,9 @@ def test_a_projection_whose_name_is_not_known_is_noticed(
         rehearse(planned(bases(family), tmp_path))
 
 
-def test_attention_that_depends_on_the_layers_index_is_noticed(tmp_path: Path) -> None:
+def test_attention_that_depends_on_the_layers_index_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DiffLlama subtracts two attentions by a factor that follows the layer's index: old layers change when moved."""
+    monkeypatch.setattr("lesa_ray.checkpoint.depth._FAMILY_FOLLOWS_DEPTH", {})  # as if it were not known by name
     config = AutoConfig.for_model(
         "diffllama",
         vocab_size=64,

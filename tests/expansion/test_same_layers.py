@@ -1,0 +1,61 @@
+"""An old layer is the same in the deeper model, or the expansion is refused, whatever the setting is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lesa_ray import Expanded, UserError
+from lesa_ray.checkpoint import depth
+from lesa_ray.expansion.same_layers import check_old_layers
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "pad_token_id": None}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
+EXPERTS = {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8, "moe_layer_start_index": 0}
+
+
+def raw_config(family: str, layers: int, **more: Any) -> dict[str, Any]:
+    settings = {**SIZES, **HEADS, **more, "num_hidden_layers": layers}
+    full: dict[str, Any] = AutoConfig.for_model(family, **settings).to_dict()
+    return full
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "differs"),
+    [
+        ("qwen3", {}, None),
+        ("ernie4_5_moe", {**EXPERTS, "moe_layer_end_index": -1}, None),
+        ("ernie4_5_moe", {**EXPERTS, "moe_layer_end_index": 2}, r"layer 2 would be another as layer 3 .* mlp\."),
+        ("diffllama", {}, r"layer 1 would be another as layer 2 .*lambda_init"),
+        ("unheard-of", None, None),
+    ],
+)
+def test_what_a_layer_is_made_of_and_what_it_keeps(
+    family: str, more: dict[str, Any] | None, differs: str | None
+) -> None:
+    before, after = ({"model_type": family} if more is None else raw_config(family, n, **more) for n in (3, 4))
+    places = {0: 0, 2: 1, 3: 2}  # a new one above the lowest
+    if differs is None:
+        check_old_layers(before, after, places, "base")
+        return
+    with pytest.raises(UserError, match=differs):
+        check_old_layers(before, after, places, "base")
+
+
+@pytest.mark.parametrize("method", ["solar", "avg-deus"])
+def test_the_expansion_is_refused_and_nothing_is_left(
+    method: str, grow: Callable[..., Expanded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the family were not known by name."""
+    monkeypatch.setattr(depth, "_FAMILY_FOLLOWS_DEPTH", {})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw_config("diffllama", 6)))
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="lambda_init"):
+        grow(str(tmp_path / "base"), method=method, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
