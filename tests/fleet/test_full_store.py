@@ -15,7 +15,7 @@ from lesa_ray.fleet.settings import FleetConfig
 from lesa_ray.store.catalog import Store
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("local_ray")
 def test_a_store_that_fills_up_loses_nothing(models: Path, small_disk: Path, tmp_path: Path) -> None:
     config = FleetConfig.model_validate(
