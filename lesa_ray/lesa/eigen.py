@@ -25,7 +25,7 @@ def eigenvectors(gram: Tensor) -> Tensor:
     if not gram.is_cuda and len(gram) > SYEVD_ROWS:
         import scipy.linalg
 
-        # By relatively robust representations: a workspace of 26·d1, and vectors beside the matrix.
+        # By relatively robust representations: a workspace of 26·n, and vectors beside the matrix.
         _, vectors = scipy.linalg.eigh(columns.numpy(), lower=False, driver="evr", overwrite_a=True, check_finite=False)
         return torch.from_numpy(vectors)
     try:
