@@ -34,12 +34,17 @@ def side_files(files: Iterable[str]) -> list[str]:
     return [name for name in files if name not in _WRITTEN_ANEW and not name.endswith(WEIGHTS) and name[0] != "."]
 
 
-def more_templates(storage: Storage) -> list[str]:
-    """Chat templates in a folder of their own, as names from the checkpoint's: side files, too."""
+def copy_side_files(source: Storage, target: Storage, files: Iterable[str]) -> None:
+    """Copy those of a checkpoint's `files` that hold for other weights too, and what it has in folders beside them."""
+    _copy(source, target, [*side_files(files), *_more_templates(source)])
+
+
+def _more_templates(storage: Storage) -> list[str]:
+    """Chat templates in a folder of their own, as names from the checkpoint's."""
     return [f"{_TEMPLATES}/{name}" for name in storage.within(_TEMPLATES).list() if name.endswith(".jinja")]
 
 
-def copy_small_files(source: Storage, target: Storage, names: Iterable[str]) -> None:
+def _copy(source: Storage, target: Storage, names: Iterable[str]) -> None:
     """Copy files that fit in memory, several at a time."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: target.write(name, source.read(name)), names))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.mark import mark, marked_by
 from lesa_ray.checkpoint.reader import INDEX_FILE
-from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, more_templates, side_files
+from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
@@ -75,7 +75,8 @@ def missing_shards(expansion: Expansion) -> list[Shard]:
 def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
     """Add what a checkpoint has beside its shards; OUT is valid from the last write on."""
     storage = Storage(expansion.job.config.out)
-    copy_side_files(expansion, storage)
+    source = expansion.checkpoint
+    copy_side_files(source.storage, storage, [name for name in source.files if name != MANIFEST_FILE])
     write_code(storage, expansion.config)
     storage.write(CARD_FILE, card.encode())
     if len(expansion.shards) > 1:
@@ -84,13 +85,6 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
     storage.write("config.json", (json.dumps(expansion.config, indent=2, ensure_ascii=False) + "\n").encode())
     storage.remove_tree(WORK_DIR)
     storage.remove_leftovers()
-
-
-def copy_side_files(expansion: Expansion, storage: Storage) -> None:
-    """Copy the tokenizer, generation settings, chat template, modelling code, licence: what still holds."""
-    names = [name for name in side_files(expansion.checkpoint.files) if name != MANIFEST_FILE]
-    source = expansion.checkpoint.storage
-    copy_small_files(source, storage, [*names, *more_templates(source)])
 
 
 def abandon(expansion: Expansion) -> None:

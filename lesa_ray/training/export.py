@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
-from lesa_ray.checkpoint.side_files import CARD_FILE, copy_small_files, more_templates, side_files
+from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_bytes, plan_shards, write_shard
 from lesa_ray.config import DtypeName
@@ -185,10 +185,10 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
     facts: for the model card, see `lesa_ray.report.training_card`."""
     storage = Storage(plan.out)
     if plan.base is not None:
-        _copy_side_files(plan.base.storage, storage, plan.base.files)
+        copy_side_files(plan.base.storage, storage, plan.base.files)
     if plan.tokenizer is not None:
         tokenizer = Storage(plan.tokenizer)
-        _copy_side_files(tokenizer, storage, tokenizer.list())
+        copy_side_files(tokenizer, storage, tokenizer.list())
     write_code(storage, plan.config)
     if plan.stop is not None:
         _add_stop(storage, plan.config, plan.stop)
@@ -201,10 +201,6 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
             storage.write(INDEX_FILE, index_bytes([file.shard for file in plan.files if file.shard]))
     storage.write("config.json", (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode())
     storage.remove_leftovers()
-
-
-def _copy_side_files(source: Storage, target: Storage, files: Iterable[str]) -> None:
-    copy_small_files(source, target, [*side_files(files), *more_templates(source)])
 
 
 def export(
