@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry
 from lesa_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys that hold the number of layers, in the order in which they are looked for."""
@@ -58,6 +60,11 @@ class WeightType:
     @property
     def is_expert(self) -> bool:
         return self.expert is not None
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether all experts' matrices lie in it, one after the other."""
+        return _is_experts(self.name, self.shape)
 
     @property
     def of_its_kind(self) -> str:
@@ -193,14 +200,12 @@ def _uses_conv1d(family: str, layer: dict[str, TensorEntry]) -> bool:
 
 def _weight_type(entry: TensorEntry, name: str, layer: dict[str, TensorEntry], conv1d: bool) -> WeightType:
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if not entry.is_float:
+    if not entry.is_float or len(entry.shape) not in (1, 2):
         kind: Kind = "other"
-    elif len(entry.shape) in (1, 2) and _is_router(name, entry, layer):
+    elif _is_router(name, entry, layer):
         kind = "router"
-    elif len(entry.shape) in (1, 2):
-        kind = "matrix" if len(entry.shape) == 2 else "vector"
     else:
-        kind = "other"
+        kind = "matrix" if len(entry.shape) == 2 else "vector"
     transposed = kind == "matrix" and conv1d and module in _CONV1D_MODULES
     return WeightType(name, entry.shape, entry.dtype, kind, transposed)
 
@@ -226,9 +231,13 @@ def _experts(layer: dict[str, TensorEntry]) -> dict[str, int]:
     for name, entry in layer.items():
         if match := _EXPERT.search(name):
             numbers.setdefault(name[: match.end("before")], set()).add(match["number"])
-        elif len(entry.shape) == 3 and (match := _EXPERTS.search(name)):
+        elif _is_experts(name, entry.shape) and (match := _EXPERTS.search(name)):
             counts[name[: match.end("before")]] = entry.shape[0]
     return counts | {module: len(found) for module, found in numbers.items()}
+
+
+def _is_experts(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and _EXPERTS.search(name) is not None
 
 
 def _sample(names: list[str]) -> str:

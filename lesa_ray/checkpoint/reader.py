@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.checkpoint.anatomy import layer_of
 from lesa_ray.checkpoint.ranges import read_into
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.errors import UserError
@@ -137,12 +138,8 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
     if "config.json" not in files:
         raise UserError(f"{where}: not a checkpoint, there is no config.json in it")
     config = _read_json(where, storage, "config.json")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UserError(f"{where}: is quantised ({method}); expand the unquantised checkpoint, quantise the result")
-    if _QUANTISED in files:
-        raise UserError(f"{where}: is quantised ({_QUANTISED}); expand the unquantised checkpoint, quantise the result")
+    if quantised := _QUANTISED if _QUANTISED in files else _quantised_by(config):
+        raise UserError(f"{where}: is quantised ({quantised}); expand the unquantised checkpoint, quantise the result")
     weight_map = _weight_map(where, storage, files)
     shards = sorted(set(weight_map.values())) if weight_map else [_single_file(where, files)]
     for shard in shards:
@@ -193,8 +190,6 @@ def _all_tensors(where: str, entries: list[TensorEntry], weight_map: dict[str, s
     tensor that lies in two shards, the one that the index names.
 
     Raises: UserError if a layer lacks a tensor that the index places. Elsewhere its name may be one of old times."""
-    from lesa_ray.checkpoint.anatomy import layer_of  # which needs this file
-
     found = {entry.name: entry for entry in entries}
     found |= {entry.name: entry for entry in entries if weight_map.get(entry.name) == entry.file}
     for name, shard in weight_map.items():
@@ -203,11 +198,17 @@ def _all_tensors(where: str, entries: list[TensorEntry], weight_map: dict[str, s
     return found
 
 
+def _quantised_by(config: dict[str, Any]) -> str | None:
+    """The method, if config.json says that there was one."""
+    quantised = config.get("quantization_config")
+    if not quantised:
+        return None
+    return str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else "unknown"
+
+
 def _is_packed(entry: TensorEntry) -> bool:
     """Whether it is a matrix in a type of quantised weights: of whatever name in a layer (GPTQ: `qweight`, `qzeros`),
     where masks are of booleans and tables of indices of 64 bits."""
-    from lesa_ray.checkpoint.anatomy import layer_of  # which needs this file
-
     if entry.is_float or len(entry.shape) != 2:
         return False
     return entry.name.endswith(".weight") or (layer_of(entry.name) is not None and entry.dtype not in ("BOOL", "I64"))

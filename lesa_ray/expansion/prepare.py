@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -223,7 +222,7 @@ def _check_supported(job: Job) -> None:
     for weight_type in job.anatomy.types.values():
         if weight_type.kind == "other" and len(weight_type.shape) == 3 and weight_type.dtype in FLOAT_BYTES:
             what = f"{job.method.name}: {weight_type.name}"
-            if re.search(r"(^|\.)experts\.", weight_type.name):
+            if weight_type.holds_experts:
                 raise UserError(
                     f"{what} holds the experts in one 3-D tensor {list(weight_type.shape)}, which only llama-pro and "
                     "solar can expand; save the checkpoint with one matrix for each expert"
