@@ -476,10 +476,15 @@ def _sizes(task: Task) -> tuple[Route, int, int]:
     return route, rank, min(rank + s.oversampling, directions) if route == "randomized" else rank
 
 
+def held_out_triples(triples: int, holdout: float) -> int:
+    """How many of them are kept from training: at least one if `holdout` is above 0, never all."""
+    return min(max(round(holdout * triples), 1), triples - 1) if holdout > 0 else 0
+
+
 def _triples(task: Task) -> tuple[int, int]:
     """How many are trained on, and how many held out."""
-    triples, holdout = task.checkpoints * (task.layers - 2), task.settings.holdout
-    held_out = min(max(round(holdout * triples), 1), triples - 1) if holdout > 0 else 0
+    triples = task.checkpoints * (task.layers - 2)
+    held_out = held_out_triples(triples, task.settings.holdout)
     return triples - held_out, held_out
 
 

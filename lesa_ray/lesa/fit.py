@@ -32,7 +32,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.gpu import allowed_memory
 from lesa_ray.lesa import yardsticks
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import SCORED, Task, side_by_side, why_no_room_for_ridge
+from lesa_ray.lesa.cost import SCORED, Task, held_out_triples, side_by_side, why_no_room_for_ridge
 from lesa_ray.lesa.predictor import Predictor, Progress, train_together
 from lesa_ray.lesa.report import FitReport, Predict, score
 from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
@@ -253,7 +253,7 @@ def split_triples(checkpoints: int, layers: int, holdout: float, seed: int) -> t
     is trained on.
     """
     middles = torch.tensor([c * layers + i for c in range(checkpoints) for i in range(1, layers - 1)])
-    count = min(max(round(holdout * len(middles)), 1), len(middles) - 1) if holdout > 0 else 0
+    count = held_out_triples(len(middles), holdout)
     order = torch.randperm(len(middles), generator=generator_for(seed, "holdout"))
     chosen: list[int] = middles[order].tolist()
     return sorted(chosen[count:]), sorted(chosen[:count])
