@@ -81,17 +81,24 @@ _FULL = (
 """What CUDA and its libraries say, past PyTorch's allocator, when they find no memory: handles want some."""
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error means that the GPU's memory, or this process's share of it, is full."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
+
+
 @contextmanager
 def full_gpu_is_a_fault(what: str, without: str) -> Iterator[None]:
     """Around work on one piece of many, called `what`; `without`: the option that does without a GPU.
 
     Raises: MachineError where the GPU's memory is full."""
-    import torch
-
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _FULL)):
+        if not is_full(error):
             raise
         raise MachineError(
             f"{what}: the GPU's memory is full; give it a larger --gpus-per-task, or {without}"

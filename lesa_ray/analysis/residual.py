@@ -39,6 +39,7 @@ from lesa_ray.evaluation.data import TextData, block_rows, open_data, text_rows
 from lesa_ray.evaluation.measure import Job, make_job
 from lesa_ray.evaluation.perplexity import Row, vocabulary_of
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.gpu import is_full
 from lesa_ray.training.model import layers_of
 
 _BATCH_TOKENS = 4096
@@ -84,7 +85,9 @@ def measure_residual(
                 "window": job.window,
                 **contributions(model, rows, job.window, most, name, progress),
             }
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
         raise UserError(
             f"{name}: does not fit into the GPU's memory; give a shorter --window, --dtype bfloat16 or --device cpu, "
             "or leave out --data: its weights are analysed without it"

@@ -56,7 +56,7 @@ def work(loop_config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from lesa_ray.errors import UserError
-    from lesa_ray.gpu import limit_device
+    from lesa_ray.gpu import is_full, limit_device
     from lesa_ray.training.worker import train
 
     board = loop_config["board"]
@@ -72,7 +72,9 @@ def work(loop_config: dict[str, Any]) -> None:
 
     try:
         train(pickle.loads(loop_config["run"]), device, tell)
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, RuntimeError) as error:
+        if not (isinstance(error, UserError) or is_full(error)):
+            raise
         ray.get(board.fail.remote(str(error) if isinstance(error, UserError) else _FULL))
         deadline = time.monotonic() + _AGREE_SECONDS
         while time.monotonic() < deadline:

@@ -30,6 +30,7 @@ from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain, reaching
+from lesa_ray.gpu import is_full
 from lesa_ray.layerwise.register import register
 
 _COPIED_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -169,9 +170,9 @@ def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = N
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # shapes that differ, files that are not there: each surfaces in its own way
+        if isinstance(error, MemoryError) or is_full(error):
+            raise
         raise UserError(f"{name}: cannot be loaded: {explain(error)[:300]}") from error
     finally:
         if bars:

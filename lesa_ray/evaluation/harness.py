@@ -25,6 +25,7 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.perplexity import LONGEST_WINDOW, fitting_batch
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.faults import explain
+from lesa_ray.gpu import is_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -186,9 +187,7 @@ def _explained(what: str) -> Iterator[None]:
     except (ConnectionError, TimeoutError) as error:
         raise MachineError(f"{what} ({explain(error)[:200]})") from error
     except Exception as error:
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_full(error):
             raise
         raise UserError(f"{what} ({explain(error)[:300]})") from error
 

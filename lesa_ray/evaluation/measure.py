@@ -31,6 +31,7 @@ from lesa_ray.evaluation.perplexity import LONGEST_WINDOW, Scores, exp, fitting_
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import own_peak_memory
 from lesa_ray.faults import explain, is_fault
+from lesa_ray.gpu import is_full
 
 Progress = Callable[[str, float], None]
 """Is called with what is under way and the share of the data that is done."""
@@ -90,12 +91,12 @@ def measure(job: Job, bound: Bounds, progress: Progress = lambda phase, share: N
         record, scores = _figures(job, bound, device, progress)
     except (UserError, MachineError):
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"checkpoint {bound.name}: does not fit into the GPU's memory with this batch; give a smaller "
-            "--batch-size, a shorter --window or --dtype bfloat16"
-        ) from error
     except Exception as error:
+        if is_full(error):
+            raise UserError(
+                f"checkpoint {bound.name}: does not fit into the GPU's memory with this batch; give a smaller "
+                "--batch-size, a shorter --window or --dtype bfloat16"
+            ) from error
         if is_fault(error):
             raise MachineError(f"checkpoint {bound.name}: {explain(error)[:300]}") from error
         raise
