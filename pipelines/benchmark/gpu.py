@@ -21,6 +21,7 @@ The whole unit of a 70B model's gate projection is `pipelines.benchmark.large --
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,7 +35,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import nn
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.lesa.fit import split_triples
@@ -42,12 +42,12 @@ from lesa_ray.lesa.spectral import add_gram
 from pipelines.benchmark.fresh import Run, Unit, in_fresh_process
 from pipelines.benchmark.large import cost_of
 from pipelines.benchmark.layers import Weights
-from pipelines.benchmark.notebook import RELEASED, RIDGE, SEED, all_layers
+from pipelines.benchmark.notebook import EPOCHS, RELEASED, RIDGE, ROWS_A_STEP, SEED, all_layers, settled, training
 
 SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
 ALIKE = {"q": 2, "k": 2, "gate": 2, "down": 1}
 """Weight types of a shape: q and o, k and v, gate and up."""
-TIMED_STEPS, EPOCHS = 1500, 10
+TIMED_STEPS = 1500
 PARTS = ("gram", "ours", "notebook")
 
 
@@ -81,13 +81,6 @@ class Figures:
     ours: dict[str, dict[str, Run]] = field(default_factory=dict)
     """By way (network, ridge) and shape."""
     notebook: dict[str, Theirs] = field(default_factory=dict)
-
-
-def settled(device: str) -> float:
-    """The time, once the device has done what it was told."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def median_seconds(call: Callable[[], object], device: str, times: int = 5) -> float:
@@ -125,26 +118,16 @@ def parts_of_notebook(weights: Weights, device: str, threads: int, pipe: Connect
     trained, _ = split_triples(1, weights.layers, RELEASED.holdout, SEED)
     d2, rows = weights.d2, weights.d1 * len(trained)
     x, y = (torch.randn(rows, width, device=device).mul_(weights.d1**-0.5) for width in (2 * d2, d2))
-    network = nn.Sequential(nn.Linear(2 * d2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, d2))
-    network.to(device)
-    criterion, optimizer = nn.MSELoss(), torch.optim.AdamW(network.parameters(), lr=0.001)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True)
-    last = min(TIMED_STEPS, len(loader)) - 1
-    start, first = time.perf_counter(), last // 10
-    for at, (batch_x, batch_y) in enumerate(loader):
-        if at == first:
-            start = settled(device)
-        optimizer.zero_grad()
-        output = network(batch_x)
-        norms = criterion(torch.norm(output, p=2), torch.norm(batch_y, p=2))
-        loss = (1 - 0.0005) * criterion(output, batch_y) + 0.0005 * norms
-        loss.backward()
-        optimizer.step()
-        loss.item()
-        if at == last:
-            break
-    pipe.send({"step": (settled(device) - start) / (last - first + 1)})
-    del x, y, loader
+    network, steps = training(x, y)
+    timed = min(TIMED_STEPS, math.ceil(rows / ROWS_A_STEP))
+    warm = 1 + timed // 10
+    for _ in itertools.islice(steps, warm):
+        pass
+    start = settled(device)
+    for _ in itertools.islice(steps, timed):
+        pass
+    pipe.send({"step": (settled(device) - start) / timed})
+    del x, y, network, steps
     if device == "cuda":
         torch.cuda.empty_cache()
     start = settled(device)
@@ -161,7 +144,7 @@ def parts_of_notebook(weights: Weights, device: str, threads: int, pipe: Connect
 def theirs(weights: Weights, device: str, threads: int, limit: float) -> Theirs:
     """The notebook's parts, of what is done after `limit` seconds."""
     trained, _ = split_triples(1, weights.layers, RELEASED.holdout, SEED)
-    found: dict[str, Any] = {"step": None, "steps": EPOCHS * math.ceil(weights.d1 * len(trained) / 64)}
+    found: dict[str, Any] = {"step": None, "steps": EPOCHS * math.ceil(weights.d1 * len(trained) / ROWS_A_STEP)}
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=parts_of_notebook, args=(weights, device, threads, there), daemon=True)

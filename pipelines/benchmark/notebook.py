@@ -24,7 +24,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,6 +41,7 @@ from lesa_ray.lesa.spectral import decompose
 from pipelines.benchmark.layers import Weights
 
 SEED = 0
+EPOCHS, ROWS_A_STEP = 10, 64
 RELEASED = LesaSettings.from_recipe("released-code", holdout=0.2)
 RIDGE = RELEASED.model_copy(update={"predictor": "ridge"})
 SPECTRAL = ("load", "gram", "eigh", "project")
@@ -102,7 +103,7 @@ def ready(_: int) -> int:
     return os.getpid()
 
 
-def _settled(device: str) -> float:
+def settled(device: str) -> float:
     """The time, once the device has done what it was told."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -113,6 +114,31 @@ def _device_peak(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
 
 
+def training(x: Tensor, y: Tensor) -> tuple[nn.Module, Iterator[float]]:
+    """The released network, and its training on rows x, (rows, 2·d2), and y, (rows, d2): each step's loss, as soon as
+    the step is done, of all epochs."""
+    d2 = y.shape[1]
+    network = nn.Sequential(nn.Linear(2 * d2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, d2))
+    network.to(y.device)
+    criterion = nn.MSELoss()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.001)
+    dataset = torch.utils.data.TensorDataset(x, y)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=ROWS_A_STEP, shuffle=True)
+
+    def steps() -> Iterator[float]:
+        for _ in range(EPOCHS):
+            for batch_x, batch_y in loader:
+                optimizer.zero_grad()
+                output = network(batch_x)
+                norms = criterion(torch.norm(output, p=2), torch.norm(batch_y, p=2))
+                loss = (1 - 0.0005) * criterion(output, batch_y) + 0.0005 * norms
+                loss.backward()
+                optimizer.step()
+                yield loss.item()
+
+    return network, steps()
+
+
 def run_notebook(weights: Weights, device: str) -> Outcome:
     """The released algorithm for one weight type."""
     start, cpu = time.perf_counter(), time.process_time()
@@ -120,32 +146,18 @@ def run_notebook(weights: Weights, device: str) -> Outcome:
     concatenated = torch.cat(layers, dim=1)
     u, s, vt = torch.linalg.svd(concatenated, full_matrices=False)
     separate = [vt[:, i * weights.d2 : (i + 1) * weights.d2] for i in range(weights.layers)]
-    spectral = _settled(device) - start
+    spectral = settled(device) - start
 
     inner, held_out = split_triples(1, weights.layers, RELEASED.holdout, SEED)
     x = torch.cat([torch.cat([separate[i - 1], separate[i + 1]], dim=1) for i in inner])
     y = torch.cat([separate[i] for i in inner])
-    network = nn.Sequential(
-        nn.Linear(2 * weights.d2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, weights.d2)
-    ).to(device)
-    criterion = nn.MSELoss()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.001)
-    dataset = torch.utils.data.TensorDataset(x, y)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
-    for _ in range(10):
-        total = 0.0
-        for batch_x, batch_y in loader:
-            optimizer.zero_grad()
-            output = network(batch_x)
-            norms = criterion(torch.norm(output, p=2), torch.norm(batch_y, p=2))
-            loss = (1 - 0.0005) * criterion(output, batch_y) + 0.0005 * norms
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
+    network, steps = training(x, y)
+    for _ in steps:
+        pass
     with torch.no_grad():
         predicted = [network(torch.cat([separate[a], separate[b]], dim=1)) for _, a, b in weights.slots]
         rebuilt = [((u * s) @ one).cpu() for one in predicted]
-    whole, cpu = _settled(device) - start, time.process_time() - cpu
+    whole, cpu = settled(device) - start, time.process_time() - cpu
 
     assert len(rebuilt) == len(weights.slots)
     with torch.no_grad():
@@ -178,7 +190,7 @@ def run_ours(weights: Weights, device: str, settings: LesaSettings) -> Outcome:
         seed=SEED,
         device=device,
     )
-    whole, cpu = _settled(device) - start, time.process_time() - cpu
+    whole, cpu = settled(device) - start, time.process_time() - cpu
     assert len(made) == len(weights.slots)
     assert report.held_out is not None
     loss = report.held_out["predictor"].loss
