@@ -56,10 +56,12 @@ def expand(
     if dry_run:
         from lesa_ray.expansion.out import out_state
         from lesa_ray.expansion.prepare import check_out, prepare
+        from lesa_ray.expansion.rehearsal import check_function
 
         check_out(settings.base, settings.out)
         expansion = prepare(settings)
         out_state(expansion)
+        check_function(expansion)
         _show(expansion, None, as_json)
         return
     from lesa_ray.distributed.expand import expand as run
@@ -103,9 +105,12 @@ def inspect(
 ) -> None:
     """Show a checkpoint, the plan, and what it would cost. Options are those of expand."""
     from lesa_ray.expansion.prepare import prepare
+    from lesa_ray.expansion.rehearsal import check_layers
 
     settings = load_settings(ExpandConfig, config, base=base, out="expanded", **given)
-    _show(prepare(settings), cluster, as_json)
+    expansion = prepare(settings)
+    check_layers(expansion)
+    _show(expansion, cluster, as_json)
 
 
 def _show(expansion: Any, cluster: str | None, as_json: bool) -> None:

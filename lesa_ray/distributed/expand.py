@@ -21,7 +21,7 @@ from lesa_ray.distributed.address import check_address
 from lesa_ray.errors import MachineError, RoomError, UserError
 from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
 from lesa_ray.expansion.prepare import Expansion, check_out, prepare
-from lesa_ray.expansion.rehearsal import check_layers, rehearse
+from lesa_ray.expansion.rehearsal import check_function
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
 from lesa_ray.expansion.workbench import finished_record
 from lesa_ray.faults import explain, is_fault, reaching
@@ -103,18 +103,11 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
 
 @contextmanager
 def _rehearsing(expansion: Expansion) -> Iterator[Callable[[], None]]:
-    """Try, beside what is done within, that old layers stay the same and, on a miniature, that the function is kept, if
-    that is promised; calling what is yielded waits for the verdict. The end waits, too: transformers patches itself
-    while a model is made, so a thread that is still at it when the caller loads a model would leave him one whose
-    weights are not tied."""
-
-    def verdict() -> None:
-        check_layers(expansion)
-        if expansion.job.zero_init and not expansion.rehearsed:
-            rehearse(expansion)
-
+    """`check_function` beside what is done within; calling what is yielded waits for its verdict. The end waits, too:
+    transformers patches itself while a model is made, so a thread that is still at it when the caller loads a model
+    would leave him one whose weights are not tied."""
     with ThreadPoolExecutor(1, "rehearsal") as pool:
-        yield pool.submit(verdict).result
+        yield pool.submit(check_function, expansion).result
 
 
 def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:

@@ -33,6 +33,14 @@ _WIDTHS = (0.5, 2.0)
 """Of the miniature's new layers, where those of the real model get widths of their own: one is cut, one widened."""
 
 
+def check_function(expansion: Expansion) -> None:
+    """Try all that headers do not show: that old layers stay the same, and that the function is kept if that is
+    promised and not tried yet. Raises: UserError."""
+    check_layers(expansion)
+    if expansion.job.zero_init and not expansion.rehearsed:
+        rehearse(expansion)
+
+
 def check_layers(expansion: Expansion) -> None:
     """Raises: UserError if an old layer would be another in the deeper model (`lesa_ray.expansion.same_layers`).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lesa_ray import Expanded, UserError
+from lesa_ray import Expanded, UserError, cli
 from lesa_ray.checkpoint import depth
 from lesa_ray.expansion.same_layers import check_old_layers
 
@@ -47,15 +48,36 @@ def test_what_a_layer_is_made_of_and_what_it_keeps(
         check_old_layers(before, after, places, "base")
 
 
-@pytest.mark.parametrize("method", ["solar", "avg-deus"])
-def test_the_expansion_is_refused_and_nothing_is_left(
-    method: str, grow: Callable[..., Expanded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As if the family were not known by name."""
+@pytest.fixture
+def unsound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A base whose layers know their depth, of a family that is taken as if it were not known by name."""
     monkeypatch.setattr(depth, "_FAMILY_FOLLOWS_DEPTH", {})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw_config("diffllama", 6)))
     model.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("method", ["solar", "avg-deus"])
+def test_the_expansion_is_refused_and_nothing_is_left(
+    method: str, unsound: str, grow: Callable[..., Expanded], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="lambda_init"):
-        grow(str(tmp_path / "base"), method=method, out=str(tmp_path / "out"))
+        grow(unsound, method=method, out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["expand", "--dry-run"]])
+def test_it_is_refused_by_what_only_looks(
+    command: list[str],
+    unsound: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = [unsound, str(tmp_path / "out")][: len(command)]
+    monkeypatch.setattr(sys, "argv", ["lesa-ray", command[0], *places, "--method", "solar", *command[1:]])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "lambda_init" in capsys.readouterr().err
