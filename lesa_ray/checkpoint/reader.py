@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.anatomy import layer_of
+from lesa_ray.checkpoint.pages import empty_bytes
 from lesa_ray.checkpoint.ranges import read_into
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.errors import UserError
@@ -95,7 +96,7 @@ class Checkpoint:
         import torch
 
         entry = self.tensors[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = empty_bytes(entry.nbytes)
         read_into(self.storage, entry.file, entry.offset, buffer.numpy().data)
         return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)
 
