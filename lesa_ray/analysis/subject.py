@@ -33,8 +33,9 @@ from lesa_ray.expansion.memory import default_budget, scratch_dir
 from lesa_ray.expansion.widths import Width, Widths, read_widths
 from lesa_ray.layerwise.names import MODEL_TYPE
 from lesa_ray.lesa.alignment import Layer
-from lesa_ray.lesa.cost import Task, unit_cost
+from lesa_ray.lesa.cost import unit_cost
 from lesa_ray.lesa.streams import Load, only
+from lesa_ray.lesa.task import Task
 
 SMALL = 200_000_000
 """Weights in all layers up to which predictors are fitted and layers matched unless told otherwise."""

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, Part, Rotation, pieces
 from lesa_ray.lesa.assignment import assign
-from lesa_ray.lesa.cost import EXACT
+from lesa_ray.lesa.bounds import EXACT
 from lesa_ray.lesa.streams import row_blocks, working_dtype
 from lesa_ray.lesa.symmetry import HeadMap, Map, NeuronMap, rows_first
 

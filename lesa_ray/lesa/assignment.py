@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lesa_ray.lesa.cost import EXACT
+from lesa_ray.lesa.bounds import EXACT
 
 _LEAST_SHARE = 64
 """A greedy round that pairs less than this part of the rows is the last: where all are alike (zeros) nobody is best."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lesa_ray.gpu import fits_device
-from lesa_ray.lesa.cost import CUSOLVER_ROWS, SPLIT_MATRICES, SYEVD_ROWS
+from lesa_ray.lesa.bounds import CUSOLVER_ROWS, SPLIT_MATRICES, SYEVD_ROWS
 from lesa_ray.lesa.split_eigh import split_eigh
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ d1 = d2 = d and L layers: about 3·L·d³ + 10·d³ operations for the basis, 14
 ridge, and one copy of the layers in float32, in memory or in a scratch file. Knows no files, tensor names or Ray.
 
 What has a basis and a predictor of its own is a `Fit`: a weight type, an expert of it, or all experts that share them.
-Fits of one shape are trained side by side where that pays (`cost.STACKED_ON`).
+Fits of one shape are trained side by side where that pays (`bounds.STACKED_ON`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from lesa_ray.config import LesaSettings, NormRule
 from lesa_ray.errors import UserError
 from lesa_ray.gpu import allowed_memory
 from lesa_ray.lesa import yardsticks
+from lesa_ray.lesa.bounds import SCORED
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import SCORED, Task, held_out_triples, side_by_side, why_no_room_for_ridge
+from lesa_ray.lesa.needs import why_no_room_for_ridge
 from lesa_ray.lesa.predictor import Predictor, Progress, train_together
 from lesa_ray.lesa.report import FitReport, Predict, score
 from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
 from lesa_ray.lesa.room import Rooms
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Load, generator_for, row_blocks, square_norm
+from lesa_ray.lesa.task import Task, held_out_triples, side_by_side
 
 
 @dataclass(frozen=True)

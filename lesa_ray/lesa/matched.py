@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lesa_ray.checkpoint.blocks import Block, Fused, pieces
 from lesa_ray.lesa.alignment import Layer, align, move
-from lesa_ray.lesa.cost import EXACT
+from lesa_ray.lesa.bounds import EXACT
 from lesa_ray.lesa.streams import generator_for, row_blocks, working_dtype
 from lesa_ray.lesa.symmetry import rows_first
 

@@ -17,7 +17,7 @@ in all.
 Predictors of one shape that share nothing, of the experts of a mixture, can be trained side by side: their parameters
 lie in one vector, and a step takes a batch of each (products by `baddbmm`, one AdamW for all). The mathematics of each
 are those of training it alone, with its own initial weights, order of rows and loss; sums may be added in another
-order. One step of one small predictor leaves most of a GPU idle. Where that pays, `cost.STACKED_ON` says.
+order. One step of one small predictor leaves most of a GPU idle. Where that pays, `bounds.STACKED_ON` says.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lesa_ray.errors import UserError
-from lesa_ray.lesa.cost import RIDGE_BLOCK, RIDGE_FEATURES
+from lesa_ray.lesa.bounds import RIDGE_BLOCK, RIDGE_FEATURES
 
 NOISE = 8
 """float32 serves while λ·m is at least this many times eps·‖XᵀX‖_F, a generous bound of Cholesky's backward error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lesa_ray.errors import MachineError
 from lesa_ray.gpu import fits_device
-from lesa_ray.lesa.cost import Place, choose_place
+from lesa_ray.lesa.needs import Place, choose_place
 
 
 class Rooms:

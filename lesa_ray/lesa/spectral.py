@@ -31,11 +31,14 @@ from torch import Tensor
 from lesa_ray.config import Scaling, SvdRoute, Weighing
 from lesa_ray.errors import UserError
 from lesa_ray.gpu import fits_device
+from lesa_ray.lesa.bounds import EIGH_MATRICES, GRAM_BLOCK
 from lesa_ray.lesa.clock import Clock
-from lesa_ray.lesa.cost import EIGH_MATRICES, GRAM_BLOCK, Task, bytes_beside, choose_route, eigh_bytes
 from lesa_ray.lesa.eigen import eigenvectors
+from lesa_ray.lesa.needs import bytes_beside, eigh_bytes
 from lesa_ray.lesa.room import Room, Rooms
+from lesa_ray.lesa.route import choose_route
 from lesa_ray.lesa.streams import Layers, Load, generator_for, working_dtype
+from lesa_ray.lesa.task import Task
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ import torch
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.gpu import gpu_memory
-from lesa_ray.lesa.cost import Task, UnitCost, unit_cost
+from lesa_ray.lesa.cost import UnitCost, unit_cost
+from lesa_ray.lesa.task import Task
 from lesa_ray.sizes import parse_size
 from pipelines.benchmark.fresh import Unit, exponent, in_fresh_process
 from pipelines.benchmark.layers import Weights

@@ -58,7 +58,7 @@ def test_units_of_several_experts_make_what_each_expert_s_own_makes(bases: Bases
 def test_stacked_experts_make_nearly_the_same(bases: Bases, grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, by a stack of three and one of one shape more."""
     alone = grow(bases("qwen3_moe"), lesa={"epochs": 2})
-    monkeypatch.setattr("lesa_ray.lesa.cost.STACKED_ON", ("cpu", "cuda"))
+    monkeypatch.setattr("lesa_ray.lesa.task.STACKED_ON", ("cpu", "cuda"))
     monkeypatch.setattr("lesa_ray.lesa.cost.STACK", 3)
     together = grow(bases("qwen3_moe"), lesa={"epochs": 2})
     for new in together.manifest["new_layers"]:

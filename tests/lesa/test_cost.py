@@ -18,24 +18,14 @@ from lesa_ray.config import LesaSettings
 from lesa_ray.errors import RoomError, UserError
 from lesa_ray.gpu import DEVICE_SHARE
 from lesa_ray.lesa import ridge, room, spectral
-from lesa_ray.lesa.cost import (
-    EIGH_MATRICES,
-    SPLIT_MATRICES,
-    Phase,
-    Task,
-    UnitCost,
-    bytes_beside,
-    choose_place,
-    choose_route,
-    require_device_memory,
-    require_host_memory,
-    stack_size,
-    unit_cost,
-    why_no_room_for_ridge,
-)
+from lesa_ray.lesa.bounds import EIGH_MATRICES, SPLIT_MATRICES
+from lesa_ray.lesa.cost import Phase, UnitCost, require_device_memory, require_host_memory, stack_size, unit_cost
 from lesa_ray.lesa.fit import fit_weight_type
+from lesa_ray.lesa.needs import bytes_beside, choose_place, why_no_room_for_ridge
 from lesa_ray.lesa.predictor import Predictor, train, train_together
 from lesa_ray.lesa.rates import CPU_CORE, GPU_MEMORY, GPUS, LOOKED, unit_seconds
+from lesa_ray.lesa.route import choose_route
+from lesa_ray.lesa.task import Task
 from tests.lesa.layers import related_layers
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.lesa.cost import RIDGE_FEATURES
+from lesa_ray.lesa.bounds import RIDGE_FEATURES
 from lesa_ray.lesa.fit import evenly, fit_weight_type, split_triples
 from lesa_ray.lesa.report import FitReport
 from tests.lesa.layers import reference_svd, related_layers

@@ -25,7 +25,7 @@ MIDDLES = [[1, 3, 4], [1, 2, 3], [2, 3, 4]]
 
 @pytest.fixture
 def stacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lesa_ray.lesa.cost.STACKED_ON", ("cpu", "cuda"))
+    monkeypatch.setattr("lesa_ray.lesa.task.STACKED_ON", ("cpu", "cuda"))
 
 
 def side_by_side(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:

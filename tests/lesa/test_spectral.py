@@ -11,7 +11,7 @@ import torch
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.lesa import eigen
-from lesa_ray.lesa.cost import GRAM_ALWAYS, choose_route
+from lesa_ray.lesa.route import GRAM_ALWAYS, choose_route
 from lesa_ray.lesa.spectral import decompose
 from tests.lesa.layers import reference_svd, related_layers
 

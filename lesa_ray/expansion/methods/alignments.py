@@ -16,7 +16,7 @@ from lesa_ray.checkpoint.anatomy import Anatomy
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, parts_in, read_blocks
 from lesa_ray.checkpoint.reader import FLOAT_BYTES
 from lesa_ray.expansion.method import Job, Kept, RunContext, Tensors, Unit
-from lesa_ray.lesa.cost import EXACT
+from lesa_ray.lesa.bounds import EXACT
 
 if TYPE_CHECKING:
     from lesa_ray.lesa.symmetry import Map
