@@ -36,7 +36,7 @@ from lesa_ray.lesa.clock import Clock
 from lesa_ray.lesa.needs import why_no_room_for_ridge
 from lesa_ray.lesa.predictor import Predictor, Progress, train_together
 from lesa_ray.lesa.report import FitReport, Predict, score
-from lesa_ray.lesa.ridge import fit_ridge, require_ridge, why_no_ridge
+from lesa_ray.lesa.ridge import fit_ridge, why_no_ridge
 from lesa_ray.lesa.room import Rooms
 from lesa_ray.lesa.spectral import Decomposition, decompose
 from lesa_ray.lesa.streams import Load, generator_for, row_blocks, square_norm
@@ -110,8 +110,7 @@ def fit_each(
     coefficients are held meanwhile; on CPUs one fit is done after another, with the bytes that each would have alone.
     The same arguments give the same bytes on the same kind of device with the same number of threads.
 
-    Raises: UserError for fewer than 3 layers, for layers that are not finite float matrices of one shape, and for
-    predictor ridge where its system is too large.
+    Raises: UserError for fewer than 3 layers, and for layers that are not finite float matrices of one shape.
     """
     if layers < 3:
         raise UserError(f"LESA learns from three layers in a row; the base has {layers}")
@@ -175,7 +174,8 @@ def _fit_at_once(
         )
         for fit, clock in zip(fits, clocks, strict=True)
     ]
-    splits = [split_triples(len(f.loads) + len(f.variants), layers, settings.holdout, f.seed) for f in fits]
+    copies = task.checkpoints // task.basis
+    splits = [split_triples(task.basis, layers, settings.holdout, fit.seed, copies) for fit in fits]
 
     training_clock = Clock(device)
     with training_clock.phase("train"):
@@ -248,17 +248,22 @@ def _fit_at_once(
     return reports
 
 
-def split_triples(checkpoints: int, layers: int, holdout: float, seed: int) -> tuple[list[int], list[int]]:
-    """Middle layers of the training and of the held-out triples, as indices into (checkpoints · layers), ascending.
+def split_triples(members: int, layers: int, holdout: float, seed: int, copies: int = 1) -> tuple[list[int], list[int]]:
+    """Middle layers of the training and of the held-out triples: indices into (copies · members · layers), ascending.
 
-    At least one triple is held out if `holdout` is above 0, and at least one is trained on; a single triple
-    is trained on.
+    copies: the base and its variants. What is held out of one is held out of all: a variant's layer is the base's but
+    for a little, so that who has learnt it knows the other.
+    At least one triple of the base is held out if `holdout` is above 0, and at least one is trained on; a single
+    triple is trained on.
     """
-    middles = torch.tensor([c * layers + i for c in range(checkpoints) for i in range(1, layers - 1)])
+    middles = torch.tensor([m * layers + i for m in range(members) for i in range(1, layers - 1)])
     count = held_out_triples(len(middles), holdout)
     order = torch.randperm(len(middles), generator=generator_for(seed, "holdout"))
-    chosen: list[int] = middles[order].tolist()
-    return sorted(chosen[count:]), sorted(chosen[:count])
+
+    def of_all_copies(chosen: Tensor) -> list[int]:
+        return sorted(copy * members * layers + at for copy in range(copies) for at in chosen.tolist())
+
+    return of_all_copies(middles[order[count:]]), of_all_copies(middles[order[:count]])
 
 
 def evenly(numbers: Sequence[int], count: int) -> list[int]:
@@ -277,11 +282,10 @@ def _fit_predictors(
     progress: Progress,
 ) -> list[tuple[Predict, list[float]]]:
     """For each fit what makes the new layers, and the loss of each epoch where it is trained by epochs."""
-    d2 = coefficients[0].shape[2]
     if settings.predictor == "ridge":
-        require_ridge(f"weights of {d2} columns", d2, device)
         progress("solving for the predictor", 0.0)
         return [(fit_ridge(*fit, settings.ridge, device), []) for fit in zip(coefficients, training, strict=True)]
+    d2 = coefficients[0].shape[2]
     networks = [Predictor(d2, settings.hidden, coefficients[0].dtype, device, seed) for seed in seeds]
     losses: dict[int, list[float]] = {}
     for together in _of_one_rank(coefficients):

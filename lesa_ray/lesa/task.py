@@ -45,9 +45,9 @@ def held_out_triples(triples: int, holdout: float) -> int:
 
 def triples_of(task: Task) -> tuple[int, int]:
     """How many are trained on, and how many held out."""
-    triples = task.checkpoints * (task.layers - 2)
+    triples, copies = task.basis * (task.layers - 2), task.checkpoints // task.basis
     held_out = held_out_triples(triples, task.settings.holdout)
-    return triples - held_out, held_out
+    return copies * (triples - held_out), copies * held_out
 
 
 def word_of(task: Task) -> int:
