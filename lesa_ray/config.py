@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lesa_ray.errors import UserError
-from lesa_ray.machines import Gpus
+from lesa_ray.machines import OneGpu
 from lesa_ray.sizes import Bytes
 
 SvdRoute = Literal["auto", "exact", "gram", "randomized", "none"]
@@ -174,8 +174,9 @@ class ExpandConfig(Settings):
     """Largest file of the result, in bytes or with a unit (KB, MB, GB, KiB, MiB, GiB)."""
     dtype: DtypeName | None = None
     """Element type of the result. By default each tensor's own."""
-    gpus_per_task: Gpus | None = None
-    """GPUs that one unit of work asks Ray for. By default one where the cluster has GPUs, else none."""
+    gpus_per_task: OneGpu | None = None
+    """The GPU, or the part of one, that a unit of work asks Ray for. By default one where the cluster has GPUs, else
+    none."""
     memory_budget: Bytes | None = None
     """Host memory of one unit of work beside the interpreter's, e.g. 8GB; LESA's coefficients that do not fit go to a
     file in LESA_RAY_SCRATCH. By default four fifths of what is free where it runs.

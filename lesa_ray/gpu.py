@@ -101,5 +101,5 @@ def full_gpu_is_a_fault(what: str, without: str) -> Iterator[None]:
         if not is_full(error):
             raise
         raise MachineError(
-            f"{what}: the GPU's memory is full; give it a larger --gpus-per-task, or {without}"
+            f"{what}: the GPU's memory is full; give it more of a GPU if there is more (--gpus-per-task), or {without}"
         ) from error

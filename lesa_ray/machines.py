@@ -30,6 +30,16 @@ Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 """A number of GPUs as Ray gives them: a part of one, or whole ones."""
 
 
+def _at_most_one(gpus: float) -> float:
+    if gpus > 1:
+        raise ValueError(f"{gpus:g}: it computes on one GPU; give 1, or a part of one")
+    return gpus
+
+
+OneGpu = Annotated[float, Field(ge=0), AfterValidator(_at_most_one)]
+"""The GPU of what computes on one, or a part of it."""
+
+
 @dataclass(frozen=True)
 class Machines:
     """The resources of each machine of a cluster."""

@@ -125,7 +125,7 @@ def test_a_full_gpu_is_a_fault_of_the_machine(
     config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="lesa")
     with pytest.raises(
         MachineError,
-        match=r"unit \S+: the GPU's memory is full; give it a larger --gpus-per-task, or --gpus-per-task 0",
+        match=r"unit \S+: the GPU's memory is full; give it more of a GPU if there is more .--gpus-per-task.,",
     ):
         expand(config, runner=InlineRunner())
 

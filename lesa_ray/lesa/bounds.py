@@ -15,8 +15,8 @@ SYEVD_ROWS = 32_766
 """Rows of the largest matrix that LAPACK's syevd takes: its 2·d1² words of workspace are counted in 32 bits. With more
 PyTorch 2.13 dies of a segmentation fault (pytorch/pytorch, issue 92141)."""
 RIDGE_FEATURES = {"cpu": 8192, "cuda": 32768}
-"""2·d2 up to which ridge is fitted: the system takes 0.5 GB in float64 and 200 GFLOP to solve; on a GPU 8.6 GB, twice
-while solving."""
+"""2·d2 up to which ridge is a yardstick: the system takes 0.5 GB in float64 and 200 GFLOP to solve; on a GPU 8.6 GB,
+twice while solving."""
 RIDGE_BLOCK = 256
 """Rows at once where ridge's system is added up, factorised and solved, all in the system's own memory."""
 SCORED = 4

@@ -242,19 +242,27 @@ def unit_cost(task: Task) -> UnitCost:
 
 def require_device_memory(task: Task, name: str) -> None:
     """Raises: RoomError if the unit of weight type `name` needs more of the GPU than is its own."""
-    needed = unit_cost(task).device_memory
-    if needed > task.device_memory:
+    cost = unit_cost(task)
+    if cost.device_memory > task.device_memory:
+        largest = max(cost.phases, key=lambda phase: phase.device)
         raise RoomError(
-            f"{name} needs {size_text(needed)} of a GPU, its share is {size_text(task.device_memory)}; give it a "
-            "larger --gpus-per-task, --gpus-per-task 0, or keep fewer directions (--rank)"
+            f"{name} needs {size_text(cost.device_memory)} of a GPU, its share is {size_text(task.device_memory)}; "
+            f"give it more of a GPU if there is more, --gpus-per-task 0, {_less(task, largest)}"
         )
 
 
 def require_host_memory(task: Task, name: str) -> None:
     """Raises: RoomError if the unit of weight type `name` needs more host memory than its budget."""
     if task.memory_budget is not None:
-        needed = unit_cost(task).host_memory
-        require_budget(task.memory_budget, needed, name, "or keep fewer directions (--rank)")
+        cost = unit_cost(task)
+        largest = max(cost.phases, key=lambda phase: phase.host)
+        require_budget(task.memory_budget, cost.host_memory, name, _less(task, largest))
+
+
+def _less(task: Task, largest: Phase) -> str:
+    """What takes less memory, for a message; largest: the phase that takes the most."""
+    by_system = task.settings.predictor == "ridge" and largest.name == "train"
+    return "or use --predictor mlp" if by_system else "or keep fewer directions (--rank)"
 
 
 def stack_size(task: Task) -> int:

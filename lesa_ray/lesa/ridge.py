@@ -19,7 +19,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lesa_ray.errors import UserError
 from lesa_ray.lesa.bounds import RIDGE_BLOCK, RIDGE_FEATURES
 
 NOISE = 8
@@ -41,17 +40,11 @@ class Ridge:
 
 
 def why_no_ridge(d2: int, device: str) -> str | None:
-    """The reason for which ridge is left out, or None."""
+    """The reason for which ridge is left out as a yardstick, or None."""
     bound = RIDGE_FEATURES[torch.device(device).type]
     if 2 * d2 <= bound:
         return None
-    return f"{2 * d2} features; ridge is fitted up to {bound} on this kind of device"
-
-
-def require_ridge(what: str, d2: int, device: str) -> None:
-    """Raises: UserError where ridge is to be the predictor and its system is too large."""
-    if (reason := why_no_ridge(d2, device)) is not None:
-        raise UserError(f"{what}: predictor ridge: {reason}; use predictor mlp")
+    return f"{2 * d2} features; it is a yardstick up to {bound} on this kind of device"
 
 
 def fit_ridge(coefficients: Tensor, middles: Sequence[int], penalty: float, device: str) -> Ridge:

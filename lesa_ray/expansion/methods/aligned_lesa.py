@@ -81,14 +81,11 @@ class AlignedLesa(Method):
         if unit.keeps:
             return run_alignment(unit, blocks, tensors, context)
         from lesa_ray.lesa.fit import fit_weight_type
-        from lesa_ray.lesa.ridge import require_ridge
         from lesa_ray.lesa.streams import seed_for
         from lesa_ray.lesa.symmetry import rows_first
 
         weight_type = job.anatomy.types[unit.name]
         viewed = _viewed(weight_type, blocks)
-        if job.config.lesa.predictor == "ridge":  # before the layers are read
-            require_ridge(unit.name, viewed.d2, context.device)
         require_room(job, (viewed,), context, unit.name)
         block = _block_of(weight_type, blocks)
         part, maps = block.parts[weight_type.name], maps_to_first(block, job.anatomy.layers, tensors)

@@ -52,11 +52,8 @@ class Lesa(Method):
 
     def run(self, unit: Unit, job: Job, tensors: Tensors, context: RunContext) -> dict[str, Any]:
         from lesa_ray.lesa.fit import Fit, fit_each
-        from lesa_ray.lesa.ridge import require_ridge
 
         types = _together(job)[unit.name]
-        if job.config.lesa.predictor == "ridge":  # before the layers are read
-            require_ridge(unit.name, types[0].d2, context.device)
         require_room(job, types, context, unit.name)
         wanted = set(unit.makes)
 
