@@ -132,21 +132,6 @@ def test_the_expand_job_takes_a_file_and_flags(bases: Bases, tmp_path: Path) -> 
     families.load_strict(out, "mistral")
 
 
-def test_variants_join_the_training_rows(bases: Bases, grow: Callable[..., Any], tmp_path: Path) -> None:
-    """Llama and its fine-tunes (paper, section 4.4): three checkpoints give three times the triples."""
-    others = [families.make("llama", tmp_path / f"tuned-{seed}", seed=seed) for seed in (1, 2)]
-    reports = {
-        name: grow(bases("llama"), variants=variants, lesa={"epochs": 1}).manifest
-        for name, variants in {"alone": [], "joined": others}.items()
-    }
-    alone, joined = (reports[name]["fit"]["mlp.up_proj.weight"] for name in ("alone", "joined"))
-    triples = families.LAYERS - 2
-    assert alone["triples_trained"] + alone["triples_held_out"] == triples
-    assert joined["triples_trained"] + joined["triples_held_out"] == 3 * triples
-    assert set(reports["joined"]["identity"]["variants"]) == set(others)
-    assert reports["joined"]["fingerprint"] != reports["alone"]["fingerprint"]
-
-
 @pytest.mark.timeout(480)
 def test_the_demo_from_start_to_end_and_again(tmp_path: Path) -> None:
     """The whole story with a base of a few steps: every method's row is there, and a second run only reads."""

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lesa_ray.checkpoint.storage import Storage, resolve_base
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import Shard, write_shard
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
@@ -140,7 +140,7 @@ def _unit_task(expansion: Expansion, unit: Unit, share: Share, board: Any) -> tu
         expansion.job,
         unit,
         expansion.made_in,
-        expansion.checkpoint,
+        expansion.checkpoints,
         expansion.job.config.out,
         device=device,
         threads=share.cpus,
@@ -150,10 +150,9 @@ def _unit_task(expansion: Expansion, unit: Unit, share: Share, board: Any) -> tu
 
 
 def _for_any_folder(expansion: Expansion) -> Expansion:
-    """The same, whatever folder it is read in: that of a worker need not be this process's."""
+    """The same, whatever folder it is written to from: that of a worker need not be this process's."""
     config = expansion.job.config
-    variants = tuple(resolve_base(variant) for variant in config.variants)
-    placed = config.model_copy(update={"out": Storage(config.out).url, "variants": variants})
+    placed = config.model_copy(update={"out": Storage(config.out).url})
     return replace(expansion, job=replace(expansion.job, config=placed))
 
 

@@ -42,6 +42,7 @@ class Expansion:
 
     job: Job
     checkpoint: Checkpoint
+    variants: tuple[Checkpoint, ...]
     units: tuple[Unit, ...]
     shards: tuple[Shard, ...]
     config: dict[str, Any]
@@ -52,6 +53,11 @@ class Expansion:
     """Why `--method auto` took the method; None where the method was named."""
     rehearsed: bool = False
     """Whether it was tried on a miniature that the function is kept."""
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The base, and its variants."""
+        return self.checkpoint, *self.variants
 
     @property
     def parameters(self) -> int:
@@ -112,8 +118,7 @@ def prepare(config: ExpandConfig) -> Expansion:
         require_convertible(checkpoint.config, config.base)
     may_differ = method.copies or (method.pads and checkpoint.config.get("model_type") == MODEL_TYPE)
     anatomy = read_anatomy(checkpoint, alike=not may_differ, hint=WHOLE_LAYERS)
-    for variant in config.variants:
-        _check_variant(checkpoint, anatomy, variant, alike=not may_differ)
+    variants = tuple(_open_variant(checkpoint, anatomy, variant, alike=not may_differ) for variant in config.variants)
     importance = read_importance(config, checkpoint, anatomy)
     job = make_job(config, anatomy, method, importance.influence if importance is not None else None)
     job = _with_widths(job, checkpoint)
@@ -127,6 +132,7 @@ def prepare(config: ExpandConfig) -> Expansion:
     return Expansion(
         job=job,
         checkpoint=checkpoint,
+        variants=variants,
         units=tuple(units),
         shards=tuple(plan_shards(groups, limit)),
         config=_result_config(job, checkpoint),
@@ -189,7 +195,8 @@ def _result_config(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     return with_layer_widths(config, [width.neurons for width in widths], [width.heads for width in widths])
 
 
-def _check_variant(checkpoint: Checkpoint, anatomy: Anatomy, variant: str, *, alike: bool) -> None:
+def _open_variant(checkpoint: Checkpoint, anatomy: Anatomy, variant: str, *, alike: bool) -> Checkpoint:
+    """Raises: UserError if its layers are not like the base's."""
     base, opened = checkpoint.base, open_checkpoint(variant)
     other = read_anatomy(opened, alike=alike)
     mine = {name: t.shape for name, t in anatomy.types.items()}
@@ -206,6 +213,7 @@ def _check_variant(checkpoint: Checkpoint, anatomy: Anatomy, variant: str, *, al
         found, expected = (list(one.tensors[name].shape) for one in (opened, checkpoint))
         if found != expected:
             raise UserError(f"--variants {variant}: {name} is {found}, in BASE {base} it is {expected}")
+    return opened
 
 
 def _check_supported(job: Job) -> None:

@@ -101,7 +101,7 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
     del model
     small = prepare(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * _LAYERS, new_width=new_width))
     for unit in small.units:
-        run_unit(small.job, unit, small.made_in, small.checkpoint, out)
+        run_unit(small.job, unit, small.made_in, small.checkpoints, out)
     for shard in small.shards:
         write_shard(Storage(out), shard)
     finish(small, make_manifest(small, {unit.name: {} for unit in small.units}), card="")

@@ -87,7 +87,7 @@ class InlineRunner:
                 expansion.job,
                 unit,
                 expansion.made_in,
-                expansion.checkpoint,
+                expansion.checkpoints,
                 expansion.job.config.out,
                 device=self.device,
                 threads=expansion.job.config.cpus_per_task,

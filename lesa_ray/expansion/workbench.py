@@ -8,11 +8,11 @@ whose record is there is done, whoever asks.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lesa_ray.checkpoint.anatomy import read_anatomy
 from lesa_ray.checkpoint.finite import assert_finite
-from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_entries
+from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, read_entries
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
 from lesa_ray.expansion.memory import default_budget, return_freed_memory, scratch_dir
@@ -72,7 +72,7 @@ def run_unit(
     job: Job,
     unit: Unit,
     units: dict[str, str],
-    checkpoint: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
     out: str,
     *,
     device: Device = "cpu",
@@ -82,6 +82,7 @@ def run_unit(
     """Work on one unit from start to end and return its record.
 
     units: for each tensor that an earlier unit made (`made_name`) or kept, the file it is in.
+    checkpoints: the base, and its variants.
     threads: cores used; part of what determines the bytes of the result, as sums over threads round differently.
     Raises: MachineError where a GPU's memory is full.
     """
@@ -93,7 +94,7 @@ def run_unit(
     storage = units_storage(out)
     with storage.create(unit.file) as file:
         writer = TensorFileWriter(file, unit_tensors(job, unit))
-        tensors = _Bench(job, checkpoint, storage, units, writer, sized=unit.sized)
+        tensors = _Bench(job, checkpoints, storage, units, writer, sized=unit.sized)
         if unit.name == VECTORS_UNIT:
             report: dict[str, Any] = {}
             run_vectors(unit, job, tensors)
@@ -121,24 +122,23 @@ class _Bench:
     def __init__(
         self,
         job: Job,
-        checkpoint: Checkpoint,
+        checkpoints: Sequence[Checkpoint],
         storage: Storage,
         units: dict[str, str],
         writer: TensorFileWriter,
         *,
         sized: bool,
     ) -> None:
-        self._job, self._checkpoint, self._storage, self._units, self._writer = job, checkpoint, storage, units, writer
-        self._sized = sized
-        self._variants: dict[int, Checkpoint] = {}
+        self._job, self._checkpoints, self._storage, self._units = job, checkpoints, storage, units
+        self._writer, self._sized = writer, sized
         self._made: dict[str, dict[str, TensorEntry]] = {}
 
     def read(self, layer: int, weight_type: str, variant: int | None = None) -> torch.Tensor:
         name = self.name(layer, weight_type)
         if variant is not None:
-            tensor = self._variant(variant).read(name)
+            tensor = self._checkpoints[1 + variant].read(name)
         elif layer < self._job.plan.base_layers:
-            tensor = self._checkpoint.read(name)
+            tensor = self._checkpoints[0].read(name)
         else:
             substance = self._job.substance(self._job.slot(layer), self._job.anatomy.types[weight_type])
             if isinstance(substance, Copy):
@@ -161,12 +161,6 @@ class _Bench:
 
     def name(self, layer: int, weight_type: str) -> str:
         return self._job.anatomy.name(layer, weight_type)
-
-    def _variant(self, index: int) -> Checkpoint:
-        if index not in self._variants:
-            self._variants[index] = open_checkpoint(self._job.config.variants[index])
-            read_anatomy(self._variants[index], alike=self._job.widths is None)
-        return self._variants[index]
 
     def _read_made(self, name: str) -> torch.Tensor:
         file = self._units[name]
