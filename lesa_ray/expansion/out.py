@@ -20,6 +20,7 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.widths import RULE
+from lesa_ray.expansion.workbench import units_storage
 from lesa_ray.faults import reaching
 from lesa_ray.layerwise.folder import write_code
 
@@ -53,17 +54,21 @@ def out_state(expansion: Expansion) -> State:
 
 
 def claim(expansion: Expansion, state: State) -> None:
-    """Mark OUT as this expansion's. Raises: MachineError if the disk has no room for the result; then nothing is
-    written."""
-    storage = Storage(expansion.job.config.out)
+    """Mark OUT as this expansion's, and remove what killed tries left half-written. Raises: MachineError if the disk
+    has no room for what is missing; then nothing is written."""
+    out = expansion.job.config.out
+    storage, units = Storage(out), units_storage(out)
     if state == "resume":
-        return
-    free, needed = storage.free_bytes(), expansion.nbytes + expansion.scratch_bytes + _MARGIN
-    if free is not None and free < needed:
-        raise MachineError(
-            f"OUT {expansion.job.config.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
-        )
-    mark(storage, expansion.fingerprint, base=expansion.job.config.base)
+        storage.remove_leftovers()
+        units.remove_leftovers()
+    if (free := storage.free_bytes()) is not None:
+        there = units.list()
+        unmade = expansion.left_by(unit for unit in expansion.units if unit.file not in there)
+        needed = sum(shard.nbytes for shard in missing_shards(expansion)) + unmade + _MARGIN
+        if free < needed:
+            raise MachineError(f"OUT {out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    if state == "fresh":
+        mark(storage, expansion.fingerprint, base=expansion.job.config.base)
 
 
 def missing_shards(expansion: Expansion) -> list[Shard]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -76,7 +77,11 @@ class Expansion:
     @property
     def scratch_bytes(self) -> int:
         """Bytes that units leave below OUT until the result is assembled."""
-        return sum(t.nbytes for unit in self.units for t in unit_tensors(self.job, unit))
+        return self.left_by(self.units)
+
+    def left_by(self, units: Iterable[Unit]) -> int:
+        """Those of some units."""
+        return sum(tensor.nbytes for unit in units for tensor in unit_tensors(self.job, unit))
 
     @property
     def made_in(self) -> dict[str, str]:

@@ -209,6 +209,18 @@ def test_a_disk_without_room_is_told_before_anything_is_written(bases: Bases, sm
     assert [f.name for f in small_disk.iterdir()] == ["filler"]
 
 
+def test_what_killed_tries_left_makes_room_for_the_next(bases: Bases, small_disk: Path) -> None:
+    config = ExpandConfig(base=bases("llama"), out=str(small_disk / "out"))
+    with pytest.raises(KeyboardInterrupt):
+        expand(config, runner=Dies(units=3, shards=0))
+    left = [small_disk / "out" / ".model-00001-of-00001.safetensors.x1.tmp"]
+    left.append(small_disk / "out" / ".lesa-ray" / "units" / ".mlp.down_proj.weight.safetensors.x2.tmp")
+    for file in left:
+        file.write_bytes(bytes(25 * 2**20))
+    assert expand(config, runner=InlineRunner()).resumed
+    assert not any(file.exists() for file in left)
+
+
 def test_a_disk_that_fills_up_loses_nothing(bases: Bases, small_disk: Path, tmp_path: Path) -> None:
     filler = small_disk / "filler"
 
