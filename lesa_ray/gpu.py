@@ -25,7 +25,7 @@ def gpu_memory(share: float | None) -> int:
     import torch
 
     total: int = torch.cuda.get_device_properties(0).total_memory
-    return int(total * min(1.0 if share is None else share, 1.0))
+    return int(total * (1.0 if share is None else share))
 
 
 def allowed_memory(device: str) -> int:

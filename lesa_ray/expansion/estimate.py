@@ -7,6 +7,7 @@ Ray and torch, is not in it. How far such predictions are off is what `pipelines
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -74,6 +75,7 @@ class Estimate:
     """Of the largest unit; 0 without a GPU."""
     gpu_share: int
     """Bytes of a GPU that each unit has; 0 without."""
+    cpus_per_task: int
 
     @property
     def seconds(self) -> float:
@@ -90,6 +92,16 @@ class Estimate:
     @property
     def written_bytes(self) -> int:
         return sum(unit.written_bytes for unit in self.units) + self.assembly_written
+
+    @property
+    def better_cpus_per_task(self) -> int | None:
+        """`cpus_per_task` by which units on CPUs would keep more than twice as many cores busy; None if none would."""
+        if self.device_memory or not self.units:
+            return None
+        nodes, cores = self.cluster.nodes, self.cluster.cpus_per_node
+        on_a_node = math.ceil(min(len(self.units), nodes * cores) / nodes)
+        more = cores // on_a_node
+        return more if more > 2 * self.cpus_per_task else None
 
     @property
     def short_of(self) -> str | None:
@@ -133,10 +145,10 @@ def estimate(expansion: Expansion, cluster: ClusterSpec, rates: Rates | None = N
         slots = min(slots, max(int(cluster.gpus_per_node / share), 1))
     elif cluster.gpu is not None:
         cluster = cluster.model_copy(update={"gpu": None, "gpus_per_node": 0})
-    rates = rates or cluster.rates(cores).times(min(share, 1.0) if on_gpu else 1)
+    rates = rates or cluster.rates(cores).times(share if on_gpu else 1)
 
     at_once = max(min(len(expansion.units), slots * cluster.nodes), 1)
-    device_memory = int(cluster.gpu_memory * min(share, 1.0)) if on_gpu else 0
+    device_memory = int(cluster.gpu_memory * share) if on_gpu else 0
     units = tuple(_unit(expansion, unit, cluster, rates, at_once, device_memory) for unit in expansion.units)
     needs = {unit.name: unit for unit in units}
     work = [
@@ -160,6 +172,7 @@ def estimate(expansion: Expansion, cluster: ClusterSpec, rates: Rates | None = N
         node_memory=max(peak_memory(work, placed), COPIER_BYTES),
         device_memory=max((unit.device_memory for unit in units), default=0),
         gpu_share=device_memory,
+        cpus_per_task=cores,
     )
 
 

@@ -64,6 +64,8 @@ def totals(need: Estimate) -> Table:
     """Work, time and memory in all, and whether it fits."""
     table = Table.grid(padding=(0, 2))
     table.add_row("on", cluster_line(need.cluster))
+    if (more := need.better_cpus_per_task) is not None:
+        table.add_row("", f"fewer units than cores: --cpus-per-task {more} would use them (it is part of the result)")
     table.add_row("work", f"{len(need.units)} unit(s), {need.flops / 1e12:.3g} TFLOP")
     table.add_row(
         "time",

@@ -75,6 +75,20 @@ def test_more_machines_and_faster_storage_take_less_time(bases: Bases, tmp_path:
     assert tiny.short_of == "the largest process needs more memory than a node has"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "given", "better"),
+    [(1, 64, 1, 9), (1, 64, 9, None), (1, 16, 1, None), (4, 16, 1, 8), (8, 16, 1, 16), (1, 2, 1, None)],
+)
+def test_cores_that_would_be_idle_are_told_of(
+    nodes: int, cpus: int, given: int, better: int | None, bases: Bases, tmp_path: Path
+) -> None:
+    """Seven weight types: seven units."""
+    config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), cpus_per_task=given)
+    cluster = SMALL.model_copy(update={"nodes": nodes, "cpus_per_node": cpus})
+    assert estimate(prepare(config), cluster).better_cpus_per_task == better
+    assert estimate(prepare(config), GPUS).better_cpus_per_task is None
+
+
 def test_old_layers_that_the_store_copies_do_not_pass_through(bases: Bases, tmp_path: Path) -> None:
     expansion = prepare(ExpandConfig(base=bases("llama"), out=str(tmp_path / "out")))
     through, beside = (
