@@ -84,7 +84,8 @@ def _plain(file: TextFile, column: str) -> Iterator[Document]:
 def _lines(file: TextFile, column: str) -> Iterator[Document]:
     with _open(file.url) as raw:
         read = 0
-        for number, line in enumerate(raw, 1):
+        # a remote file of fsspec's reads, and copies, a whole block for each line
+        for number, line in enumerate(io.BufferedReader(raw, 2**20), 1):
             read += len(line)
             if not line.strip():
                 continue

@@ -5,13 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.caching import ReadAheadCache
+from s3fs.core import S3File
 
+from lesa_ray.checkpoint.storage import split_place
 from lesa_ray.errors import UserError
-from lesa_ray.evaluation.texts import find_files
+from lesa_ray.evaluation.texts import find_files, read_documents
+from lesa_ray.training import documents
 from lesa_ray.training.documents import Fragment, cut, is_heldout, read_fragments, read_rows
 from lesa_ray.training.sources import Part, Piece, Source, deal, find_sources
 
@@ -44,6 +49,49 @@ def test_lines_are_each_in_one_part(tmp_path: Path, piece: int, longest: int) ->
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).rstrip("\n"))
     assert read(file, piece=piece, longest=longest) == texts
+
+
+def test_what_a_store_sends_is_copied_once_not_for_each_line(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"text": "word " * 180}).encode() + b"\n"
+    url = f"{s3}/lines/a.jsonl"
+    split_place(url)[0].write("a.jsonl", line * 1000)
+    copied = 0
+    fetch = ReadAheadCache._fetch
+
+    def counted(cache: Any, *span: Any) -> bytes:
+        nonlocal copied
+        data: bytes = fetch(cache, *span)
+        copied += len(data)
+        return data
+
+    monkeypatch.setattr(ReadAheadCache, "_fetch", counted)
+    parts = parts_of(deal(find(url), 2**19))
+    assert len(parts) == 2
+    for part in parts:
+        assert len(list(read_rows(part, ("text",), NO_DATASET))) == 500
+    assert len(list(read_documents(find_files([url]), "text"))) == 1000
+    assert copied < 4 * 1000 * len(line)
+
+
+def test_little_is_fetched_beyond_a_part(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_BUFFER", 2**12)
+    monkeypatch.setattr(documents, "_READ_AHEAD", 2**14)
+    line = b'{"text": "a"}\n'
+    url = f"{s3}/ahead/a.jsonl"
+    split_place(url)[0].write("a.jsonl", line * 2**16)
+    fetched = 0
+    fetch = S3File._fetch_range
+
+    def counted(file: Any, start: int, end: int) -> bytes:
+        nonlocal fetched
+        fetched += end - start
+        data: bytes = fetch(file, start, end)
+        return data
+
+    monkeypatch.setattr(S3File, "_fetch_range", counted)
+    part = parts_of(deal(find(url), 2**17))[1]
+    assert len(list(read_rows(part, ("text",), NO_DATASET))) == pytest.approx(part.nbytes / len(line), abs=1)
+    assert fetched < part.nbytes + 2**15
 
 
 @pytest.mark.parametrize("piece", [1, 13, 64, 1000])
