@@ -1,7 +1,8 @@
 """Which files of data there are behind a name: a file, a folder, a pattern, on any storage.
 
 Decides: a folder is searched to the bottom, linked ones too, for files of the kinds wanted, hidden ones left out; a
-pattern (`*`, `?`, `[…]`) is one only where no file has it as its name; the order is that of the paths.
+pattern (`*`, `?`, `[…]`) is one only where no file has it as its name, and a folder that it matches is searched, too;
+the order is that of the paths.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.storage import filesystem, protocols
-from lesa_ray.checkpoint.walking import visible_files
+from lesa_ray.checkpoint.walking import file_info, matching_files, visible_files
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
 
@@ -29,15 +30,25 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
     known, local = tuple(kinds), "file" in protocols(fs)
     with reaching(where, "cannot be listed"):
         if fs.isdir(path):
-            found = visible_files(fs, path, known, where, local=local)
+            listed = visible_files(fs, path, local=local)
         elif fs.exists(path):
             if not (path if local else path.split("?")[0]).endswith(known):  # a signed URL goes on after its name
                 raise UserError(f"{where}: is of no kind that is known ({', '.join(kinds)})")
-            found = {path: fs.info(path)}
+            return {_name(fs, path, local): fs.info(path)}
         elif any(sign in path for sign in "*?["):
-            found = {entry: fs.info(entry) for entry in sorted(fs.glob(path)) if entry.endswith(known)}
+            listed = matching_files(fs, path, local=local)
         else:
             return {}
+        found = {}
+        for path in sorted(path for path in listed if path.endswith(known)):
+            info = listed[path]
+            if info is None or info.get("size") is None:  # a page that lists files over HTTP does not say
+                info = file_info(fs, path, where)
+            found[path] = info
     if not found:
         raise UserError(f"{where}: no data found; expected files that end with {', '.join(kinds)}")
-    return {entry if local else fs.unstrip_protocol(entry): info for entry, info in found.items()}
+    return {_name(fs, path, local): info for path, info in found.items()}
+
+
+def _name(fs: Any, path: str, local: bool) -> str:
+    return path if local else str(fs.unstrip_protocol(path))
