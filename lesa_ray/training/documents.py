@@ -5,7 +5,8 @@ Decides
   call, and a document may be a file of any size. It is cut where a line ends and the next is not indented, else between
   words; there the byte-level tokenizers of GPT-2, Llama 3 and Qwen give the same ids as for the whole. (A tokenizer
   that puts a space before every text, as Llama 2's does, puts one there too.)
-- Bytes that are not UTF-8 become replacement characters, halves of surrogate pairs in JSON question marks.
+- Bytes that are not UTF-8 become replacement characters, in Parquet's strings too, halves of surrogate pairs in JSON
+  question marks.
 - Documents without a character are skipped. So are rows whose text is null.
 - Which split a document belongs to is a hash of its first 64 KiB: the same wherever it stands, the same for copies.
 """
@@ -26,7 +27,7 @@ from typing import Any
 
 from lesa_ray.checkpoint.storage import filesystem
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.faults import explain
+from lesa_ray.faults import explain, is_outage
 from lesa_ray.training.sources import Part, open_dataset
 
 LONGEST = 2**18
@@ -203,17 +204,12 @@ def _lines(part: Part) -> Iterator[Row]:
 
 
 def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     url = part.source.name
     with _open(url) as raw:
-        try:
+        with _undamaged(f"DATA {url}: is not Parquet"):
             table = pq.ParquetFile(raw)
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise UserError(f"DATA {url}: is not Parquet ({explain(error)[:160]})") from error
         names = table.schema_arrow.names
         columns = [name for name in wanted if name in names]
         if not columns:
@@ -223,12 +219,57 @@ def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
             )
         groups = range(*part.span(table.num_row_groups))
         number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
-        if not groups:
-            return
-        for batch in table.iter_batches(batch_size=256, row_groups=list(groups), columns=columns):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(f"{url}: row {number}", values)
+        for group in groups:
+            batches = table.iter_batches(batch_size=256, row_groups=[group], columns=columns)
+            while True:
+                with _undamaged(f"DATA {url}: row group {group} cannot be read, is the file damaged?"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                for values in _values(batch):
+                    number += 1
+                    yield Row(f"{url}: row {number}", values)
+
+
+@contextmanager
+def _undamaged(what: str) -> Iterator[None]:
+    """Around what pyarrow does with a file. Raises: UserError that says `what` where it does not understand the
+    content; errors of the store pass."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowMemoryError:
+        raise
+    except (pa.ArrowException, OSError) as error:  # an OSError of pyarrow's own is one without a number
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno or is_outage(error)):
+            raise
+        raise UserError(f"{what} ({explain(error)[:160]})") from error
+
+
+def _values(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch of Arrow's."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:  # neither a file's writer nor its reader sees to it that strings are UTF-8
+        columns = [[_value(value) for value in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return rows
+
+
+def _value(value: Any) -> Any:
+    """What Arrow's scalar holds, with replacement characters for what is not UTF-8."""
+    import pyarrow as pa
+
+    if not value.is_valid:
+        return None
+    if pa.types.is_dictionary(value.type):
+        return _value(value.value)
+    if isinstance(value, pa.StringScalar):  # large strings and views are, too
+        return value.as_buffer().to_pybytes().decode(errors="replace")
+    if pa.types.is_struct(value.type):
+        return {name: _value(field) for name, field in value.items()}
+    return [_value(item) for item in value.values] if isinstance(value, pa.ListScalar) else value.as_py()
 
 
 def _hub(part: Part, dataset: tuple[str | None, str]) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.caching import ReadAheadCache
+from s3fs import S3FileSystem
 from s3fs.core import S3File
 
 from lesa_ray.checkpoint.storage import split_place
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.texts import find_files, read_documents
 from lesa_ray.training import documents
 from lesa_ray.training.documents import Fragment, cut, is_heldout, read_fragments, read_rows
 from lesa_ray.training.sources import Part, Piece, Source, deal, find_sources
+from tests.moody import Moody
 
 pytestmark = pytest.mark.timeout(60)
 NO_DATASET = (None, "train")
@@ -191,6 +194,69 @@ def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1]}), tmp_path / "h.parquet")
     with pytest.raises(UserError, match=r"h.parquet: row 1: there is no text in a column 'text'"):
         read(tmp_path / "h.parquet")
+
+
+def test_strings_of_parquet_that_are_not_utf8_are_read(tmp_path: Path) -> None:
+    text = pa.array([b"abc", b"\xff caf\xe9", None]).view(pa.string())
+    large = pa.array([b"a", b"\xff", b""], pa.large_binary()).view(pa.large_string())
+    message = pa.StructArray.from_arrays([pa.array(["user"] * 3), text], ["role", "content"])
+    messages = pa.ListArray.from_arrays([0, 2, 2, 3], message)
+    table = {
+        "text": text,
+        "large": large,
+        "known": text.dictionary_encode(),
+        "messages": messages,
+        "raw": [b"\xff"] * 3,
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    for column in ("text", "known"):
+        assert read(tmp_path / "a.parquet", column) == ["abc", "\ufffd caf\ufffd"]
+    rows = [row.values for row in read_rows(parts_of(deal(find(tmp_path)))[0], tuple(table), NO_DATASET)]
+    assert [row["large"] for row in rows] == ["a", "\ufffd", ""]
+    contents = [[one["content"] for one in row["messages"]] for row in rows]
+    assert contents == [["abc", "\ufffd caf\ufffd"], [], [None]]
+    assert rows[0]["raw"] == b"\xff"
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
+def test_a_damaged_row_group_is_named(tmp_path: Path, codec: str) -> None:
+    file = tmp_path / "a.parquet"
+    texts = [f"{number:05}" * 20 for number in range(200)]
+    pq.write_table(pa.table({"text": texts}), file, row_group_size=100, compression=codec, use_dictionary=False)
+    chunk = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    damaged = bytearray(file.read_bytes())
+    damaged[chunk.data_page_offset : chunk.data_page_offset + 200] = b"\xa5" * 200
+    file.write_bytes(damaged)
+    rows = read_rows(parts_of(deal(find(file)))[0], ("text",), NO_DATASET)
+    assert [next(rows).values["text"] for _ in range(100)] == texts[:100]
+    with pytest.raises(
+        UserError, match=r"^DATA .*a\.parquet: row group 1 cannot be read, is the file damaged\? \("
+    ) as caught:
+        next(rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_goes_away_within_a_file_is_no_damage(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = pa.BufferOutputStream()
+    texts = [f"{number:06}" * 100 for number in range(400)]
+    pq.write_table(pa.table({"text": texts}), sink, row_group_size=100, compression="none", use_dictionary=False)
+    url = f"{s3}/away/a.parquet"
+    split_place(url)[0].write("a.parquet", sink.getvalue().to_pybytes())
+    proxy = Moody(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    monkeypatch.setattr(documents, "_READ_AHEAD", 2**12)
+    S3FileSystem.clear_instance_cache()
+    try:
+        rows = read_rows(parts_of(deal(find(url)))[0], ("text",), NO_DATASET)
+        assert next(rows).values["text"] == texts[0]
+        proxy.refuses = lambda number: True
+        with pytest.raises(MachineError, match=r"^DATA .*a\.parquet: cannot be read"):
+            list(rows)
+    finally:
+        S3FileSystem.clear_instance_cache()
+        proxy.stop()
 
 
 def test_sources_are_found_once_in_order_without_hidden_files(tmp_path: Path) -> None:
