@@ -22,14 +22,14 @@ class AnalyzeConfig(Settings):
     page: bool = True
     """Write analysis.html too, where matplotlib is installed (`pip install 'lesa-ray[report]'`)."""
     data: Several = ()
-    """Text (files, folders, globs, URLs of .txt, .md, .py, .jsonl, .parquet) or one folder of token blocks, for what
+    """Text (files, folders, globs, URLs of what `tokenize` reads) or one folder of token blocks, for what
     each layer adds to the residual stream. Without it the weights alone are looked at."""
     tokens: int = Field(default=8192, ge=1)
     """How many tokens of the data the model reads."""
     split: SplitName = "heldout"
     """Which split of token blocks; text has none."""
     text_column: str = "text"
-    """The column of .jsonl and .parquet files that holds the text."""
+    """The column of rows that holds the text."""
     window: int | None = Field(default=None, ge=1)
     """Tokens that the model sees at once. By default what the checkpoint allows, for text at most 2,048, for token
     blocks the length of their rows."""

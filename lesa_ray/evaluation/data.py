@@ -5,6 +5,8 @@ Decides
   tokenizer's begin-of-text token (its end-of-text token where it has no other), which is not scored. Where a tokenizer
   itself begins texts with such a token, so does every window: some models (Gemma) are lost without it. This is the
   `bits_per_byte` of lm-evaluation-harness but for that last point.
+- Text is text: `</s>` written in a document is scored as ordinary tokens, as it is when text is tokenised for training;
+  so no figure depends on which special tokens a tokenizer knows.
 - Bits per byte, the loss over the text's bytes in UTF-8, compares models of different tokenizers; perplexity does not.
 - A row of token blocks is scored on its own as well, a row of conversations example by example, so that
   no family needs to understand packed rows, which costs no more since padding is left out.
@@ -24,7 +26,8 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.perplexity import Row
 from lesa_ray.evaluation.settings import EvaluateConfig
-from lesa_ray.evaluation.texts import Document, TextFile, find_files, read_documents
+from lesa_ray.evaluation.texts import Document, find_files, read_documents
+from lesa_ray.training.sources import Source
 from lesa_ray.training.tokens import UNSCORED, Split, open_blocks, read_manifest
 
 _DOCUMENTS = 64
@@ -38,7 +41,7 @@ class TextData:
     """Files of text, as `sources` named them."""
 
     sources: tuple[str, ...]
-    files: tuple[TextFile, ...]
+    files: tuple[Source, ...]
     column: str
 
     @property
@@ -106,7 +109,8 @@ def text_rows(data: TextData, tokenizer: PreTrainedTokenizerBase, limit: int | N
     lead = begin if begin is not None and tokenizer("a")["input_ids"][0] == begin else None
     front = [] if begin is None else [begin]
     for documents in _batches(islice(read_documents(data.files, data.column), limit)):
-        encoded = tokenizer([one.text for one in documents], add_special_tokens=False, verbose=False)["input_ids"]
+        texts = [one.text for one in documents]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for one, ids in zip(documents, encoded, strict=True):
             yield Row(np.array([*front, *ids], np.int64), lead=lead, nbytes=len(one.text.encode()), done=one.read)
 

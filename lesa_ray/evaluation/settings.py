@@ -19,12 +19,12 @@ class EvaluateConfig(Settings):
     checkpoints: Several = Field(min_length=1)
     """Folders, Hugging Face repo ids or fsspec URLs; differences are to the first."""
     data: Several = ()
-    """Text (files, folders, globs, URLs of .txt, .md, .py, .jsonl, .parquet), each file or row a document; or one
-    folder of token blocks."""
+    """Text (files, folders, globs, URLs of what `tokenize` reads), each file or row a document; or one folder of token
+    blocks."""
     split: SplitName = "heldout"
     """Which split of token blocks; text has none."""
     text_column: str = "text"
-    """The column of .jsonl and .parquet files that holds the text."""
+    """The column of rows that holds the text."""
     window: int | None = Field(default=None, ge=1)
     """Tokens a prediction may see at most. By default what all checkpoints allow, for text at most 2,048, for token
     blocks the length of their rows; for tasks what the checkpoint allows."""

@@ -21,7 +21,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -55,6 +55,8 @@ class Fragment:
     """It is the document's last."""
     key: bytes
     """How the document begins."""
+    share: float = field(default=0.0, compare=False)
+    """Of the part, up to here; 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Row:
 
     where: str
     values: dict[str, Any]
+    share: float = 0.0
+    """Of the part, up to here; 0 where that is not known."""
 
 
 def document_key(head: bytes) -> bytes:
@@ -91,16 +95,16 @@ def read_fragments(
         if not isinstance(text, str):
             names = ", ".join(map(str, row.values)) or "none"
             raise UserError(f"DATA {row.where}: there is no text in a column {column!r}; its columns: {names}")
-        yield from fragments(clean(text), longest)
+        yield from fragments(clean(text), longest, row.share)
 
 
-def fragments(text: str, longest: int = LONGEST) -> Iterator[Fragment]:
+def fragments(text: str, longest: int = LONGEST, share: float = 0.0) -> Iterator[Fragment]:
     """A whole document in fragments; none if it is empty."""
     if text:
         key = text[:_KEY_BYTES].encode()[:_KEY_BYTES]
         pieces = list(cut(text, longest))
         for number, piece in enumerate(pieces):
-            yield Fragment(piece, number == 0, number == len(pieces) - 1, key)
+            yield Fragment(piece, number == 0, number == len(pieces) - 1, key, share)
 
 
 def clean(text: str) -> str:
@@ -136,7 +140,8 @@ def _plain(part: Part, longest: int) -> Iterator[Fragment]:
         data = file.read(count)
     pieces = list(cut(data.decode(errors="replace"), longest)) or [""]  # the last part must end the document
     for number, piece in enumerate(pieces):
-        yield Fragment(piece, part.index == 0 and number == 0, last and number == len(pieces) - 1, key)
+        begins, ends = part.index == 0 and number == 0, last and number == len(pieces) - 1
+        yield Fragment(piece, begins, ends, key, (number + 1) / len(pieces))
 
 
 def _boundary(file: Any, at: int, size: int) -> int:
@@ -200,7 +205,8 @@ def _lines(part: Part) -> Iterator[Row]:
                 raise UserError(f"DATA {where} is not JSON ({explain(error)[:120]})") from error
             if not isinstance(values, dict):
                 raise UserError(f"DATA {where} is not a JSON object of columns")
-            yield Row(where, values)
+            share = raw.tell() / max(part.source.nbytes, 1) if packed else (at - start) / max(end - start, 1)
+            yield Row(where, values, min(share, 1.0))
 
 
 def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
@@ -213,12 +219,17 @@ def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
         names = table.schema_arrow.names
         columns = [name for name in wanted if name in names]
         if not columns:
-            hint = "; these are token blocks already" if "input_ids" in names else ""
+            hint = (
+                "; these are token blocks, which are given as their whole, finished folder"
+                if "input_ids" in names
+                else ""
+            )
             raise UserError(
                 f"DATA {url}: has no column {' or '.join(map(repr, wanted))}; its columns: {', '.join(names)}{hint}"
             )
         groups = range(*part.span(table.num_row_groups))
-        number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
+        first = number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
+        rows = sum(table.metadata.row_group(group).num_rows for group in groups)
         for group in groups:
             batches = table.iter_batches(batch_size=256, row_groups=[group], columns=columns)
             while True:
@@ -228,7 +239,7 @@ def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
                     break
                 for values in _values(batch):
                     number += 1
-                    yield Row(f"{url}: row {number}", values)
+                    yield Row(f"{url}: row {number}", values, (number - first) / rows)
 
 
 @contextmanager

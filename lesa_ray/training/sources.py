@@ -98,11 +98,17 @@ def find_sources(names: Sequence[str], dataset_config: str | None, dataset_split
 
 
 def _sources_of(name: str, dataset_config: str | None, dataset_split: str) -> list[Source]:
-    files = find_files(name, KINDS, f"DATA {name}")
+    files = file_sources(name, f"DATA {name}")
     if not files and _HUB_NAME.match(name) and not name.endswith(KINDS):
         return [_hub_source(name, dataset_config, dataset_split)]
     if not files:
         raise UserError(f"DATA {name}: there is no such file or folder")
+    return files
+
+
+def file_sources(name: str, where: str) -> list[Source]:
+    """The files behind a name; none if there is nothing. where: as messages call it. Raises: as `find_files`."""
+    files = find_files(name, KINDS, where)
     return [Source(url, int(info.get("size") or 0), _mark(info), name) for url, info in files.items()]
 
 

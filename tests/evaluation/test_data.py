@@ -12,6 +12,7 @@ from lesa_ray.config import load_settings
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.data import BlockData, TextData, block_rows, open_data, text_rows
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.training.packing import Encoder
 from tests.evaluation.tiny import BEGIN, END, TEXTS, blocks, conversation_row, tokenizer
 
 
@@ -46,6 +47,16 @@ def test_windows_begin_as_texts_of_the_tokenizer_do(text: TextData) -> None:
     assert [row.ids[0] for row in text_rows(text, plain, None)] == [END] * len(TEXTS)
     plain.eos_token = None
     assert [plain.decode(row.ids) for row in text_rows(text, plain, None)] == TEXTS
+
+
+def test_special_tokens_written_in_a_text_are_text(tmp_path: Path) -> None:
+    """As they are when text is tokenised for training."""
+    (tmp_path / "a.txt").write_text("a</s>b<s>")
+    data = opened(tmp_path)
+    assert isinstance(data, TextData)
+    (row,) = text_rows(data, tokenizer(), None)
+    assert row.ids[1:].tolist() == Encoder.of(tokenizer(), "x")(["a</s>b<s>"])[0]
+    assert not {BEGIN, END} & set(row.ids[1:].tolist())
 
 
 def test_many_documents_come_in_order(tmp_path: Path) -> None:
@@ -106,7 +117,7 @@ def test_data_that_cannot_be_measured_on(tmp_path: Path) -> None:
             opened(*sources, **settings)
     data = opened(unfinished)
     assert isinstance(data, TextData)
-    with pytest.raises(UserError, match="token blocks are given as their whole, finished folder"):
+    with pytest.raises(UserError, match="token blocks, which are given as their whole, finished folder"):
         list(text_rows(data, tokenizer(), None))
 
 

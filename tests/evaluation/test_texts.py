@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import gzip
 import json
 import os
 from pathlib import Path
@@ -15,12 +15,14 @@ from s3fs import S3FileSystem
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation import texts
-from lesa_ray.evaluation.texts import find_files, pieces, read_documents
+from lesa_ray.evaluation.texts import find_files, read_documents
+from lesa_ray.training.documents import read_fragments
+from lesa_ray.training.sources import deal, find_sources
 from tests.end_to_end.test_s3_faults import Moody
 
 
 def names(*sources: object) -> list[str]:
-    return [Path(file.url).name for file in find_files([str(source) for source in sources])]
+    return [Path(file.name).name for file in find_files([str(source) for source in sources])]
 
 
 def documents(*sources: object, column: str = "text") -> list[str]:
@@ -65,10 +67,8 @@ def test_another_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "ab\n", "abcdefgh\n" * 5, "x" * 47, "abcdefghij\n" + "y" * 25, "0123456789" * 2])
-def test_long_texts_are_cut_at_lines_and_nothing_is_lost(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(texts.pieces, "__defaults__", (10,))
+def test_long_texts_are_cut_and_nothing_is_lost(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "LONGEST", 10)
     (tmp_path / "a.txt").write_text(text)
     found = documents(tmp_path / "a.txt")
     assert "".join(found) == text
@@ -76,17 +76,45 @@ def test_long_texts_are_cut_at_lines_and_nothing_is_lost(
     assert all(len(piece) == 20 or piece.endswith("\n") for piece in found[:-1])
 
 
-def test_pieces_default_to_a_million_characters() -> None:
-    assert [len(piece) for piece in pieces(io.StringIO("x" * 2_500_000))] == [2_000_000, 500_000]
+def test_a_huge_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deal, "__defaults__", (1000,))
+    lines = [f"line {number}\n" for number in range(1000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    with (tmp_path / "b.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": line}) + "\n" for line in lines)
+    found = documents(tmp_path / "a.txt")
+    assert len(found) > 8
+    assert "".join(found) == "".join(lines)
+    assert documents(tmp_path / "b.jsonl") == lines
+    read = [one.read for one in read_documents(find_files([f"{tmp_path}/*"]), "text")]
+    assert read == sorted(read)
+    assert read[0] < 1100
+
+
+def test_what_is_tokenised_is_what_is_scored(tmp_path: Path) -> None:
+    """Odd contents and all kinds: the same documents as for training."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    rows = b'{"text": null}\n{"text": "caf\xe9"}\n{"text": ""}\n{"text": "d"}'
+    (tmp_path / "b.jsonl").write_bytes(rows)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(rows))
+    for number, kind in enumerate((pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.string())):
+        column = pa.array(["e", None, "f"]).cast(kind)
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+    pq.write_table(pa.table({"text": pa.array([b"\xff"]).view(pa.string())}), tmp_path / "x.parquet")
+    found = documents(tmp_path / "*")
+    assert found == ["e", "f", "e", "f", "e", "f", "abc", "caf\ufffd", "d", "caf\ufffd", "d", "\ufffd"]
+    parts = [part for piece in deal(find_sources([f"{tmp_path}/*"], None, "train")) for part in piece.parts]
+    assert found == [one.text for part in parts for one in read_fragments(part, "text", (None, "train"))]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text":\n', "line 2 is not JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', "line 1 has no text in a column 'text'"),
-        ("a.jsonl", b'{"text": 5}\n', "line 1 has no text in a column 'text'"),
-        ("a.jsonl", b"[1]\n", "line 1 has no text in a column 'text'"),
+        ("a.jsonl", b'{"body": "x"}\n', "line 1: there is no text in a column 'text'; its columns: body"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: there is no text in a column 'text'"),
+        ("a.jsonl", b"[1]\n", "line 1 is not a JSON object of columns"),
+        ("a.jsonl", b'{"text": "x", "m": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "line 1 is not JSON"),
         ("a.parquet", b"PAR1 but not really", "is not Parquet"),
     ],
 )
@@ -98,10 +126,10 @@ def test_what_is_not_text_is_named(name: str, content: bytes, says: str, tmp_pat
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"has no column 'text' of text; its columns: n$"):
+    with pytest.raises(UserError, match=r"has no column 'text'; its columns: n$"):
         documents(tmp_path)
     pq.write_table(pa.table({"input_ids": [[1]]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="token blocks are given as their whole, finished folder"):
+    with pytest.raises(UserError, match="token blocks, which are given as their whole, finished folder"):
         documents(tmp_path)
 
 
@@ -111,7 +139,7 @@ def test_sources_without_text(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "nowhere", "there is no such file or folder"),
         (
             tmp_path / "nowhere" / "*.txt",
-            "no data found; expected files that end with .txt, .md, .py, .jsonl, .parquet",
+            "no data found; expected files that end with .txt, .md, .py, .jsonl, .jsonl.gz",
         ),
         (tmp_path / "empty", "no data found"),
         (tmp_path / "h.bin", "is of no kind that is known"),

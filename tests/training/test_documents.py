@@ -147,7 +147,7 @@ def test_linked_folders_are_read_once_each(tmp_path: Path) -> None:
     expected.insert(3, "data/b/deep/z.txt")
     assert [source.name for source in find(tmp_path / "data")] == [str(tmp_path / name) for name in expected]
     files = find_files([str(tmp_path / "data")])
-    assert [(file.url, file.nbytes) for file in files] == [(s.name, s.nbytes) for s in find(tmp_path / "data")]
+    assert [(file.name, file.nbytes) for file in files] == [(s.name, s.nbytes) for s in find(tmp_path / "data")]
     (tmp_path / "data/own/out").symlink_to(tmp_path)  # what lies beside the data is none
     assert [source.name for source in find(tmp_path / "data")] == [str(tmp_path / name) for name in expected]
     (tmp_path / "data/gone.txt").symlink_to(tmp_path / "nowhere")
