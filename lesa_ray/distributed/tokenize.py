@@ -131,12 +131,14 @@ def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRec
     left = [piece for piece in dealt if piece.number not in records]
     listener.phase("tokenising", sum(piece.nbytes for piece in dealt))
     nbytes = sum(piece.nbytes for piece in done)
+    count = sum(sum(record["tokens"].values()) for record in records.values())
     health = Health(storage.url, "tokenize")
     for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left), strict=True):
         records[piece.number] = record
         nbytes += piece.nbytes
+        count += sum(record["tokens"].values())
         health.task_ended(piece.nbytes)
-        listener.progress(nbytes, f"{sum(sum(r['tokens'].values()) for r in records.values()):,} tokens")
+        listener.progress(nbytes, f"{count:,} tokens")
     return [records[piece.number] for piece in dealt]
 
 
