@@ -2,22 +2,27 @@
 
     look at checkpoint and place ▸ tokenize (kind chat) into OUT/training/data ▸ pretrain
 
-Token blocks made before (`lesa-ray tokenize --kind chat`) are taken as they are.
+Token blocks made before (`lesa-ray tokenize --kind chat`) are taken as they are. So are those in OUT/training/data once
+they are finished: a run goes on with what it began with, whatever has become of the conversations since.
 """
 
 from __future__ import annotations
 
+import logging
+
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching
+from lesa_ray.training.block_folder import made_with, prepare
 from lesa_ray.training.chat import ChatEncoder
+from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.finish import Trained
 from lesa_ray.training.freeze import trained_names
 from lesa_ray.training.metrics import check_loggers
@@ -26,9 +31,11 @@ from lesa_ray.training.packing_check import check_packing
 from lesa_ray.training.run import LEASE_DIR, RUN_FILE, check_place, is_done
 from lesa_ray.training.tokenizer import load_tokenizer, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, open_blocks
+from lesa_ray.training.tokens import read_manifest as read_blocks_manifest
 from lesa_ray.training.train_settings import FinetuneConfig
 
 DATA_DIR = "training/data"
+log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant: Tenant | None = None) -> Trained:
@@ -53,7 +60,9 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant
         if tenant is None and is_done(storage):  # then what is asked for is only compared with what is there
             tenant = Guarded()
         with tenancy(config.out, listener, tenant) as tenant:
-            tokenize(config.to_tokenize(blocks.url), listener)
+            asked = config.to_tokenize(blocks.url)
+            if not _are_made(asked):
+                tokenize(asked, listener)
             return pretrain(config.on_blocks(blocks.url), listener, tenant=tenant)
     except UserError:
         if made and storage.exists(RUN_FILE) == claimed:  # what was found wrong is not of the training itself
@@ -89,6 +98,26 @@ def _check_model(config: FinetuneConfig) -> None:
             f"tokenizer {name}: its tokens go up to {vocabulary_size(tokenizer) - 1}, the vocabulary of {where} has "
             f"{text_config.vocab_size}; give one without added tokens, or a checkpoint with room for them"
         )
+
+
+def _are_made(asked: TokenizeConfig) -> bool:
+    """Whether the token blocks are finished, made as asked. Says so where the conversations are no longer the same."""
+    storage = Storage(asked.out)
+    manifest = read_blocks_manifest(storage)
+    if manifest is None or not made_with(manifest, asked):
+        return False
+    try:
+        same = prepare(asked).fingerprint == manifest.get("fingerprint")
+    except (UserError, MachineError):
+        same = False
+    if not same:
+        log.warning(
+            "data %s: changed, moved or gone since token blocks were made of it; the run goes on with those, another "
+            "OUT begins with what is there now",
+            " ".join(asked.data),
+        )
+    storage.remove_tree(WORK_DIR)
+    return True
 
 
 def _is_blocks(data: str) -> bool:

@@ -81,6 +81,15 @@ def prepare(config: TokenizeConfig) -> Run:
     return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad)
 
 
+def made_with(manifest: dict[str, Any], config: TokenizeConfig) -> bool:
+    """Whether token blocks were made with these settings; those that were not known then had their defaults."""
+    try:
+        made = TokenizeConfig.model_validate({**manifest["settings"], "out": config.out})
+    except (KeyError, TypeError, ValueError):
+        return False
+    return made == config
+
+
 def check_out(data: str, out: str) -> None:
     """Raises: UserError if OUT is DATA or lies inside it: the next run would take what this one writes for data."""
     if "://" in data:

@@ -15,6 +15,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lesa_ray import cli
+from lesa_ray.distributed import finetune as module
+from lesa_ray.errors import UserError
 from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig
 from tests import families
@@ -162,6 +164,30 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert code == 2
     assert "is not empty; give a new place, or empty it" in str(said)
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_with_its_token_blocks_whatever_becomes_of_the_conversations(
+    base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, local_ray: None
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(module, "pretrain", lambda config, *_, **__: trained.append(open_blocks(config.data).digest))
+    mine = Path(shutil.copytree(data, tmp_path / "mine"))
+    config = FinetuneConfig(checkpoint=base, data=str(mine), out=str(tmp_path / "out"), seq_len=64)
+    blocks = tmp_path / "out/training/data"
+    module.finetune(config)
+    module.finetune(config)
+    assert not caplog.messages
+    before = (blocks / "manifest.json").read_bytes()
+    for change in (lambda: (mine / "pairs.jsonl").touch(), lambda: shutil.rmtree(mine)):
+        change()
+        module.finetune(config)
+        assert caplog.messages.pop().startswith(f"data {mine}: changed, moved or gone since token blocks were made of")
+    assert trained == [open_blocks(str(blocks)).digest] * 4
+    assert (blocks / "manifest.json").read_bytes() == before
+    shutil.copytree(data, mine)
+    with pytest.raises(UserError, match="holds token blocks of other data or settings"):
+        module.finetune(config.model_copy(update={"too_long": "drop"}))
 
 
 def test_the_defaults_are_three_epochs_of_everything(base: str) -> None:
