@@ -7,13 +7,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lesa_ray import __version__
 from lesa_ray.analysis.subject import Subject
 from lesa_ray.expansion.widths import SIDES
 
 VERSION = 1
 """Of analysis.json."""
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
-_PACKAGES = ("lesa-ray", "torch", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "numpy", "scikit-learn")
 _DIGITS = 6
 
 
@@ -78,7 +79,7 @@ def _uneven(subject: Subject) -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "lesa-ray": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

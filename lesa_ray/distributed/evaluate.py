@@ -14,9 +14,9 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray import __version__
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.evaluation.checkpoints import Bounds, read_bounds
@@ -163,7 +163,7 @@ def _report(job: Job, outcomes: list[Outcome], seconds: float) -> dict[str, Any]
         records.append(record)
     return {
         "format": FORMAT,
-        "lesa_ray": version("lesa-ray"),
+        "lesa_ray": __version__,
         "settings": job.config.model_dump(mode="json"),
         "data": _data_record(job.data),
         "window": job.window or None,

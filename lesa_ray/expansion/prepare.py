@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
+from lesa_ray import __version__
 from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
 from lesa_ray.checkpoint.depth import deeper_config
 from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, TensorEntry, open_checkpoint
@@ -95,7 +95,7 @@ class Expansion:
         variants = {variant: open_checkpoint(variant).digests() for variant in self.job.config.variants}
         raw_config = self.checkpoint.storage.read("config.json")
         return {
-            "lesa_ray": version("lesa-ray"),
+            "lesa_ray": __version__,
             "settings": settings,
             "choices": self.job.method.choices(self.job),
             "base": self.checkpoint.digests(),

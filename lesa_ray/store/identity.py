@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
+from lesa_ray import __version__
 from lesa_ray.errors import UserError
 
 KINDS = ("tokenize", "expand", "pretrain", "finetune", "evaluate")
@@ -67,8 +67,8 @@ def canonical(value: object) -> bytes:
 
 
 def code_version() -> str:
-    """The version of lesa-ray, which is part of what a stage is."""
-    return version("lesa-ray")
+    """The version of lesa-ray, which is part of what a stage is: that of the code that runs, whatever is installed."""
+    return __version__
 
 
 def checked_label(text: str, what: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from lesa_ray import __version__
 from lesa_ray.checkpoint.mark import mark, marked_by
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
@@ -34,7 +35,7 @@ _SOURCES = "sources.jsonl"
 """Name, bytes and digest of each file that was read."""
 STOP = f"{WORK_DIR}/stop"
 """Written when the data turn out to be wrong: tasks not yet begun do nothing."""
-_PACKAGES = ("lesa-ray", "pyarrow", "tokenizers", "transformers")
+_PACKAGES = ("pyarrow", "tokenizers", "transformers")
 
 State = Literal["fresh", "resume", "done"]
 
@@ -179,7 +180,7 @@ def finish(
         "splits": splits,
         "tokenizer": files_digest(run.tokenizer),
         "settings": run.settings,
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {"lesa-ray": __version__} | {name: version(name) for name in _PACKAGES},
         "sources": _summary(files),
     }
     storage.write(_SOURCES, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files).encode())

@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray import __version__
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
@@ -81,7 +81,7 @@ class ExportPlan:
     def identity(self) -> str:
         """SHA-256 over everything the weights' bytes depend on."""
         content = {
-            "lesa_ray": version("lesa-ray"),
+            "lesa_ray": __version__,
             "base": self.base.digests() if self.base else None,
             "state": self.state.digest(),
             "files": [[file.name, file.nbytes] for file in self.files],

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 
+import lesa_ray
 from lesa_ray import UserError
 from lesa_ray.store.identity import Identity, canonical, checked_label, difference, parse_place
 
@@ -33,6 +39,20 @@ def test_the_hash_is_the_same_in_every_version() -> None:
     """It is the form of the store: a change here makes the results of all stores unfindable."""
     digest = "b754c07fe5212232a8bc15587642cdb13ae441d1999b1509ba2ccff24de65324"
     assert Identity("expand", {"base": "ä"}, {"b": 1, "a": [0.1, None, True]}, "1").digest == digest
+
+
+def test_the_code_s_version_is_that_of_the_code_that_runs(tmp_path: Path) -> None:
+    """A submitted job runs the sources that came with it, in an image where another version is installed."""
+    code = Path(lesa_ray.__file__).parent
+    assert read_configuration(code.parent / "pyproject.toml")["project"]["version"] == lesa_ray.__version__
+    shutil.copytree(code, tmp_path / "lesa_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    first = tmp_path / "lesa_ray" / "__init__.py"
+    first.write_text(first.read_text().replace(f'"{lesa_ray.__version__}"', '"9.8.7"'))
+    asked = "from lesa_ray.store.identity import code_version; print(code_version())"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "9.8.7\n", done.stderr
 
 
 def test_numbers_that_json_has_no_word_for_are_refused() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lesa_ray import __version__
 from lesa_ray.report.page.compared import with_untrained
 from lesa_ray.report.page.figure import Figure, svgs, swatch
 from lesa_ray.report.page.ranking import verdict
@@ -37,7 +38,7 @@ def render(material: Material, sections: Sequence[Section], missing: Sequence[st
         missing=missing,
         sections=[_section(section) for section in sections],
         images=images,
-        footer=f"Made by lesa-ray {_version('lesa-ray')} with matplotlib {_version('matplotlib')}.",
+        footer=f"Made by lesa-ray {__version__} with matplotlib {_version('matplotlib')}.",
     )
     return html
 
