@@ -272,7 +272,7 @@ def submit(
     cpus: Annotated[float, typer.Option(help="CPUs for the command itself; 0 runs it on the head.")] = 1.0,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's name and go.")] = False,
 ) -> None:
-    """Run a command on a Ray cluster as a job, with this project's files and the YAML files it names."""
+    """Run a command on a Ray cluster as a job, with this project's code and the files it names."""
     from lesa_ray.distributed.submit import submit as run
 
     sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))

@@ -3,9 +3,11 @@
 Ray's own client (`JobSubmissionClient`) does the work, not the `ray job submit` command: that one ends with 1 whatever
 the job ended with, so wrong input could not be told from a fault of the machine.
 
-The job gets this project's files as they are now (less what `.gitignore` and `.rayignore` name) and the YAML files
-that the command names, wherever they are; of this process's environment only where the stores are (`PASSED_ON`). Ray
-shows a job's environment and command in its logs and dashboard, so no credential goes that way: nodes have a role.
+The job gets this project's code as it is now (less what `.gitignore` and `.rayignore` name), other files of the
+project that the command names, and the YAML files that it names, wherever they are: Ray reads all of it into memory,
+here and on the head, so models and results that lie in the checkout stay. Of this process's environment it gets only
+where the stores are (`PASSED_ON`). Ray shows a job's environment and command in its logs and dashboard, so no
+credential goes that way: nodes have a role.
 """
 
 from __future__ import annotations
@@ -19,19 +21,23 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import ray
+from ray._private.runtime_env.packaging import _dir_travel
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from lesa_ray.distributed.ray_runner import PASSED_ON
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
+from lesa_ray.sizes import size
 
 DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start`, `ray dashboard` and `kubectl port-forward` put a cluster's dashboard on this machine."""
@@ -40,6 +46,7 @@ _PAUSE_SECONDS = 2.0
 _NO_AGENT = "No available agent"  # of Ray's answer (python/ray/dashboard/modules/job/job_head.py)
 _PACKAGES = ("lesa_ray", "pipelines")
 _IGNORE_FILES = (".gitignore", ".rayignore")
+_MOST_BYTES = 100_000_000  # of files that travel; the code has one or two million
 
 
 def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, wait: bool = True) -> int:
@@ -88,13 +95,16 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
 def packaged(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """A folder with what the job needs, and the command as it reads there; the folder is gone afterwards.
 
-    The project is the checkout that the current folder lies in, else where this package lies (all of a checkout; of an
-    installation the packages alone). YAML files of this machine named by the command go to `submitted/` beside it.
+    The project is the checkout that the current folder lies in, else where this package lies. Of a checkout the
+    packages travel, the Python files beside them, the package of a module that the command names (`-m`), and files that
+    it names by their place in the checkout; of an installation the packages alone. YAML files of this machine that the
+    command names go to `submitted/` beside it. Raises: UserError if that is too much.
     """
     root = _project(Path.cwd())
+    is_checkout = _is_checkout(root)
     with tempfile.TemporaryDirectory(prefix="lesa-ray-submit-") as temporary:
         folder = Path(temporary)
-        for name in _entries(root):
+        for name in _code(root, command) if is_checkout else _PACKAGES:
             (folder / name).symlink_to(root / name)  # Ray follows links when it packs, and reads the ignore files there
         entrypoint = list(command)
         for position, argument in enumerate(command):
@@ -104,6 +114,10 @@ def packaged(command: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
                 (folder / travelled).parent.mkdir(parents=True)
                 (folder / travelled).symlink_to(Path(value).resolve())
                 entrypoint[position] = f"{option}{equals}{travelled}"
+            elif is_checkout and _lies_in(root, value) and not (folder / value).exists():
+                (folder / value).parent.mkdir(parents=True, exist_ok=True)
+                (folder / value).symlink_to(root / value)
+        _check_size(folder)
         yield temporary, entrypoint
 
 
@@ -118,10 +132,34 @@ def _is_checkout(folder: Path) -> bool:
     return (folder / "pyproject.toml").is_file() and all((folder / name).is_dir() for name in _PACKAGES)
 
 
-def _entries(root: Path) -> list[str]:
-    if not _is_checkout(root):
-        return list(_PACKAGES)  # beside them in site-packages lies everything else that is installed
-    return sorted(p.name for p in root.iterdir() if not p.name.startswith(".") or p.name in _IGNORE_FILES)
+def _code(root: Path, command: Sequence[str]) -> list[str]:
+    modules = {module.partition(".")[0] for option, module in pairwise(command) if option == "-m"}
+    taken = {*_PACKAGES, *_IGNORE_FILES, *modules}
+    return [p.name for p in root.iterdir() if p.name in taken or (p.suffix == ".py" and not p.name.startswith("."))]
+
+
+def _lies_in(root: Path, place: str) -> bool:
+    """Whether `place` is a file of the project, and not a hidden one."""
+    path = Path(place)
+    hidden = any(part.startswith(".") for part in path.parts)  # `..` too
+    return not path.is_absolute() and not hidden and os.path.isfile(root / path)
+
+
+def _check_size(folder: Path) -> None:
+    """Raises: UserError, naming what takes most, if more would travel than a cluster's head should hold."""
+    sizes: Counter[str] = Counter()
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            sizes["/".join(path.relative_to(folder).parts[:2])] += path.stat().st_size
+
+    _dir_travel(folder, [], add, include_gitignore=True)  # Ray's own way through the files that it packs
+    if sizes.total() > _MOST_BYTES:
+        largest, nbytes = sizes.most_common(1)[0]
+        raise UserError(
+            f"{largest}: {size(nbytes)} of the {size(sizes.total())} that would travel with the job, which may be "
+            f"{size(_MOST_BYTES)}; move it out of the project, or name it in .rayignore"
+        )
 
 
 def _check_versions(client: JobSubmissionClient, where: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
+from lesa_ray import UserError
 from lesa_ray.distributed import submit
 from lesa_ray.distributed.submit import packaged
 
@@ -31,34 +32,68 @@ def test_the_code_travels_and_nothing_else_does(tmp_path: Path, monkeypatch: pyt
     assert not Path(folder).exists()
     code = [file for name in ("lesa_ray", "pipelines") for file in (ROOT / name).rglob("*")]
     assert {str(file.relative_to(ROOT)) for file in code if file.suffix in (".py", ".yaml")} <= sent
-    assert {path.split("/")[0] for path in sent} <= {
-        "lesa_ray", "pipelines", "pyproject.toml", "constraints.txt", "README.md", ".gitignore", ".rayignore",
-    }  # fmt: skip
+    assert {path.split("/")[0] for path in sent} == {"lesa_ray", "pipelines", ".gitignore", ".rayignore"}
 
 
-def test_what_a_checkout_may_hold_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One with nothing in its packages; the current folder is inside."""
     checkout = tmp_path / "checkout"
-    checkout.mkdir()
     for name in ("lesa_ray", "pipelines", "cluster", "tests"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (checkout / name).mkdir(parents=True)
+        (checkout / name / "__init__.py").write_text("")
     for name in ("pyproject.toml", ".gitignore", ".rayignore"):
         shutil.copy(ROOT / name, checkout / name)
+    monkeypatch.chdir(checkout / "pipelines")  # the current folder's checkout, not the one that this package lies in
+    return checkout
+
+
+def test_what_a_checkout_may_hold_stays_here(checkout: Path, tmp_path: Path) -> None:
     left = [
         ".env", "lesa_ray/.env", "prod.env.pem", "pipelines/id.key", "demo/base/model.safetensors", "dist/x.whl",
         "model/model-00001.safetensors", "blocks/0.parquet", ".git/config", ".venv/bin/python", "model/weights.bin",
         "lesa_ray/__pycache__/x.pyc",
+        "README.md", "notes/mine.txt", "others/inner/module.py", "result/config.json", ".hidden.py",
     ]  # fmt: skip
-    taken = ["mine.py", "notes/mine.txt"]
+    taken = [
+        "mine.py", "helper.py", "crown/config.json", "heldout.jsonl", "own/inner/module.py", "own/inner/table.csv",
+    ]  # fmt: skip
     for name in left + taken:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("hello")
-    inside = checkout / "pipelines"
-    monkeypatch.chdir(inside)  # the current folder's checkout, not the one that this package lies in
-    with packaged(["python", "mine.py"]) as (folder, _):
+    (checkout / ".env").write_text("secret")
+    (tmp_path / "above.txt").write_text("")
+    given = [
+        "python",
+        "-m",
+        "own.inner.module",
+        "mine.py",
+        "--architecture=crown/config.json",
+        "--data",
+        "heldout.jsonl",
+    ]
+    given += ["result", "notes", "pipelines/__init__.py", ".env", "../above.txt", str(tmp_path / "above.txt"), ""]
+    given += ["-m", "tests.cluster", "-c", "print(1)" * 1000]
+    with packaged(given) as (folder, command):
         sent = contents(folder, tmp_path)
-    assert set(taken) <= sent
-    assert not sent & set(left)
-    assert not [path for path in sent if path.startswith(("tests/", "cluster/"))]
+    assert command == given
+    assert sent == {"lesa_ray/__init__.py", "pipelines/__init__.py", ".gitignore", ".rayignore", *taken}
+
+
+def test_more_than_a_head_should_hold_is_refused_by_name(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_MOST_BYTES", 100_000)
+    for name, nbytes in (("pipelines/out/a.txt", 60_000), ("pipelines/out/b.txt", 60_000), ("pipelines/c.txt", 70_000)):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_bytes(bytes(nbytes))
+    (checkout / "pipelines" / "left.safetensors").write_bytes(bytes(500_000))
+    with (
+        pytest.raises(UserError, match=r"^pipelines/out: 120\.0 kB of the 19\d\.\d kB .* may be 100\.0 kB; move it"),
+        packaged(["python", "-m", "pipelines.expand"]),
+    ):
+        pass
+    (checkout / "pipelines" / ".rayignore").write_text("/out/\n")
+    with packaged(["python", "-m", "pipelines.expand"]) as (folder, _):
+        assert Path(folder, "pipelines").is_dir()
 
 
 def test_yaml_files_of_this_machine_travel_and_others_stay_as_they_are(
