@@ -7,12 +7,23 @@ import json
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
 
+LEASE_DIR = f"{WORK_DIR}/lease"
+"""Says who is at work in the folder, from before it is marked."""
 _FILE = f"{WORK_DIR}/run.json"
 
 
 def mark(storage: Storage, fingerprint: str, **more: str) -> None:
     """Write it; `more`: what people who look into the file would like to know."""
     storage.write(_FILE, (json.dumps({"fingerprint": fingerprint, **more}) + "\n").encode())
+
+
+def is_free(storage: Storage) -> bool:
+    """Whether a folder holds nothing, or no more than the lease of someone who has not marked it yet, or never did."""
+    if storage.is_empty():
+        return True
+    work = storage.within(WORK_DIR)
+    files = [name for name in (*storage.list(), *work.list()) if not name.endswith(".tmp")]  # a killed write's
+    return not files and {*storage.folders(), *work.folders()} <= {WORK_DIR, LEASE_DIR.rpartition("/")[2]}
 
 
 def marked_by(storage: Storage, where: str) -> str | None:

@@ -11,15 +11,26 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
-from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.mark import LEASE_DIR
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address
+from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.errors import MachineError, RoomError, UserError
-from lesa_ray.expansion.out import abandon, claim, finish, make_manifest, missing_shards, out_state
+from lesa_ray.expansion.out import (
+    abandon,
+    check_room,
+    claim,
+    finish,
+    make_manifest,
+    missing_shards,
+    out_state,
+    take_up,
+)
 from lesa_ray.expansion.prepare import Expansion, check_out, prepare
 from lesa_ray.expansion.rehearsal import check_function
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
@@ -45,11 +56,18 @@ class Expanded:
     manifest: Manifest
 
 
-def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listener | None = None) -> Expanded:
+def expand(
+    config: ExpandConfig,
+    runner: Runner | None = None,
+    listener: Listener | None = None,
+    *,
+    tenant: Tenant | None = None,
+) -> Expanded:
     """Grow a checkpoint deeper.
 
-    runner: who does the work; by default Ray, or this process where there is nothing to compute. Raises: UserError
-    for wrong input, with nothing left behind; MachineError for a fault, after which the same call goes on."""
+    runner: who does the work; by default Ray, or this process where there is nothing to compute. tenant: who may work
+    at OUT, if the caller has seen to it; by default this call does. Raises: UserError for wrong input, with nothing
+    left behind; MachineError for a fault, after which the same call goes on."""
     listener = listener or Silent()
     begin = time.monotonic()
     if runner is None:
@@ -59,15 +77,26 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
     expansion = prepare(config)
     if expansion.chosen is not None:
         listener.phase(f"auto: {expansion.job.method.name}, since {expansion.chosen}", 0)
-    storage = Storage(config.out)
     state = out_state(expansion)
     if state == "done":
-        manifest = read_manifest(storage)
-        assert manifest is not None
-        storage.remove_tree(".lesa-ray")
-        return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
+        return _reused(expansion, begin)
     with reaching(f"OUT {config.out}", "cannot be written"):
-        claim(expansion, state)
+        if state == "fresh":
+            check_room(expansion)
+    with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
+        state = out_state(expansion)  # as whoever was at work there until now left it
+        if state == "done":
+            return _reused(expansion, begin)
+        with reaching(f"OUT {config.out}", "cannot be written"):
+            (claim if state == "fresh" else take_up)(expansion)
+        return _work(expansion, runner, listener, tenant, begin, resumed=state == "resume")
+
+
+def _work(
+    expansion: Expansion, runner: Runner | None, listener: Listener, tenant: Tenant, begin: float, *, resumed: bool
+) -> Expanded:
+    """From OUT that is this expansion's to the checkpoint there."""
+    config, storage = expansion.job.config, Storage(expansion.job.config.out)
     try:
         with _rehearsing(expansion) as rehearsal:
             records = {u.name: r for u in expansion.units if (r := finished_record(expansion.job, u, config.out))}
@@ -89,16 +118,23 @@ def expand(config: ExpandConfig, runner: Runner | None = None, listener: Listene
             finish(expansion, manifest, model_card(expansion, manifest))
     except RoomError:
         if not any(finished_record(expansion.job, unit, config.out) for unit in expansion.units):
-            abandon(expansion)
+            _abandon(expansion, tenant)
         raise
     except UserError:
-        abandon(expansion)
+        _abandon(expansion, tenant)
         raise
     except Exception as error:
         if is_fault(error):
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
-    return _expanded(expansion, manifest, begin, runner, resumed=state == "resume")
+    return _expanded(expansion, manifest, begin, runner, resumed=resumed)
+
+
+def _abandon(expansion: Expansion, tenant: Tenant) -> None:
+    """Remove what is at OUT, unless that is someone else's to go on with by now."""
+    with suppress(MachineError):
+        tenant.confirm()
+        abandon(expansion)
 
 
 @contextmanager
@@ -121,6 +157,15 @@ def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:
         return InlineRunner("cuda" if torch.cuda.is_available() else "cpu")
     listener.phase("starting Ray", 0)
     return RayRunner()
+
+
+def _reused(expansion: Expansion, begin: float) -> Expanded:
+    """What a run that was finished before gives."""
+    storage = Storage(expansion.job.config.out)
+    manifest = read_manifest(storage)
+    assert manifest is not None
+    storage.remove_tree(WORK_DIR)
+    return _expanded(expansion, manifest, begin, InlineRunner(), reused=True)
 
 
 def _expanded(

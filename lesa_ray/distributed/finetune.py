@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant
     try:
         if tenant is None and is_done(storage):  # then what is asked for is only compared with what is there
             tenant = Guarded()
-        with tenancy(config.out, listener, tenant) as tenant:
+        with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
             asked = config.to_tokenize(blocks.url)
             if not _are_made(asked):
                 tokenize(asked, listener)

@@ -71,7 +71,7 @@ def _run(settings: Settings, listener: Listener) -> dict[str, Any]:
     if isinstance(settings, ExpandConfig):
         from lesa_ray.distributed.expand import expand
 
-        grown = expand(settings, listener=listener)
+        grown = expand(settings, listener=listener, tenant=Guarded())
         return {"layers": grown.layers, "parameters": grown.parameters}
     if isinstance(settings, TokenizeConfig):
         from lesa_ray.distributed.tokenize import tokenize

@@ -1,11 +1,11 @@
-"""One training command at a time works at an OUT: two would train the same twice, and the later one removes checkpoints
-that the earlier one is about to export.
+"""One command at a time works at an OUT: of two that train, the later one removes checkpoints that the earlier one is
+about to export; of two that expand or tokenize, one that finds its input wrong removes what the other is working on.
 
-A lease in OUT/training/lease says who works there, from before OUT is claimed until the checkpoint is written. Who
-comes second is told of the first, and stops. If the first has died, the second goes on: at once where it was a process
-of the same machine, else when its lease has run out. A run whose lease has run out because the store did not answer
-goes on training and renews it when the store is back; if someone else has taken OUT by then, it says so before it
-exports.
+A lease in a folder of OUT says who works there, from before OUT is claimed until the result is written. Who comes
+second is told of the first, and stops. If the first has died, the second goes on: at once where it was a process of the
+same machine, else when its lease has run out. A run whose lease has run out because the store did not answer goes on
+working and renews it when the store is back; if someone else has taken OUT by then, it says so before it exports or
+removes anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from lesa_ray.errors import MachineError
 from lesa_ray.expansion.runner import Listener
 from lesa_ray.faults import reaching
 from lesa_ray.store.lease import Lease, Leases
-from lesa_ray.training.run import LEASE_DIR
 
 _NAME = "run"
 
@@ -43,9 +42,9 @@ class Guarded:
 class Tenancy:
     """The right to work at an OUT, by a lease."""
 
-    def __init__(self, out: str, listener: Listener) -> None:
+    def __init__(self, out: str, folder: str, listener: Listener) -> None:
         self._out, self._listener = out, listener
-        self._leases = Leases(Storage(out).within(LEASE_DIR))
+        self._leases = Leases(Storage(out).within(folder))
         self._lease = self._take()
 
     def confirm(self) -> None:
@@ -72,14 +71,15 @@ class Tenancy:
 
 
 @contextlib.contextmanager
-def tenancy(out: str, listener: Listener, given: Tenant | None = None) -> Iterator[Tenant]:
+def tenancy(out: str, folder: str, listener: Listener, given: Tenant | None = None) -> Iterator[Tenant]:
     """The right to work at `out` while the block runs, unless the caller has been `given` it already.
 
+    folder: where below `out` the lease lies; the block may remove it with the rest of its work.
     Raises: MachineError if someone else works there."""
     if given is not None:
         yield given
         return
-    found = Tenancy(out, listener)
+    found = Tenancy(out, folder, listener)
     try:
         yield found
     finally:

@@ -24,7 +24,7 @@ from lesa_ray.training.export import ExportPlan, OutFile, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
 from lesa_ray.training.lineage import replayed
 from lesa_ray.training.metrics import check_loggers
-from lesa_ray.training.run import Run, claim, out_state, prepare
+from lesa_ray.training.run import LEASE_DIR, Run, claim, out_state, prepare
 from lesa_ray.training.train_settings import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: T
         if (warning := replayed(run)) is not None:
             log.warning(warning)
         resources = wait_for_room(config, listener)
-    with tenancy(config.out, listener, tenant) as tenant:
+    with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
         with reaching(f"OUT {config.out}", "cannot be written"):
             state = out_state(run)  # as whoever was at work there until now left it
         if state == "done":

@@ -11,7 +11,7 @@ import json
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
-from lesa_ray.checkpoint.mark import mark, marked_by
+from lesa_ray.checkpoint.mark import is_free, mark, marked_by
 from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
@@ -34,7 +34,7 @@ def out_state(expansion: Expansion) -> State:
     out = expansion.job.config.out
     storage = Storage(out)
     with reaching(f"OUT {out}"):
-        if storage.is_empty():
+        if is_free(storage):
             return "fresh"
         if storage.exists("config.json"):
             manifest = read_manifest(storage)
@@ -53,22 +53,30 @@ def out_state(expansion: Expansion) -> State:
         raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
 
 
-def claim(expansion: Expansion, state: State) -> None:
-    """Mark OUT as this expansion's, and remove what killed tries left half-written. Raises: MachineError if the disk
-    has no room for what is missing; then nothing is written."""
+def check_room(expansion: Expansion) -> None:
+    """Raises: MachineError if the disk has no room for what is missing; nothing is written."""
     out = expansion.job.config.out
-    storage, units = Storage(out), units_storage(out)
-    if state == "resume":
+    if (free := Storage(out).free_bytes()) is None:
+        return
+    there = units_storage(out).list()
+    unmade = expansion.left_by(unit for unit in expansion.units if unit.file not in there)
+    needed = sum(shard.nbytes for shard in missing_shards(expansion)) + unmade + _MARGIN
+    if free < needed:
+        raise MachineError(f"OUT {out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+
+
+def claim(expansion: Expansion) -> None:
+    """Mark OUT as this expansion's."""
+    mark(Storage(expansion.job.config.out), expansion.fingerprint, base=expansion.job.config.base)
+
+
+def take_up(expansion: Expansion) -> None:
+    """Remove what tries that were killed left half-written, where nobody else is at work. Raises: MachineError if the
+    disk has no room for what is missing."""
+    out = expansion.job.config.out
+    for storage in (Storage(out), units_storage(out)):
         storage.remove_leftovers()
-        units.remove_leftovers()
-    if (free := storage.free_bytes()) is not None:
-        there = units.list()
-        unmade = expansion.left_by(unit for unit in expansion.units if unit.file not in there)
-        needed = sum(shard.nbytes for shard in missing_shards(expansion)) + unmade + _MARGIN
-        if free < needed:
-            raise MachineError(f"OUT {out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
-    if state == "fresh":
-        mark(storage, expansion.fingerprint, base=expansion.job.config.base)
+    check_room(expansion)
 
 
 def missing_shards(expansion: Expansion) -> list[Shard]:

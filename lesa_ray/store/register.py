@@ -87,7 +87,10 @@ class LocalRegister:
         return Seen(data, _digest(data), max(0.0, self._now() - written))
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
-        os.makedirs(self._storage.root, exist_ok=True)
+        if expected is None:
+            os.makedirs(self._storage.root, exist_ok=True)
+        elif not os.path.isdir(self._storage.root):  # removed with all that lay there; it is not to come back
+            return None
         with self._locked():
             seen = self.read(name)
             if (seen.version if seen else None) != expected:

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray.checkpoint.mark import LEASE_DIR
 from lesa_ray.checkpoint.writer import Shard
 from lesa_ray.distributed.ray_runner import RayRunner
+from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.expansion.prepare import Expansion
-from lesa_ray.expansion.runner import InlineRunner, Listener
+from lesa_ray.expansion.runner import InlineRunner, Listener, Silent
 
 Bases = Callable[[str], str]
 LESA_RAY = str(Path(sys.executable).parent / "lesa-ray")
@@ -176,6 +178,31 @@ def test_a_budget_that_is_too_small_costs_nothing_that_is_finished(bases: Bases,
     with pytest.raises(UserError, match=r"^--memory-budget 300.0 kB"):
         expand(tight.model_copy(update={"out": str(tmp_path / "new")}), runner=InlineRunner())
     assert not (tmp_path / "new").exists()
+
+
+def test_who_comes_second_harms_nothing_of_whom_is_at_work(bases: Bases, tmp_path: Path) -> None:
+    """As a job that is started again too early, here with too little memory: it would give up, and tidy OUT."""
+    out = tmp_path / "out"
+    config = ExpandConfig(base=bases("llama"), out=str(out), method="lesa")
+    tight = config.model_copy(update={"memory_budget": 300_000})
+
+    class Visited(InlineRunner):
+        def run_units(self, expansion: Expansion, units: list[Any], listener: Listener) -> dict[str, Any]:
+            with pytest.raises(MachineError, match=rf"OUT .*: process {os.getpid()} on .* is at work on it"):
+                expand(tight, runner=InlineRunner())
+            return super().run_units(expansion, units, listener)
+
+    assert not expand(config, runner=Visited()).resumed
+    assert not (out / ".lesa-ray").exists()
+    assert expand(tight, runner=InlineRunner()).reused
+
+
+def test_one_that_was_killed_before_it_had_marked_out_leaves_a_place_to_begin(bases: Bases, tmp_path: Path) -> None:
+    config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method="solar")
+    with tenancy(config.out, LEASE_DIR, Silent()):
+        pass
+    assert (tmp_path / "out/.lesa-ray/lease").exists()
+    assert not expand(config).resumed
 
 
 def test_a_file_of_the_work_that_was_cut_is_made_again(bases: Bases, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from lesa_ray.expansion.runner import Silent
 from lesa_ray.machines import Machines
 from lesa_ray.training import checkpoints, worker
 from lesa_ray.training.metrics import read_metrics
-from lesa_ray.training.run import Run, prepare
+from lesa_ray.training.run import LEASE_DIR, Run, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.training.blocks import make_blocks
 from tests.training.workers import run_workers
@@ -366,7 +366,10 @@ def test_more_workers_than_there_is_room_for(local_ray: None, bases: Bases, data
 
 def test_two_at_one_place(local_ray: None, bases: Bases, data: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    with tenancy(out, Silent()), pytest.raises(MachineError, match=f"process {os.getpid()} on .* is at work on it"):
+    with (
+        tenancy(out, LEASE_DIR, Silent()),
+        pytest.raises(MachineError, match=f"process {os.getpid()} on .* is at work on it"),
+    ):
         train(bases("llama"), data, out, train="all", steps=1, workers=1)
     assert os.listdir(tmp_path / "out" / "training") == ["lease"]
 
