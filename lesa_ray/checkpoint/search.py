@@ -16,10 +16,13 @@ from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
 
 
-def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[str, Any]]:
+def find_files(
+    name: str, kinds: Sequence[str], where: str, unread: set[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """The files by their paths or URLs, each with what its filesystem says of it; none if there is nothing at `name`.
 
-    kinds: how their names end. where: what messages call the place, `--data NAME`.
+    kinds: how their names end. where: what messages call the place, `--data NAME`. unread: files of other kinds, but
+    for hidden ones, are added to it.
     Raises: UserError if it cannot be listed, holds none of these kinds, or is a file of another; MachineError if its
     store does not answer.
     """
@@ -33,7 +36,7 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
             listed = visible_files(fs, path, local=local)
         elif fs.exists(path):
             if not (path if local else path.split("?")[0]).endswith(known):  # a signed URL goes on after its name
-                raise UserError(f"{where}: is of no kind that is known ({', '.join(kinds)})")
+                raise UserError(f"{where}: is of no kind that is read here ({', '.join(kinds)})")
             return {_name(fs, path, local): fs.info(path)}
         elif any(sign in path for sign in "*?["):
             listed = matching_files(fs, path, local=local)
@@ -47,6 +50,8 @@ def find_files(name: str, kinds: Sequence[str], where: str) -> dict[str, dict[st
             found[path] = info
     if not found:
         raise UserError(f"{where}: no data found; expected files that end with {', '.join(kinds)}")
+    if unread is not None:
+        unread.update(_name(fs, path, local) for path in listed if path not in found)
     return {_name(fs, path, local): info for path, info in found.items()}
 
 

@@ -11,7 +11,7 @@ from lesa_ray.report.terminal import count, duration
 def describe_tokens(result: Tokenized) -> dict[str, Any]:
     """As JSON values."""
     blocks = result.blocks
-    told = ("documents", "truncated", "left_out", "dropped_tokens", "heldout_from_end")
+    told = ("documents", "truncated", "left_out", "dropped_tokens", "heldout_from_end", "unread_files")
     return {
         "out": blocks.url,
         "kind": blocks.kind,
@@ -38,4 +38,7 @@ def token_lines(result: Tokenized) -> str:
     for name, what in (("truncated", "cut to a row"), ("left_out", "left out")):
         if facts.get(name):
             lines.append(f"{facts[name]:,} conversations {what}, longer than {blocks.seq_len:,} tokens")
+    if unread := facts.get("unread_files"):
+        kinds = ", ".join(f"{files:,} {ending or 'without an ending'}" for ending, files in unread.items())
+        lines.append(f"{sum(unread.values()):,} files among the data were not read: {kinds}")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.layout import Layout, Written
 from lesa_ray.training.packing import Encoder
 from lesa_ray.training.pieces import Job, PieceRecord
-from lesa_ray.training.sources import Piece, Source, find_sources
+from lesa_ray.training.sources import KINDS, ROWS, Piece, Source, count_endings, find_sources
 from lesa_ray.training.tokenizer import files_digest, load_tokenizer, tokenizer_files, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, SPLITS, TOKENIZER_DIR, read_manifest
 
@@ -51,6 +51,8 @@ class Run:
     vocab_size: int
     pad: int
     """Id that fills what examples leave of a row (chat)."""
+    unread: dict[str, int]
+    """Files that lie among the data and are left out, by ending."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -75,11 +77,12 @@ def prepare(config: TokenizeConfig) -> Run:
     """Find the data and load the tokenizer. Raises: UserError if one is not there, or the tokenizer cannot serve."""
     for data in config.data:
         check_out(data, config.out)
-    found = find_sources(config.data, config.dataset_config, config.dataset_split)
+    kinds, unread = ROWS if config.kind == "chat" else KINDS, set[str]()
+    found = find_sources(config.data, config.dataset_config, config.dataset_split, kinds, unread)
     tokenizer = load_tokenizer(config.tokenizer)
     Encoder.of(tokenizer, config.tokenizer)
     pad = ChatEncoder(tokenizer, config.tokenizer).pad if config.kind == "chat" else 0
-    return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad)
+    return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad, count_endings(unread))
 
 
 def made_with(manifest: dict[str, Any], config: TokenizeConfig) -> bool:
@@ -182,6 +185,7 @@ def finish(
         "settings": run.settings,
         "packages": {"lesa-ray": __version__} | {name: version(name) for name in _PACKAGES},
         "sources": _summary(files),
+        "unread_files": run.unread,
     }
     storage.write(_SOURCES, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files).encode())
     storage.write(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())

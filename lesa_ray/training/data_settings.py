@@ -13,8 +13,8 @@ class TokenizeConfig(Settings):
     """Data, a tokenizer, and where the token blocks go."""
 
     data: tuple[str, ...] = Field(min_length=1)
-    """Files (.txt, .md, .py: a document each; .jsonl, .jsonl.gz, .parquet: a document a row), folders of them, globs,
-    fsspec URLs, or names of Hugging Face datasets."""
+    """Files (.txt, .md, .py: a document each; .jsonl, .jsonl.gz, .json.gz, .jsonl.zst, .parquet: a document a row),
+    folders of them, globs, fsspec URLs, or names of Hugging Face datasets."""
     tokenizer: str
     """A folder with a tokenizer (a checkpoint's will do), a Hugging Face repo id or an fsspec URL."""
     out: str

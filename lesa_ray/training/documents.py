@@ -28,7 +28,7 @@ from typing import Any
 from lesa_ray.checkpoint.storage import filesystem
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain, is_outage
-from lesa_ray.training.sources import Part, open_dataset
+from lesa_ray.training.sources import PACKED, Part, open_dataset
 
 LONGEST = 2**18
 """Characters after which a document is cut."""
@@ -163,21 +163,19 @@ def read_rows(part: Part, wanted: Sequence[str], dataset: tuple[str | None, str]
         rows = _hub(part, dataset)
     elif kind == ".parquet":
         rows = _parquet(part, wanted)
-    elif kind == "plain":
-        raise UserError(f"DATA {part.source.name}: conversations are rows of .jsonl, .jsonl.gz or .parquet files")
     else:
         rows = _lines(part)
     yield from islice(rows, part.take)
 
 
 def _lines(part: Part) -> Iterator[Row]:
-    url, packed = part.source.name, part.source.kind == ".jsonl.gz"
+    url, packed = part.source.name, part.source.kind in PACKED
     start, end = part.span(part.source.nbytes)
     whole = packed or part.count == 1
     with _open(url) as file:
         # a remote file of fsspec's reads, and copies, a whole block for each line
         raw = io.BufferedReader(file, _BUFFER)
-        stream: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+        stream = _unpacked(raw, url) if packed else raw
         at = 0
         if not whole and start:  # the line that begins before `start` is the part's before
             raw.seek(start - 1)
@@ -187,9 +185,9 @@ def _lines(part: Part) -> Iterator[Row]:
             try:
                 line = stream.readline()
             except (OSError, EOFError, zlib.error) as error:
-                if not packed or isinstance(error, MachineError) or (isinstance(error, OSError) and error.errno):
+                if not packed or (isinstance(error, OSError) and error.errno) or is_outage(error):
                     raise
-                raise UserError(f"DATA {url}: is not gzip, or damaged ({explain(error)})") from error
+                raise UserError(f"DATA {url}: is not packed as its name says, or damaged ({explain(error)})") from error
             if not line:
                 return
             number += 1
@@ -207,6 +205,15 @@ def _lines(part: Part) -> Iterator[Row]:
                 raise UserError(f"DATA {where} is not a JSON object of columns")
             share = raw.tell() / max(part.source.nbytes, 1) if packed else (at - start) / max(end - start, 1)
             yield Row(where, values, min(share, 1.0))
+
+
+def _unpacked(raw: io.BufferedReader, url: str) -> Any:
+    """What a packed file holds."""
+    import pyarrow as pa
+
+    if url.split("?")[0].endswith(".zst"):
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), _BUFFER)
+    return gzip.GzipFile(fileobj=raw)
 
 
 def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:

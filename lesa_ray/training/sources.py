@@ -6,7 +6,8 @@ Decides
   its row groups; of a document some of its lines; a `.jsonl.gz` file and a shard of a hub dataset are whole.
   The pieces depend on the data alone, never on the number of tasks: so the tokens are always the same.
 - Folders are searched to the bottom, linked ones too, hidden files left out; the order is that of the sources, then of
-  the paths.
+  the paths. What says something of a data set (README.md, LICENSE.txt, …) is no part of it: it is left out where rows
+  lie beside or below it, unless it is named itself. Files of unknown kinds are left out, too; all these are counted.
 - A name that is no path here is one of the hub. Its revision is pinned when a run begins, and each task streams its
   shards, so nothing is kept on disk.
 """
@@ -14,7 +15,8 @@ Decides
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +25,17 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 
 PLAIN = (".txt", ".md", ".py")
-ROWS = (".jsonl", ".jsonl.gz", ".parquet")
+PACKED = (".jsonl.gz", ".json.gz", ".jsonl.zst")
+"""JSON Lines, packed; `.json.gz` is what some large data sets call them."""
+ROWS = (".jsonl", *PACKED, ".parquet")
 KINDS = (*PLAIN, *ROWS)
 PIECE_BYTES = 32 * 2**20
 _PIECE_FILES = 1000
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|contributing|code_of_conduct|datasheet|dataset_?card)[^/]*\.(md|txt)",
+    re.IGNORECASE,
+)
+_PACKINGS = frozenset({"gz", "zst", "bz2", "xz", "lz4", "zip"})
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
@@ -47,11 +56,11 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """plain, .jsonl, .jsonl.gz, .parquet or hub."""
+        """plain, hub, or one of ROWS."""
         if self.shards:
             return "hub"
         name = self.name.split("?")[0]
-        return next((end for end in (".jsonl.gz", ".jsonl", ".parquet") if name.endswith(end)), "plain")
+        return next((end for end in ROWS if name.endswith(end)), "plain")
 
 
 @dataclass(frozen=True)
@@ -85,31 +94,59 @@ class Piece:
         return sum(part.nbytes for part in self.parts)
 
 
-def find_sources(names: Sequence[str], dataset_config: str | None, dataset_split: str) -> list[Source]:
-    """The sources behind names, each once, in their order.
+def find_sources(
+    names: Sequence[str],
+    dataset_config: str | None,
+    dataset_split: str,
+    kinds: Sequence[str] = KINDS,
+    unread: set[str] | None = None,
+) -> list[Source]:
+    """The sources behind names, each once, in their order. kinds: of files. unread: files left out are added to it.
 
     Raises: UserError naming what is not there, cannot be read or holds no data; MachineError if the hub does not
     answer."""
     found: dict[str, Source] = {}
+    left_out: set[str] = set()
     for name in names:
-        for source in _sources_of(name, dataset_config, dataset_split):
+        sources = file_sources(name, f"DATA {name}", kinds, left_out)
+        if not sources and _HUB_NAME.match(name) and not name.endswith(KINDS):
+            sources = [_hub_source(name, dataset_config, dataset_split)]
+        if not sources:
+            raise UserError(f"DATA {name}: there is no such file or folder")
+        for source in sources:
             found.setdefault(source.name, source)
+    if unread is not None:
+        unread |= left_out - found.keys()
     return list(found.values())
 
 
-def _sources_of(name: str, dataset_config: str | None, dataset_split: str) -> list[Source]:
-    files = file_sources(name, f"DATA {name}")
-    if not files and _HUB_NAME.match(name) and not name.endswith(KINDS):
-        return [_hub_source(name, dataset_config, dataset_split)]
-    if not files:
-        raise UserError(f"DATA {name}: there is no such file or folder")
-    return files
+def file_sources(name: str, where: str, kinds: Sequence[str] = KINDS, unread: set[str] | None = None) -> list[Source]:
+    """The files behind a name; none if there is nothing. where: as messages call it. unread: files left out are added
+    to it. Raises: as `find_files`."""
+    files = find_files(name, kinds, where, unread)
+    above = {folder for url in files if url.endswith(ROWS) for folder in _above(url)}
+    about = {url for url in files if _ABOUT.fullmatch(url.rsplit("/", 1)[-1]) and url.rpartition("/")[0] in above}
+    if unread is not None:
+        unread |= about
+    return [
+        Source(url, int(info.get("size") or 0), _mark(info), name) for url, info in files.items() if url not in about
+    ]
 
 
-def file_sources(name: str, where: str) -> list[Source]:
-    """The files behind a name; none if there is nothing. where: as messages call it. Raises: as `find_files`."""
-    files = find_files(name, KINDS, where)
-    return [Source(url, int(info.get("size") or 0), _mark(info), name) for url, info in files.items()]
+def _above(url: str) -> Iterator[str]:
+    while url := url.rpartition("/")[0]:
+        yield url
+
+
+def count_endings(names: Iterable[str]) -> dict[str, int]:
+    """How many files have each ending, the most frequent first: `.csv`, `.json.bz2`, or "" for none."""
+    counts = Counter(_ending(name.rsplit("/", 1)[-1]) for name in names)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _ending(name: str) -> str:
+    parts = name.split(".")[1:]
+    return "".join(f".{part}" for part in parts[-2 if parts and parts[-1] in _PACKINGS else -1 :])
 
 
 def _mark(info: dict[str, Any]) -> str:
@@ -159,7 +196,7 @@ def deal(sources: Iterable[Source], piece_bytes: int = PIECE_BYTES) -> list[Piec
             small.clear()
 
     for source in sources:
-        count = source.shards or (1 if source.kind == ".jsonl.gz" else max(1, -(-source.nbytes // piece_bytes)))
+        count = source.shards or (1 if source.kind in PACKED else max(1, -(-source.nbytes // piece_bytes)))
         if count == 1 and 0 < source.nbytes <= piece_bytes:
             if small and (sum(p.nbytes for p in small) + source.nbytes > piece_bytes or len(small) == _PIECE_FILES):
                 close()

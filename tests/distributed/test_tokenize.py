@@ -26,6 +26,7 @@ from lesa_ray.config import load_settings
 from lesa_ray.distributed import tokenize as module
 from lesa_ray.distributed.tokenize import Tokenized, tokenize
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.report.data import token_lines
 from lesa_ray.training import layout, sources, tokens
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.tokens import Split, open_blocks
@@ -154,6 +155,7 @@ import json, sys
 import ray
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 from lesa_ray.distributed.tokenize import tokenize
+from lesa_ray.report.data import token_lines
 from lesa_ray.training import layout, sources, tokens
 from lesa_ray.training.data_settings import TokenizeConfig
 tokens.GROUP_TOKENS, layout.GROUPS_PER_FILE, sources.PIECE_BYTES = map(int, sys.argv[1:4])
@@ -289,6 +291,21 @@ def test_telling_of_a_piece_does_not_look_at_all_before_it(monkeypatch: pytest.M
     assert looked[0] <= 2 * many
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_cloned_data_set_is_read_without_its_card(
+    kind: str, qwen: str, tmp_path: Path, run: Callable[..., Tokenized]
+) -> None:
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "set/README.md").write_text("# Card")
+    (tmp_path / "set/info.json").write_text("{}")
+    rows = [{"text": words(seed, 9), **row} for seed, row in enumerate(chat_rows())]
+    (tmp_path / "set/data/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(tmp_path / "set", qwen, kind=kind)
+    assert result.blocks.manifest["documents"] == len(rows)
+    assert result.blocks.manifest["unread_files"] == {".json": 1, ".md": 1}
+    assert "\n2 files among the data were not read: 1 .json, 1 .md" in token_lines(result)
+
+
 def test_a_changed_file_is_other_data(gpt2: str, tmp_path: Path, run: Callable[..., Tokenized]) -> None:
     (tmp_path / "a.txt").write_text(words(0, 500))
     run(tmp_path / "a.txt", gpt2)
@@ -330,7 +347,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
         ({"tokenizer": "no"}, "tokenizer .*no: no such folder"),
         ({"tokenizer": "empty"}, "tokenizer .*empty: cannot be loaded"),
         ({"tokenizer": "endless"}, "tokenizer .*endless: has no end-of-text token"),
-        ({"kind": "chat"}, "tokenizer .*gpt2.*: has no chat template"),
+        ({"data": "rows.jsonl", "kind": "chat"}, "tokenizer .*gpt2.*: has no chat template"),
         ({"out": "full"}, "OUT .*full: is not empty"),
         ({"data": ".", "out": "out"}, "OUT .*out: lies inside DATA .*, so it would be read as data"),
         ({"data": "**/*.txt", "out": "out"}, "OUT .*out: lies inside DATA .*, so it would be read as data"),
@@ -338,7 +355,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
         ({"data": "blank.jsonl"}, "DATA .*blank.jsonl: is empty; there is not one document in it"),
         ({"data": "a.txt", "seq_len": 4096}, "gives .* tokens to train on, less than one row of 4096"),
         ({"data": "rows.jsonl", "text_column": "body"}, "rows.jsonl: line 1: there is no text in a column 'body'"),
-        ({"data": "a.txt", "kind": "chat", "tokenizer": "chat"}, "a.txt: conversations are rows of .jsonl"),
+        ({"data": "a.txt", "kind": "chat", "tokenizer": "chat"}, "a.txt: is of no kind that is read here"),
         ({"data": "rows.jsonl", "kind": "chat", "tokenizer": "chat"}, "line 1: has no conversation: expected"),
         ({"data": "mute.jsonl", "kind": "chat", "tokenizer": "chat"}, "has no conversation with an answer to train on"),
     ],

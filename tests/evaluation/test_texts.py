@@ -142,7 +142,7 @@ def test_sources_without_text(folder: Path, tmp_path: Path) -> None:
             "no data found; expected files that end with .txt, .md, .py, .jsonl, .jsonl.gz",
         ),
         (tmp_path / "empty", "no data found"),
-        (tmp_path / "h.bin", "is of no kind that is known"),
+        (tmp_path / "h.bin", "is of no kind that is read here"),
         ("gopher://x/y.txt", "gopher"),
     ):
         with pytest.raises(UserError, match=f"--data {source!s}".replace("*", r"\*")) as error:

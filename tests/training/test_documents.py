@@ -20,7 +20,7 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.texts import find_files, read_documents
 from lesa_ray.training import documents
 from lesa_ray.training.documents import Fragment, cut, is_heldout, read_fragments, read_rows
-from lesa_ray.training.sources import Part, Piece, Source, deal, find_sources
+from lesa_ray.training.sources import ROWS, Part, Piece, Source, count_endings, deal, find_sources
 from tests.moody import Moody
 
 pytestmark = pytest.mark.timeout(60)
@@ -168,6 +168,21 @@ def test_odd_contents_are_read(tmp_path: Path) -> None:
     assert read(tmp_path / "x.parquet") == ["a"]
 
 
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, "zstd", asbytes=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "json.gz", "jsonl.zst"])
+def test_packed_lines_are_read_whole(tmp_path: Path, ending: str) -> None:
+    pack = zstd if ending.endswith("zst") else gzip.compress
+    texts = [f"{number} é" * (number % 50) + "." for number in range(2000)]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    packed = pack(b"\xef\xbb\xbf" + b"".join(lines[:1000])) + pack(b"".join(lines[1000:]))  # as pigz and cat make them
+    (tmp_path / f"a.{ending}").write_bytes(packed)
+    assert len(deal(find(tmp_path), 100)) == 1
+    assert read(tmp_path, piece=100) == texts
+
+
 def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
     good = '{"text": "a"}\n'
     for name, data, message in [
@@ -176,7 +191,8 @@ def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
         ("c.jsonl", good + '{"body": 1}', "c.jsonl: line 2: there is no text in a column 'text'; its columns: body"),
         ("d.jsonl", good + '{"text": 1}', "d.jsonl: line 2: there is no text in a column 'text'"),
         ("e.parquet", "text", "e.parquet: is not Parquet"),
-        ("f.jsonl.gz", "text", "f.jsonl.gz: is not gzip, or damaged"),
+        ("f.jsonl.zst", "text", "f.jsonl.zst: is not packed as its name says"),
+        ("f.jsonl.gz", "text", "f.jsonl.gz: is not packed as its name says"),
     ]:
         (tmp_path / name).write_text(data)
         with pytest.raises(UserError, match=message) as caught:
@@ -184,10 +200,11 @@ def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"the line at byte 14 is not JSON"):
         read(tmp_path / "a.jsonl", piece=10)
-    packed = gzip.compress(good.encode() * 1000)
-    (tmp_path / "f.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(UserError, match="is not gzip, or damaged"):
-        read(tmp_path / "f.jsonl.gz")
+    for name, pack in (("f.jsonl.gz", gzip.compress), ("f.jsonl.zst", zstd)):
+        packed = pack(good.encode() * 1000)
+        (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(UserError, match="is not packed as its name says, or damaged"):
+            read(tmp_path / name)
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "g.parquet")
     with pytest.raises(UserError, match=r"has no column 'text'; its columns: body, n"):
         read(tmp_path / "g.parquet")
@@ -269,6 +286,31 @@ def test_sources_are_found_once_in_order_without_hidden_files(tmp_path: Path) ->
     assert {source.given for source in find(tmp_path)} == {str(tmp_path)}
 
 
+def test_what_is_about_a_data_set_is_no_part_of_it(tmp_path: Path) -> None:
+    names = ["README.md", "LICENSE", "license.txt", "data/a.jsonl", "data/b.json.bz2", "data/c.csv", "data/d.csv",
+             "code.py", "more.txt", "books/Readme.md", "books/e.txt", ".git/f.txt"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    unread: set[str] = set()
+    found = find_sources([str(tmp_path)], *NO_DATASET, unread=unread)
+    assert [source.name.removeprefix(f"{tmp_path}/") for source in found] == [
+        "books/Readme.md", "books/e.txt", "code.py", "data/a.jsonl", "more.txt",
+    ]  # fmt: skip
+    assert count_endings(unread) == {".csv": 2, ".json.bz2": 1, "": 1, ".md": 1, ".txt": 1}
+    unread.clear()
+    named = [str(tmp_path), str(tmp_path / "README.md")]
+    found = find_sources(named, *NO_DATASET, unread=unread)
+    assert found[-1].name == str(tmp_path / "README.md")
+    assert sum(count_endings(unread).values()) == 5
+    unread.clear()
+    (source,) = find_sources([str(tmp_path)], *NO_DATASET, ROWS, unread)
+    assert source.name == str(tmp_path / "data/a.jsonl")
+    assert sum(count_endings(unread).values()) == 10
+    with pytest.raises(UserError, match=r"more\.txt: is of no kind that is read here \(\.jsonl, "):
+        find_sources([str(tmp_path / "more.txt")], *NO_DATASET, ROWS)
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("")
@@ -277,7 +319,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         (str(tmp_path / "no"), "there is no such file or folder"),
         (str(tmp_path / "*.txt"), "no data found"),
         (str(tmp_path / "empty"), "no data found; expected files that end with .txt"),
-        (str(tmp_path / "a.csv"), "is of no kind that is known"),
+        (str(tmp_path / "a.csv"), "is of no kind that is read here"),
         ("no.jsonl", "there is no such file or folder"),
         ("nowhere://x", "nowhere"),
     ]:
