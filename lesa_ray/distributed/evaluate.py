@@ -177,7 +177,13 @@ def _data_record(data: TextData | BlockData | None) -> dict[str, Any] | None:
     if data is None:
         return None
     if isinstance(data, TextData):
-        return {"kind": "text", "name": data.name, "files": len(data.files), "file_bytes": data.total}
+        return {
+            "kind": "text",
+            "name": data.name,
+            "files": len(data.files),
+            "file_bytes": data.total,
+            "unread_files": data.unread,
+        }
     return {
         "kind": "blocks",
         "name": data.name,

@@ -27,7 +27,7 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.perplexity import Row
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.evaluation.texts import Document, find_files, read_documents
-from lesa_ray.training.sources import Source
+from lesa_ray.training.sources import Source, count_endings
 from lesa_ray.training.tokens import UNSCORED, Split, open_blocks, read_manifest
 
 _DOCUMENTS = 64
@@ -43,6 +43,8 @@ class TextData:
     sources: tuple[str, ...]
     files: tuple[Source, ...]
     column: str
+    unread: dict[str, int]
+    """Files among them that are left out, by ending."""
 
     @property
     def total(self) -> float:
@@ -78,7 +80,9 @@ def open_data(config: EvaluateConfig) -> TextData | BlockData | None:
         return None
     folder = next((source for source in config.data if _is_blocks(source)), None)
     if folder is None:
-        return TextData(config.data, tuple(find_files(config.data)), config.text_column)
+        unread: set[str] = set()
+        files = find_files(config.data, unread)
+        return TextData(config.data, tuple(files), config.text_column, count_endings(unread))
     if len(config.data) > 1:
         raise UserError(f"--data {folder}: is a folder of token blocks; give it alone")
     blocks = open_blocks(folder)

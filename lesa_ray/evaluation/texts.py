@@ -28,19 +28,22 @@ class Document:
     read: int
 
 
-def find_files(names: Sequence[str]) -> list[Source]:
-    """The text files of files, folders, globs and URLs, each once, name by name.
+def find_files(names: Sequence[str], unread: set[str] | None = None) -> list[Source]:
+    """The text files of files, folders, globs and URLs, each once, name by name. unread: files left out are added.
 
     Raises: UserError naming what is not there, cannot be read, or holds no text; MachineError if its store does not
     answer."""
     found: dict[str, Source] = {}
+    left_out: set[str] = set()
     for name in names:
         where = f"--data {name}"
-        files = file_sources(name, where)
+        files = file_sources(name, where, unread=left_out)
         if not files:
             raise UserError(f"{where}: there is no such file or folder")
         for file in files:
             found.setdefault(file.name, file)
+    if unread is not None:
+        unread |= left_out - found.keys()
     return list(found.values())
 
 

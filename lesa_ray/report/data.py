@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lesa_ray.distributed.tokenize import Tokenized
-from lesa_ray.report.terminal import count, duration
+from lesa_ray.report.terminal import count, duration, unread_files
 
 
 def describe_tokens(result: Tokenized) -> dict[str, Any]:
@@ -39,6 +39,5 @@ def token_lines(result: Tokenized) -> str:
         if facts.get(name):
             lines.append(f"{facts[name]:,} conversations {what}, longer than {blocks.seq_len:,} tokens")
     if unread := facts.get("unread_files"):
-        kinds = ", ".join(f"{files:,} {ending or 'without an ending'}" for ending, files in unread.items())
-        lines.append(f"{sum(unread.values()):,} files among the data were not read: {kinds}")
+        lines.append(unread_files(unread))
     return "\n".join(lines)

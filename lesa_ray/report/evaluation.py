@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lesa_ray.report.terminal import unread_files
+
 _CLEAR = 2.0
 """Standard errors from which on a difference is printed bold: by chance alone one in twenty is."""
 
@@ -85,6 +87,8 @@ def _caption(report: dict[str, Any]) -> str:
         text += f"; Δ ± its standard error, paired over {units}, bold where it is more than twice that"
     if any(one["of"] != "loss" for one in found):
         text += "; b/B: bits a byte, where the tokenizers differ and losses cannot be compared"
+    if unread := report["data"].get("unread_files"):
+        text += f"; {unread_files(unread)}"
     return text
 
 

@@ -41,6 +41,12 @@ def count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
 
 
+def unread_files(endings: dict[str, int]) -> str:
+    """Which files among the data are left out: how many of each ending."""
+    kinds = ", ".join(f"{files:,} {ending or 'without an ending'}" for ending, files in endings.items())
+    return f"files among the data that were not read: {kinds}"
+
+
 def plan_picture(plan: Plan, *, copies: bool, width: int) -> Text:
     """The layers of the result in reading order, each with its index: old ones with the layer they were, new ones
     with those they come from."""

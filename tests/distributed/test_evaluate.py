@@ -97,6 +97,15 @@ def test_side_by_side_is_one_after_another(folder: Path, local_ray: None, monkey
 
 
 @pytest.mark.timeout(60)
+def test_files_that_were_not_read_are_told(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.csv"):
+        (tmp_path / name).write_text("some words")
+    report = evaluate(config(folder, "one", data=str(tmp_path)), use_ray=False)
+    assert (report["data"]["files"], report["data"]["unread_files"]) == (1, {".csv": 1})
+    assert "files among the data that were not read: 1 .csv" in shown(report)
+
+
+@pytest.mark.timeout(60)
 def test_a_checkpoint_does_not_differ_from_itself(folder: Path) -> None:
     report = evaluate(config(folder, "one", "one", stride=8), use_ray=False)
     assert report["checkpoints"][1]["difference"] | {"count": 0} == {

@@ -59,6 +59,14 @@ def test_special_tokens_written_in_a_text_are_text(tmp_path: Path) -> None:
     assert not {BEGIN, END} & set(row.ids[1:].tolist())
 
 
+def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.csv", "c.csv", "d.json"):
+        (tmp_path / name).write_text("x")
+    data = opened(tmp_path)
+    assert isinstance(data, TextData)
+    assert data.unread == {".csv": 2, ".json": 1}
+
+
 def test_many_documents_come_in_order(tmp_path: Path) -> None:
     for index in range(150):
         (tmp_path / f"{index:03}.txt").write_text(f"{index}")
