@@ -43,6 +43,8 @@ DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start`, `ray dashboard` and `kubectl port-forward` put a cluster's dashboard on this machine."""
 _ATTEMPTS = 30  # to hand in a job, and to reach a cluster again while following one, which goes on meanwhile
 _PAUSE_SECONDS = 2.0
+_SILENT_SECONDS = 60.0  # without a piece of log; then the job is asked after, and its log from the start
+_ANSWER_SECONDS = 20.0
 _NO_AGENT = "No available agent"  # of Ray's answer (python/ray/dashboard/modules/job/job_head.py)
 _PACKAGES = ("lesa_ray", "pipelines")
 _IGNORE_FILES = (".gitignore", ".rayignore")
@@ -68,7 +70,7 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of every file that stays here
     with _faults_of(url):
         os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's client takes the variable even where it is given an address
-        client = JobSubmissionClient(url)
+        client = _Client(url)
         _check_versions(client, where)
         with packaged(command) as (folder, entrypoint):
             job = _submitted(
@@ -179,14 +181,15 @@ def _check_versions(client: JobSubmissionClient, where: str) -> None:
 def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
     """Show the job's log until it ends; its exit code. A connection that is lost is made again."""
     log = _Log()
-    lost = 0
+    lost, over = 0, False
     while True:
         shown = log.shown
         try:
-            asyncio.run(log.show(client, job))
+            whole = asyncio.run(log.show(client, job))
             details = client.get_job_info(job)
-            if details.status.is_terminal():
+            if details.status.is_terminal() and (whole or over):
                 break
+            lost, over = 0, details.status.is_terminal()  # the rest of the log is tried once more
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             lost = 1 if log.shown > shown else lost + 1
             if lost > _ATTEMPTS:
@@ -204,15 +207,33 @@ def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
     return int(code) if 0 < code < 256 else 1
 
 
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's client, which waits for an answer for ever: a connection may die without a word, as in a tunnel whose
+    other end is gone. What hands in a file or a job may take as long as it takes."""
+
+    def _do_request(self, method: str, endpoint: str, **given: Any) -> Any:
+        limit = {"timeout": _ANSWER_SECONDS} if method == "GET" else {}
+        return super()._do_request(method, endpoint, **limit, **given)
+
+
 class _Log:
     """A job's log, as far as it was shown. Each connection sends it from the start."""
 
     def __init__(self) -> None:
         self.shown = 0
 
-    async def show(self, client: JobSubmissionClient, job: str) -> None:
+    async def show(self, client: JobSubmissionClient, job: str) -> bool:
+        """Whether it came to its end. It did not where nothing comes any more: the job may have nothing to say, or
+        the connection be dead. Ray's servers answer no ping, which would tell."""
         position = 0
-        async for text in client.tail_job_logs(job):
+        pieces = client.tail_job_logs(job)
+        while True:
+            try:
+                text = await asyncio.wait_for(anext(pieces), _SILENT_SECONDS)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
             new = text[max(0, self.shown - position) :]
             position += len(text)
             if new:

@@ -63,17 +63,9 @@ def test_what_a_checkout_may_hold_stays_here(checkout: Path, tmp_path: Path) -> 
         (checkout / name).write_text("hello")
     (checkout / ".env").write_text("secret")
     (tmp_path / "above.txt").write_text("")
-    given = [
-        "python",
-        "-m",
-        "own.inner.module",
-        "mine.py",
-        "--architecture=crown/config.json",
-        "--data",
-        "heldout.jsonl",
-    ]
-    given += ["result", "notes", "pipelines/__init__.py", ".env", "../above.txt", str(tmp_path / "above.txt"), ""]
-    given += ["-m", "tests.cluster", "-c", "print(1)" * 1000]
+    given = ["python", "-m", "own.inner.module", "mine.py", "--architecture=crown/config.json"]
+    given += ["--data", "heldout.jsonl", "result", "notes", "pipelines/__init__.py", ".env", "../above.txt"]
+    given += [str(tmp_path / "above.txt"), "", "-m", "tests.cluster", "-c", "print(1)" * 1000]
     with packaged(given) as (folder, command):
         sent = contents(folder, tmp_path)
     assert command == given
