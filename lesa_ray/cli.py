@@ -23,6 +23,7 @@ from lesa_ray.ending import INTERRUPTED, ending
 from lesa_ray.errors import NotWritten, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.interrupt import sigterm_interrupts
+from lesa_ray.job_folder import check_kept
 from lesa_ray.sizes import size
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
@@ -51,6 +52,7 @@ def expand(
 ) -> None:
     """Grow a checkpoint deeper: BASE to OUT."""
     settings = load_settings(ExpandConfig, config, base=base, out=out, **given)
+    check_kept("OUT", settings.out)
     from lesa_ray.report import terminal
 
     if dry_run:
@@ -146,6 +148,7 @@ def tokenize(
     settings = load_settings(
         TokenizeConfig, config, data=data if places else None, tokenizer=tokenizer, out=out, **given
     )
+    check_kept("OUT", settings.out)
     from lesa_ray.report import terminal
 
     with working("tokenize", settings.out) as listener:
@@ -173,6 +176,7 @@ def pretrain(
 ) -> None:
     """Train a checkpoint on, or a configuration from scratch, on token blocks: CKPT, --data, --out."""
     settings = load_settings(TrainConfig, config, checkpoint=checkpoint, **given)
+    check_kept("--out", settings.out)
 
     with working("pretrain", settings.out) as listener:
         listener.phase("starting", 0)
@@ -194,6 +198,7 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint on conversations, the loss on the answers only: CKPT, --data, --out."""
     settings = load_settings(FinetuneConfig, config, checkpoint=checkpoint, **given)
+    check_kept("--out", settings.out)
 
     with working("finetune", settings.out) as listener:
         listener.phase("starting", 0)
@@ -213,6 +218,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write any checkpoint of a training run as a Hugging Face folder."""
+    check_kept("OUT", out)
     from lesa_ray.training.finish import export_checkpoint
 
     result = export_checkpoint(run, out, checkpoint)
@@ -237,6 +243,7 @@ def evaluate(
 ) -> None:
     """Measure checkpoints side by side: perplexity on text or token blocks, tasks of lm-evaluation-harness."""
     settings = load_settings(EvaluateConfig, config, checkpoints=checkpoints, **given)
+    check_kept("--out", settings.out)
     from lesa_ray.report import terminal
 
     with working("evaluate", ", ".join(settings.checkpoints)) as listener:

@@ -10,6 +10,7 @@ from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
 from lesa_ray.config import load_settings
 from lesa_ray.errors import NotWritten
+from lesa_ray.job_folder import check_kept
 
 
 @with_options(AnalyzeConfig, leave_out=("base", "lesa"))
@@ -21,6 +22,7 @@ def analyze(
 ) -> None:
     """Show what a checkpoint's weights look like, and with --data what its layers do; nothing is trained."""
     settings = load_settings(AnalyzeConfig, config, base=base, **given)
+    check_kept("--out", settings.out)
     begin = time.monotonic()
     with working("analyze", settings.out or settings.base) as listener:
         listener.phase("starting", 0)  # importing torch takes seconds

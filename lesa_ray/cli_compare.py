@@ -11,6 +11,7 @@ import typer
 from lesa_ray.cli_fleet import show_standings
 from lesa_ray.cli_options import AsJson, print_json, results_apart
 from lesa_ray.errors import UserError
+from lesa_ray.job_folder import check_kept
 
 
 def compare(
@@ -34,6 +35,7 @@ def compare(
     from lesa_ray.fleet.settings import absolute
 
     settings = load_settings(ComparisonConfig, file)
+    check_kept("store", settings.store)
     settings = settings.model_copy(update={"store": absolute(settings.store)})
     from lesa_ray.comparison.graph import build
     from lesa_ray.report.terminal import console, log_line

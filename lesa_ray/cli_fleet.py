@@ -13,6 +13,7 @@ import typer
 
 from lesa_ray.cli_options import AsJson, print_json, results_apart
 from lesa_ray.errors import UserError
+from lesa_ray.job_folder import check_kept
 
 
 def fleet(
@@ -33,6 +34,7 @@ def fleet(
     if not file or word not in ([], ["status"]):
         raise UserError("FILE: give the fleet's YAML file, as in `lesa-ray fleet FILE` or `lesa-ray fleet status FILE`")
     config = load_settings(FleetConfig, file)
+    check_kept("store", config.store)
     config = config.model_copy(update={"store": absolute(config.store)})
     if word:
         _status(config, as_json)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lesa_ray.cli_options import AsJson, ConfigFile, print_json, with_options
+from lesa_ray.job_folder import check_kept
 from lesa_ray.layerwise.settings import LayerwiseConfig
 
 
@@ -24,6 +25,7 @@ def layerwise(
     from lesa_ray.layerwise.settings import architecture, sizes_of
 
     settings = load_settings(LayerwiseConfig, config, out=out, **given)
+    check_kept("OUT", settings.out)
     solved = sizes_of(settings)
     reused = write_folder(settings.out, architecture(settings))
     from lesa_ray.layerwise.table import describe, layer_table, total_line

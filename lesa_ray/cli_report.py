@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lesa_ray.cli_options import AsJson, print_json
+from lesa_ray.job_folder import check_kept
 
 
 def report(
@@ -22,6 +23,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Make one HTML page, and images, of what was measured: RUN..., any mix of comparisons, analyses, checkpoints."""
+    check_kept("--out", out)
     from lesa_ray.report.page.build import write_report
 
     written = write_report(runs, out)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lesa_ray.config import load_settings
 from lesa_ray.errors import UserError
+from lesa_ray.job_folder import check_kept
 from lesa_ray.layerwise.profiles import ProfileName
 from lesa_ray.layerwise.study import Row, StudyConfig, Summary, check_tokens, models_of, reading, summarise, to_json
 from lesa_ray.training.train_settings import TrainConfig
@@ -173,6 +174,7 @@ def main(
 
     with exits("layerwise_study"), results_apart():
         settings = load_settings(StudyConfig, config, out=out, data=data)
+        check_kept("out", settings.out)
         many = settings.parallel > 1
         content = run_study(settings, side_by_side(settings.parallel) if many else in_turn(train_with_ray))
     if as_json:

@@ -24,6 +24,7 @@ from lesa_ray.comparison.study_settings import StudyBase, StudyConfig
 from lesa_ray.comparison.verdict import to_json
 from lesa_ray.config import load_settings, validated
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.job_folder import check_kept
 from pipelines.jobs import exits
 
 if TYPE_CHECKING:
@@ -207,7 +208,10 @@ def main(
     from lesa_ray.report.terminal import console
 
     with exits("study"), results_apart():
-        results = run_study(load_settings(StudyConfig, config, out=out))
+        settings = load_settings(StudyConfig, config, out=out)
+        check_kept("out", settings.out)
+        check_kept("store", settings.store)
+        results = run_study(settings)
     if as_json:
         print_json(results)
     else:

@@ -12,7 +12,6 @@ stores are (`PASSED_ON`); no secrets, as Ray shows an environment that travels i
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -35,6 +34,7 @@ from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
 from lesa_ray.faults import explain
 from lesa_ray.interrupt import as_before
+from lesa_ray.job_folder import job_environment
 
 PASSED_ON = (
     "AWS_ENDPOINT_URL",
@@ -98,8 +98,8 @@ def _passed_on() -> dict[str, Any]:
     """What of this process's environment goes to a cluster, as Ray's runtime environment.
 
     What the submitted job's own names is left out: it is there already, and Ray refuses to hear it twice."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
-    names = [name for name in PASSED_ON if name in os.environ and name not in (job.get("env_vars") or {})]
+    known = job_environment().get("env_vars") or {}
+    names = [name for name in PASSED_ON if name in os.environ and name not in known]
     return {"env_vars": {name: os.environ[name] for name in names}} if names else {}
 
 

@@ -127,14 +127,15 @@ def test_comparisons_fleets_and_benchmarks_are_jobs_too(
     for name, settings in (("comparison", comparison), ("fleet", fleet)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
 
-    def submit(*words: str) -> str:
+    def submit(*words: str, code: int = 0) -> str:
         command = [str(BIN / "lesa-ray"), "submit", "--address", url, "--", "python", "-m", *words]
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
     assert re.search(r"llama-pro +7 .* 1 of 1", submit("pipelines.compare", "comparison.yaml"))
     assert Store(comparison["store"]).finished()
     assert "expand/llama-solar-x1.4: made in" in submit("pipelines.fleet", "fleet.yaml")
     assert "405B" in submit("pipelines.benchmark.simulate")
+    assert "OUT here: lies in the folder that Ray unpacked" in submit("pipelines.expand", "base", "here", code=2)
