@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -44,6 +45,28 @@ def test_machines_come_and_go_and_only_workers_can_be_taken_away() -> None:
     assert sum(kind["max_workers"] for kind in workers) >= config["max_workers"] > 0
     profiles = {name: kind["node_config"]["IamInstanceProfile"]["Name"] for name, kind in types.items()}
     assert profiles == {"head": "lesa-ray-head"} | dict.fromkeys(("cpu", "large", "gpu"), "lesa-ray-worker")
+
+
+def test_nodes_install_the_newest_wheel_with_what_the_image_has(tmp_path: Path) -> None:
+    """As the shell runs it, with a pip that says what it was given."""
+    for version in ("0.9.0", "0.10.0"):
+        (tmp_path / f"lesa_ray-{version}-py3-none-any.whl").touch()
+    pip = tmp_path / "pip"
+    pip.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    pip.chmod(0o755)
+    command = launcher()["setup_commands"][0].replace("/home/ray/dist", str(tmp_path))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=20, check=True
+    )
+    (extras,) = re.findall(r"'\.(\[.*\])'", (CLUSTER / "Dockerfile").read_text())
+    assert done.stdout.splitlines()[-2:] == [f"{tmp_path}/lesa_ray-0.10.0-py3-none-any.whl{extras}", "boto3"]
+
+
+def test_the_wheel_is_made_from_what_is_there_now() -> None:
+    (line,) = [line[1:].strip() for line in LAUNCHER.read_text().splitlines() if " pip wheel " in line]
+    assert line.startswith("rm -rf build dist && ")
+    assert f"    {line}\n" in (CLUSTER.parent / "README.md").read_text()
 
 
 BOOTSTRAP = """
