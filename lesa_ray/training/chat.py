@@ -4,7 +4,9 @@ Decides
 - The text is what the tokenizer's own chat template makes of the messages. Learnt are the assistant's answers and the
   token that ends the turn, nothing else.
 - Which tokens those are: what the template marks with `{% generation %}`, where it does. Else the conversation is
-  rendered up to each answer (with the header that asks for one) and up to its end, and the answer is the difference.
+  rendered up to each answer (with the header that asks for one) and up to its end, and the answer is the difference:
+  the tokens with a character of it. Only the whole is tokenised, else a long conversation would cost the square of its
+  turns; a slow tokenizer, which does not say where in the text a token lies, is given each beginning too.
 - Where a template renders a beginning differently from the whole (Qwen3 drops the thinking of earlier turns), a
   conversation becomes one example for each answer, each as the model would see it when asked. That repeats the
   earlier turns. A template with which not even that works is refused.
@@ -17,8 +19,10 @@ Decides
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -174,23 +178,39 @@ class ChatEncoder:
 
     def _by_prefixes(self, messages: Messages, answers: Sequence[int], tools: Any) -> Example:
         """answers: which messages are to be learnt."""
-        texts = [self._render(messages, tools)]
+        text = self._render(messages, tools)
+        bounds = []
         for answer in answers:
-            texts.append(self._render(messages[:answer], tools, add_generation_prompt=True))
-            texts.append(self._render(messages[: answer + 1], tools))
-            if not texts[-1].startswith(texts[-2]) or not texts[0].startswith(texts[-1]):
+            begins = self._render(messages[:answer], tools, add_generation_prompt=True)
+            ends = self._render(messages[: answer + 1], tools)
+            if not ends.startswith(begins) or not text.startswith(ends):
                 raise _Disagree
-        whole, *prefixes = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [int(token) for token in whole]
+            bounds += [len(begins), len(ends)]
+        ids, before = self._tokenise(text, bounds)
         scored = [False] * len(ids)
-        for number in range(len(answers)):
-            # a token that joins the header to the answer belongs to the answer
-            begin, end = (_common(ids, prefix) for prefix in prefixes[2 * number : 2 * number + 2])
+        for begin, end in zip(before[::2], before[1::2], strict=True):
             last = max((index for index in range(begin, end) if ids[index] in self._special), default=None)
             if last is not None and not self._tokenizer.decode(ids[last + 1 : end]).strip():
                 end = last + 1
             scored[begin:end] = [True] * (end - begin)
         return self._ended(ids, scored)
+
+    def _tokenise(self, text: str, bounds: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The ids of a text, and how many lie before each bound (a number of characters). A token that a bound cuts,
+        which joins the header to the answer, lies behind it."""
+        fast = self._tokenizer.is_fast
+        out = self._tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=fast)
+        ids = [int(token) for token in out["input_ids"]]
+        if not fast:
+            parts = (self._tokenizer(text[:bound], add_special_tokens=False, verbose=False) for bound in bounds)
+            return ids, [_common(ids, part["input_ids"]) for part in parts]
+        ends = [
+            # a special token may take the white space behind it, the answer's too
+            begin + len(text[begin:end].rstrip()) if number in self._special else end
+            for number, (begin, end) in zip(ids, out["offset_mapping"], strict=True)
+        ]
+        ends = list(accumulate(ends, max))
+        return ids, [bisect_right(ends, bound) for bound in bounds]
 
     def _render(self, messages: Messages, tools: Any, *, add_generation_prompt: bool = False) -> str:
         text: str = self._tokenizer.apply_chat_template(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from lesa_ray.errors import UserError
 from lesa_ray.training.chat import ChatEncoder, Example, conversation, fit
@@ -193,6 +194,72 @@ def test_tools_reach_the_template() -> None:
     (example,) = examples(tokenizer, ONE, tools=[{"name": "add"}])
     assert tokenizer.decode(example.ids).startswith("TOOL add<|im_start|>")
     assert learnt(tokenizer, example) == ["yes, the café<|im_end|>"]
+
+
+def stripping(style: str, **strips: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer with Phi-3's tokens and template: a special token takes the white space beside it."""
+    tokenizer = styles.STYLES[style]()
+    roles = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken(r, special=True, **strips) for r in roles]})
+    tokenizer.chat_template = styles.PHI
+    return tokenizer
+
+
+def conversations(number: int) -> list[list[dict[str, Any]]]:
+    """Conversations whose contents begin and end in any way."""
+    bits = ["yes", "the café", " ", "\n", "\n\n", "\t", "e\u0301", "日本", "return", " left", "!?", "<|im_end|>"]
+    draw = random.Random(number)
+    return [
+        [
+            {"role": role, "content": "".join(draw.choices(bits, k=draw.randint(0, 5)))}
+            for _ in range(draw.randint(1, 4))
+            for role in ("user", "assistant")
+        ]
+        for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        styles.qwen(styles.CHATML),
+        styles.qwen(styles.FORGETFUL),
+        styles.llama3(styles.LLAMA3),
+        styles.llama2(styles.MISTRAL),
+        styles.llama2(styles.PLAIN),
+        styles.gemma(styles.GEMMA),
+        stripping("llama3"),
+        stripping("llama2", rstrip=True),
+        stripping("gpt2", rstrip=True),
+        stripping("qwen", lstrip=True),
+    ],
+    ids=["chatml", "forgetful", "llama3", "mistral", "plain", "gemma", "phi", "right", "right-gpt2", "left"],
+)
+def test_characters_tell_the_tokens_that_beginnings_tell(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for messages in conversations(60):
+        with monkeypatch.context() as patch:
+            found = examples(tokenizer, messages)
+            patch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
+            expected = examples(tokenizer, messages)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.ids.tolist(), one.scored.tolist()) == (other.ids.tolist(), other.scored.tolist())
+
+
+@pytest.mark.parametrize("turns", [1, 20])
+def test_a_conversation_is_tokenised_once(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = styles.llama3(styles.LLAMA3)
+    text = tokenizer.apply_chat_template(ONE * turns, tokenize=False)
+    given: list[Any] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, what: Any, **more: Any) -> Any:
+        given.append(what)
+        return call(self, what, **more)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    (example,) = examples(tokenizer, ONE * turns)
+    assert given == [text]
+    assert learnt(tokenizer, example) == ["yes, the café<|eot|>"] * turns
 
 
 def test_what_does_not_fit_is_cut_or_left_out() -> None:
