@@ -13,6 +13,8 @@ Decides
 - The token that ends a turn is the special token after the answer, even where a template leaves it unmarked; white
   space after it is not learnt. Where a template ends a turn with none, the end-of-text token is put at the end of the
   example: a model that never learns to stop is of no use.
+- A template that asks for today's date (Llama 3.2, gpt-oss, Mistral Small) is told 26 July 2024, what Llama 3.1's says
+  when it is told none: the same data give the same ids on any day.
 - What follows the last answer is left off. An assistant's message that nothing precedes is not learnt.
 """
 
@@ -22,6 +24,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -37,6 +40,13 @@ from lesa_ray.training.packing import Ids
 COLUMNS = ("messages", "prompt", "response", "instruction", "input", "output", "tools")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PAIRS = (("prompt", "response"), ("instruction", "output"))
+_TODAY = datetime(2024, 7, 26)
+# in the template itself: transformers turns a function that is passed beside the messages into a text
+_FIXED_TODAY = (
+    "{% macro strftime_now(format) %}{{ format | replace('%-m', '7') | replace('%-', '%')"
+    + "".join(f" | replace('%{sign}', '{_TODAY.strftime(f'%{sign}')}')" for sign in "aAbBcdFHIjmMpSTxXyY")
+    + " }}{% endmacro %}\n"  # a template's line break after a tag is dropped
+)
 
 Messages = list[dict[str, Any]]
 
@@ -137,7 +147,7 @@ class ChatEncoder:
         tools = row.values.get("tools")
         tools = _cleaned(tools) if isinstance(tools, list) and tools else None
         try:
-            if self._tokenizer.is_fast and _MARKED.search(self._tokenizer.get_chat_template(tools=tools)):
+            if self._tokenizer.is_fast and _MARKED.search(self._template(tools)):
                 return [self._marked(messages, tools)]
             answers = _answers(messages)
             try:
@@ -167,7 +177,12 @@ class ChatEncoder:
 
     def _marked(self, messages: Messages, tools: Any) -> Example:
         out = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tools=tools,
+            chat_template=self._template(tools),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids = [int(token) for token in out["input_ids"]]
         scored = [bool(flag) for flag in out["assistant_masks"]]
@@ -214,9 +229,17 @@ class ChatEncoder:
 
     def _render(self, messages: Messages, tools: Any, *, add_generation_prompt: bool = False) -> str:
         text: str = self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools,
+            chat_template=self._template(tools),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text
+
+    def _template(self, tools: Any) -> str:
+        template: str = self._tokenizer.get_chat_template(tools=tools)
+        return _FIXED_TODAY + template if "strftime_now" in template else template
 
     def _ended(self, ids: list[int], scored: list[bool]) -> Example:
         """With the end-of-text token, where the last answer ends with no special token."""

@@ -262,6 +262,29 @@ def test_a_conversation_is_tokenised_once(turns: int, monkeypatch: pytest.Monkey
     assert learnt(tokenizer, example) == ["yes, the café<|eot|>"] * turns
 
 
+@pytest.mark.parametrize(
+    ("date", "expected"),
+    [
+        (
+            "{% if not date_string is defined %}{% if strftime_now is defined %}"
+            "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '1 Jan 2000' %}{% endif %}"
+            "{% endif %}Today Date: {{ date_string }}\n",
+            "Today Date: 26 Jul 2024\n",
+        ),
+        ("{% set form = '%-d %B %y, %A (%-m)' %}{{ strftime_now(format=form) }} ", "26 July 24, Friday (7) "),
+        ("{% macro day() %}{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% endmacro %}{{ day() }}", "2024-07-26 00:00:00"),
+        ("\n  {% if strftime_now %}  {% endif %}\n\n{{ strftime_now('%F') }}", "\n  \n2024-07-26"),
+    ],
+    ids=["llama-3.2", "keyword", "macro", "white space"],
+)
+@pytest.mark.parametrize("template", [styles.CHATML, styles.MARKED], ids=["chatml", "marked"])
+def test_a_template_that_asks_for_the_day_is_told_the_same_on_any(template: str, date: str, expected: str) -> None:
+    tokenizer = styles.qwen(date + template)
+    (example,) = examples(tokenizer, ONE)
+    assert tokenizer.decode(example.ids).startswith(f"{expected}<|im_start|>user")
+    assert learnt(tokenizer, example) == ["yes, the café<|im_end|>"]
+
+
 def test_what_does_not_fit_is_cut_or_left_out() -> None:
     tokenizer = styles.qwen(styles.CHATML)
     (example,) = examples(tokenizer, ONE)
