@@ -15,11 +15,14 @@ Decides
   example: a model that never learns to stop is of no use.
 - A template that asks for today's date (Llama 3.2, gpt-oss, Mistral Small) is told 26 July 2024, what Llama 3.1's says
   when it is told none: the same data give the same ids on any day.
+- Tools are a list of objects, or that as JSON, as Parquet files mostly hold them. In rows from columns, keys without
+  a value are left out of messages and tools at any depth: Arrow gives an object all keys that any row's has.
 - What follows the last answer is left off. An assistant's message that nothing precedes is not learnt.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -101,9 +104,37 @@ def conversation(row: Row) -> Messages | None:
     answers = _answers(messages)
     if not answers:
         return None
-    # a Parquet column gives every message all keys that any has: those without a value are not there
-    kept = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
-    return [_cleaned(message) for message in kept[: answers[-1] + 1]]
+    kept = [
+        {k: _present(v) if row.columnar else v for k, v in message.items() if v is not None or k == "content"}
+        for message in messages[: answers[-1] + 1]
+    ]
+    return [_cleaned(message) for message in kept]
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    """What the assistant of a row may call; None if nothing. Raises: UserError if it is not understood."""
+    given = row.values.get("tools")
+    try:
+        tools = _parsed(_present(given) if row.columnar else given)
+        tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
+    except (ValueError, RecursionError):
+        tools = given
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"DATA {row.where}: tools must be a list of objects, or such a list as JSON text")
+    return [_cleaned(tool) for tool in tools]
+
+
+def _parsed(value: Any) -> Any:
+    return json.loads(value) if value and isinstance(value, str) else value
+
+
+def _present(value: Any) -> Any:
+    """Without the keys that have no value, at any depth."""
+    if isinstance(value, list):
+        return [_present(item) for item in value]
+    return {k: _present(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def _pair(row: Row, question: Any, answer: Any, more: Any) -> Messages | None:
@@ -144,9 +175,8 @@ class ChatEncoder:
 
     def __call__(self, row: Row, messages: Messages) -> list[Example]:
         """The examples of a conversation (one, or one for each answer). Raises: UserError naming the row."""
-        tools = row.values.get("tools")
-        tools = _cleaned(tools) if isinstance(tools, list) and tools else None
         try:
+            tools = _tools(row)
             if self._tokenizer.is_fast and _MARKED.search(self._template(tools)):
                 return [self._marked(messages, tools)]
             answers = _answers(messages)

@@ -67,6 +67,8 @@ class Row:
     values: dict[str, Any]
     share: float = 0.0
     """Of the part, up to here; 0 where that is not known."""
+    columnar: bool = False
+    """From columns of Arrow's: an object has every key that any row has, None where this one has none."""
 
 
 def document_key(head: bytes) -> bytes:
@@ -246,7 +248,7 @@ def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
                     break
                 for values in _values(batch):
                     number += 1
-                    yield Row(f"{url}: row {number}", values, (number - first) / rows)
+                    yield Row(f"{url}: row {number}", values, (number - first) / rows, columnar=True)
 
 
 @contextmanager
@@ -297,7 +299,7 @@ def _hub(part: Part, dataset: tuple[str | None, str]) -> Iterator[Row]:
         if part.count > 1:
             rows = rows.shard(num_shards=part.count, index=part.index)
         for number, values in enumerate(rows, 1):
-            yield Row(f"{name}: row {number} of shard {part.index}", values)
+            yield Row(f"{name}: row {number} of shard {part.index}", values, columnar=True)
     except ImportError as error:
         raise UserError(f"DATA {name}: install `lesa-ray[data]` on every machine of the cluster") from error
     except (UserError, MachineError):

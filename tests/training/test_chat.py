@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from lesa_ray.errors import UserError
-from lesa_ray.training.chat import ChatEncoder, Example, conversation, fit
-from lesa_ray.training.documents import Row
+from lesa_ray.training.chat import COLUMNS, ChatEncoder, Example, conversation, fit
+from lesa_ray.training.documents import Row, read_rows
+from lesa_ray.training.sources import deal, find_sources
 from tests.training import styles
 
 pytestmark = pytest.mark.timeout(60)
@@ -194,6 +199,66 @@ def test_tools_reach_the_template() -> None:
     (example,) = examples(tokenizer, ONE, tools=[{"name": "add"}])
     assert tokenizer.decode(example.ids).startswith("TOOL add<|im_start|>")
     assert learnt(tokenizer, example) == ["yes, the café<|im_end|>"]
+
+
+TOOLS = [{"name": "add", "parameters": {"type": "object", "default": None}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (TOOLS, TOOLS),
+        (json.dumps(TOOLS), TOOLS),
+        ([json.dumps(TOOLS[0])], TOOLS),
+        ([], None),
+        ("[]", None),
+        ("null", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_tools_are_a_list_or_json(given: Any, shown: Any) -> None:
+    tokenizer = styles.qwen("{{ tools | tojson }}" + styles.CHATML)
+    (example,) = examples(tokenizer, ONE, tools=given)
+    assert tokenizer.decode(example.ids).startswith(f"{json.dumps(shown)}<|im_start|>")
+
+
+@pytest.mark.parametrize("given", ["add(left, right)", "{}x", '{"name": "add"}', '["add"]', ["add"], [1], {"a": 1}, 3])
+def test_tools_that_are_not_understood_are_named(given: Any) -> None:
+    with pytest.raises(UserError, match=r"^DATA file: line 1: tools must be a list of objects, or .*JSON text$"):
+        examples(styles.qwen(styles.CHATML), ONE, tools=given)
+
+
+def test_columns_add_no_keys_to_messages_and_tools(tmp_path: Path) -> None:
+    """A row with another's keys beside it, in Parquet, reads as it was written. In JSON a null is the user's own."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image", "image": name}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"name": "of", "arguments": {name: [None, "a"]}}],
+                },
+            ],
+            "tools": [{"name": "of", "parameters": {"properties": {name: {"type": "string"}}}}],
+        }
+        for name in ("city", "content")
+    ]
+    template = "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m | tojson }}<|im_end|>{% endfor %}"
+    tokenizer = styles.qwen(template)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (piece,) = deal(find_sources([str(tmp_path / "rows.parquet")], None, "train"))
+    read = list(read_rows(piece.parts[0], COLUMNS, (None, "train")))
+    for written, row in zip(rows, read, strict=True):
+        messages = conversation(row)
+        assert messages == written["messages"]
+        (example,) = ChatEncoder(tokenizer, "it")(row, messages)
+        (expected,) = examples(tokenizer, written["messages"], tools=written["tools"])  # from JSON
+        assert tokenizer.decode(example.ids) == tokenizer.decode(expected.ids)
+        assert (example.ids.tolist(), example.scored.tolist()) == (expected.ids.tolist(), expected.scored.tolist())
+    call = [ONE[0], {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"unit": None}}]}]
+    assert conversation(Row("", {"messages": call})) == call
 
 
 def stripping(style: str, **strips: bool) -> PreTrainedTokenizerFast:
