@@ -56,7 +56,10 @@ def _is_disk(error: BaseException) -> bool:
 
 def is_fault(error: BaseException) -> bool:
     """Whether an error is the machine's or its storage's, whatever that is, and not the program's."""
-    return isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
+    if isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+        return True
+    of_ray = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "ray.exceptions"}
+    return "RayError" in of_ray and "RayTaskError" not in of_ray  # that is whatever a task raised
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
 
     from lesa_ray.distributed.cluster import share_of_task
     from lesa_ray.distributed.health import Health
-    from lesa_ray.distributed.ray_runner import new_board, start_ray
+    from lesa_ray.distributed.ray_runner import new_board, on_board, start_ray
     from lesa_ray.distributed.tasks import Tasks
 
     start_ray()
@@ -120,7 +120,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
                 for index, outcome in tasks.ended():
                     outcomes[index] = outcome
                     health.task_ended()
-                state = ray.get(board.get.remote(), timeout=60)
+                state = on_board(board) or {}
                 shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
                 busy = [f"{names[i]}: {state[str(i)][0]}" for i in tasks if str(i) in state]
                 listener.progress(sum(shares), ", ".join(busy[:2]))

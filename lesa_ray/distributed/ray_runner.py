@@ -12,6 +12,7 @@ stores are (`PASSED_ON`); no secrets, as Ray shows an environment that travels i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.checkpoint.storage import Storage
@@ -47,6 +49,7 @@ PASSED_ON = (
 )
 """Environment variables of this process that tasks on a cluster get."""
 _INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
+_BOARD_SECONDS = 30
 
 
 def start_ray() -> bool:
@@ -126,7 +129,16 @@ def new_board() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=on_this_machine())(Board).remote()
 
 
+def on_board(board: Any) -> dict[str, tuple[str, float]] | None:
+    """What is on a board; None where it does not answer, as no work depends on it."""
+    with contextlib.suppress(RayError):
+        state: dict[str, tuple[str, float]] = ray.get(board.get.remote(), timeout=_BOARD_SECONDS)
+        return state
+    return None
+
+
 def _unit_task(expansion: Expansion, unit: Unit, share: Share, board: Any) -> tuple[dict[str, Any], int]:
+    board.put.remote(unit.name, "starting", 0.0)
     device = share.begin()
     last = 0.0
 
@@ -186,9 +198,10 @@ class RayRunner:
         here = {unit.name for unit in units}
         records: dict[str, Any] = {}
         try:
-            with Tasks[str](_unit_task) as tasks:
+            with Tasks[str](_unit_task, begun=lambda: on_board(board)) as tasks:
                 while waiting or tasks:
-                    for unit in [u for u in waiting if all(n in records or n not in here for n in u.after)]:
+                    ready = [u for u in waiting if all(n in records or n not in here for n in u.after)]
+                    for unit in ready if tasks.fault is None else []:
                         waiting.remove(unit)
                         tasks.start(
                             unit.name,
@@ -196,17 +209,23 @@ class RayRunner:
                             *(shared, unit, share, board),
                             **share.options(memory[unit.name]),
                         )
+                    fault = tasks.fault
                     for name, (record, peak) in tasks.ended():
                         records[name] = record
                         self._peak = max(self._peak, peak)
                         health.task_ended()
+                    if tasks.fault is not None and fault is None:
+                        text = f"a unit met a fault ({explain(tasks.fault)}); waiting for those that have begun"
+                        listener.phase(text, sum(map(weight_of, units)))
                     self._tell(listener, units, records, board)
         finally:
             ray.kill(board)
         return records
 
     def _tell(self, listener: Listener, units: list[Unit], records: dict[str, Any], board: Any) -> None:
-        state = ray.get(board.get.remote(), timeout=60)
+        state = on_board(board)
+        if state is None:
+            return
         shares = {unit.name: 1.0 if unit.name in records else state.get(unit.name, ("", 0.0))[1] for unit in units}
         under_way = [f"{u.name}: {state[u.name][0]}" for u in units if u.name in state and u.name not in records]
         listener.progress(sum(weight_of(unit) * shares[unit.name] for unit in units), ", ".join(under_way[:2]))

@@ -1,7 +1,7 @@
-"""Ray tasks side by side: waited for as they end, cancelled together when one of them fails.
+"""Ray tasks side by side: waited for as they end, cancelled together when one of them finds the input wrong.
 
-A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times. Wrong input is
-no fault: the first task that finds some ends the others.
+A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times. Where what the
+others finish stays and takes long, such a fault ends none that has begun.
 
 A task with a GPU has a process of its own. CUDA takes the GPU that a process sees first for good, and PyTorch keeps
 what it had of it, so a second task in the same process would compute on the first one's GPU, in what that one left. Ray
@@ -9,13 +9,13 @@ would see to it by itself only if the number of GPUs were part of the function's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lesa_ray.errors import MachineError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 
 POLL_SECONDS = 0.5
@@ -30,10 +30,15 @@ class Tasks(Generic[Key]):
 
     Iterating gives what is under way."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., Any], begun: Callable[[], Collection[Key] | None] | None = None) -> None:
+        """begun: which tasks have begun, as far as is known, or None where nothing is. With it a fault cancels only the
+        others, and is raised when the rest have ended; without it the first task that fails ends all."""
         retried: dict[str, Any] = {"max_retries": _RETRIES, "retry_exceptions": [MachineError]}
         self._task, self._gpu_task = ray.remote(**retried)(call), ray.remote(**retried, max_calls=1)(call)
         self._running: dict[Any, tuple[Key, str]] = {}
+        self._begun = begun
+        self.fault: Exception | None = None
+        """What is raised when the tasks that had begun have ended; from then on nothing is to be started."""
 
     def __enter__(self) -> Tasks[Key]:
         return self
@@ -58,7 +63,25 @@ class Tasks(Generic[Key]):
         done, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
         for reference in done:
             key, name = self._running.pop(reference)
-            yield key, result_of(reference, name)
+            try:
+                result = result_of(reference, name)
+            except UserError:
+                raise
+            except Exception as error:
+                if self._begun is None:
+                    raise
+                if self.fault is None:
+                    self.fault = error
+                    self._cancel_waiting(self._begun())
+            else:
+                yield key, result
+        if self.fault is not None and not self._running:
+            raise self.fault
+
+    def _cancel_waiting(self, begun: Collection[Key] | None) -> None:
+        for reference, (key, _) in self._running.items():
+            if begun is not None and key not in begun:
+                ray.cancel(reference)
 
 
 def result_of(reference: Any, what: str) -> Any:

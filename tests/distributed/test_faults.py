@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint.mark import LEASE_DIR
 from lesa_ray.checkpoint.writer import Shard
+from lesa_ray.distributed import ray_runner
 from lesa_ray.distributed.ray_runner import RayRunner
 from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.expansion.prepare import Expansion
@@ -91,6 +93,32 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(bases: Bases, tm
     assert killed
     expand(ExpandConfig.model_validate({"base": bases("llama"), "out": str(tmp_path / "b"), **SLOW}), InlineRunner())
     assert same(disturbed.out, str(tmp_path / "b")) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(120)
+def test_a_fault_of_one_unit_costs_nothing_of_those_that_have_begun(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, noted = ray_runner._unit_task, tmp_path / "begun"
+
+    def faulty(expansion: Expansion, unit: Any, share: Any, board: Any) -> Any:
+        if unit.name != "mlp.gate_proj.weight":
+            return real(expansion, unit, share, board)
+        while not (begun := ray.get(board.get.remote())):
+            time.sleep(0.02)
+        if not noted.exists():  # Ray tries it again
+            noted.write_text("\n".join(begun))
+        raise MachineError("the disk is full")
+
+    monkeypatch.setattr(ray_runner, "_unit_task", faulty)
+    config = ExpandConfig.model_validate({"base": bases("llama"), "out": str(tmp_path / "out"), **SLOW})
+    with pytest.raises(MachineError, match="the disk is full; the same command goes on from here"):
+        expand(config, RayRunner())
+    finished = {f.stem for f in (tmp_path / "out" / ".lesa-ray" / "units").glob("*.json")}
+    assert set(noted.read_text().split("\n")) <= finished
+    monkeypatch.undo()
+    assert expand(config, RayRunner()).resumed
 
 
 def test_a_killed_driver_and_the_command_run_again(bases: Bases, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Tasks side by side: what one that fails does to the others, and what no work depends on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+
+from lesa_ray.distributed.ray_runner import new_board, on_board
+from lesa_ray.distributed.tasks import Tasks
+from lesa_ray.ending import ending
+from lesa_ray.errors import UserError
+from lesa_ray.faults import is_fault
+from tests.waiting import until
+
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(60)]
+
+
+def started(tasks: Tasks[str], folder: Path, failure: Exception) -> None:
+    """One that fails once the second has begun, that second one, which ends when it may, and one that has to wait.
+
+    failure: of a kind that Ray does not try again."""
+    tasks.start("fails", "fails", str(folder), "fails", failure, num_cpus=1)
+    tasks.start("runs", "runs", str(folder), "runs", None, num_cpus=1)
+    until((folder / "runs").exists)
+    tasks.start("waits", "waits", str(folder), "waits", None, num_cpus=4)
+
+
+def call() -> Any:
+    """Pickled as it is: a worker need not find this module."""
+
+    def work(folder: str, name: str, failure: Exception | None) -> str:
+        Path(folder, name).touch()
+        while not Path(folder, "runs" if failure else "go").exists():
+            time.sleep(0.02)
+        if failure:
+            raise failure
+        return name
+
+    return work
+
+
+def watched(tasks: Tasks[str], folder: Path) -> list[str]:
+    """Which have ended when something is raised, and what; after a fault those that run may end."""
+    ended = []
+    try:
+        while tasks:
+            for key, _ in tasks.ended():
+                ended.append(key)
+            if tasks.fault is not None:
+                (folder / "go").touch()
+    except (OSError, UserError) as error:
+        ended.append(str(error))
+    return ended
+
+
+def test_a_fault_ends_none_that_has_begun_and_begins_none(tmp_path: Path) -> None:
+    with Tasks[str](call(), begun=lambda: {"fails", "runs"}) as tasks:
+        started(tasks, tmp_path, OSError("the disk is full"))
+        assert watched(tasks, tmp_path) == ["runs", "the disk is full"]
+    assert not (tmp_path / "waits").exists()
+
+
+@pytest.mark.parametrize("failure", [UserError("no number"), OSError("the disk is full")])
+def test_wrong_input_ends_the_others_and_so_does_a_fault_where_nothing_would_stay(
+    failure: Exception, tmp_path: Path
+) -> None:
+    begun = (lambda: {"fails", "runs"}) if isinstance(failure, UserError) else None
+    with Tasks[str](call(), begun) as tasks:
+        started(tasks, tmp_path, failure)
+        assert watched(tasks, tmp_path) == [str(failure)]
+
+
+def test_no_work_depends_on_a_board() -> None:
+    board = new_board()
+    ray.get(board.put.remote("unit", "train", 0.5))
+    assert on_board(board) == {"unit": ("train", 0.5)}
+    ray.kill(board)
+    assert on_board(board) is None
+
+
+def test_what_ray_lost_is_a_fault_and_what_a_task_raised_is_not() -> None:
+    assert is_fault(ActorDiedError())
+    assert is_fault(GetTimeoutError("slow"))
+    assert ending(ActorDiedError()) is not None
+    assert not is_fault(RayTaskError("work", "", AssertionError()))
