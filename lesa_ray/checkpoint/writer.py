@@ -27,6 +27,9 @@ from lesa_ray.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+_CONVERTED = 2**20
+"""Bytes of a tensor that are converted and looked at together: of a whole one they would take its size again, and more,
+in a thread beside those that compute."""
 _OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
@@ -221,10 +224,13 @@ def _write_made(out: IO[bytes], planned: OutTensor, tensor: torch.Tensor, hint: 
     import torch
 
     assert planned.shape == tuple(tensor.shape), (planned, tensor.shape)
-    narrow = tensor.detach().to("cpu", getattr(torch, ELEMENT_NAMES[planned.dtype])).contiguous()
-    if not torch.isfinite(narrow).all():
-        raise UserError(f"the new tensor {planned.name} holds NaN or Inf in {ELEMENT_NAMES[planned.dtype]}{hint}")
-    out.write(narrow.view(-1).view(torch.uint8).numpy().data)
+    rows = tensor.detach() if tensor.ndim else tensor.detach().reshape(1)
+    at_once = max(_CONVERTED // max(planned.nbytes // max(len(rows), 1), 1), 1)
+    for start in range(0, len(rows), at_once):
+        narrow = rows[start : start + at_once].to("cpu", getattr(torch, ELEMENT_NAMES[planned.dtype])).contiguous()
+        if not torch.isfinite(narrow).all():
+            raise UserError(f"the new tensor {planned.name} holds NaN or Inf in {ELEMENT_NAMES[planned.dtype]}{hint}")
+        out.write(narrow.view(-1).view(torch.uint8).numpy().data)
 
 
 def _runs(tensors: tuple[OutTensor, ...]) -> Iterator[list[OutTensor]]:

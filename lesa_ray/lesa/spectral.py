@@ -340,6 +340,7 @@ def _range(source: Layers, own: range, rows: int, iterations: int, seed: int) ->
         for _, _, weight in source.stream(own):
             local = weight.to(dtype)
             sample += local @ (local.T @ narrow)
+            del local  # before the next one is converted
         found = torch.linalg.qr(sample).Q
     return found
 

@@ -39,8 +39,9 @@ def generator_for(seed: int, *purpose: object) -> torch.Generator:
 
 def square_norm(weight: Tensor) -> float:
     """‖W‖²_F of (d1, d2): rows in float32 (float64 if the weights are), their sum in float64, good to 1e-7."""
-    rows = torch.linalg.vector_norm(weight, dim=1, dtype=working_dtype(weight.dtype))
-    return float(rows.double().square().sum())
+    dtype = working_dtype(weight.dtype)  # to which torch converts what it is given, before it sums
+    norms = [torch.linalg.vector_norm(weight[rows], dim=1, dtype=dtype) for rows in row_blocks(len(weight))]
+    return float(torch.cat(norms).double().square().sum())
 
 
 class Layers:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lesa_ray.checkpoint.finite import assert_finite
 from lesa_ray.checkpoint.reader import Checkpoint, read_entries
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
@@ -47,8 +48,14 @@ class Weights:
             writer.finish()
 
     def load(self) -> Load:
-        """As the tool reads a base: one range of one file for each layer, nothing mapped."""
+        """As the tool reads a base: one range of one file for each layer, nothing mapped, looked at for NaN."""
         storage = Storage(self.folder)
         entries = {entry.name: entry for entry in read_entries(storage, self.file)}
         checkpoint = Checkpoint(self.folder, storage, {}, {}, entries)
-        return lambda layer: checkpoint.read(str(layer))
+
+        def load(layer: int) -> torch.Tensor:
+            weight = checkpoint.read(str(layer))
+            assert_finite(weight, str(layer))
+            return weight
+
+        return load

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lesa_ray import UserError
-from lesa_ray.checkpoint.finite import FiniteCheck, assert_finite
+from lesa_ray.checkpoint.finite import FiniteCheck, all_finite, assert_finite
+from tests.allocations import Largest
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -78,3 +79,18 @@ def test_one_bad_value_anywhere_is_found_and_its_tensor_named(
 def test_integers_are_not_looked_at() -> None:
     FiniteCheck.feed([FiniteCheck("ids", "I64", 8)], b"\xff" * 8)
     assert_finite(torch.tensor([-1]), "ids")
+
+
+@pytest.mark.parametrize("dtype", list(TYPES))
+@pytest.mark.parametrize("place", [0, MANY // 2, MANY - 1])
+def test_a_bad_value_of_a_tensor_is_found_in_little_memory(dtype: str, place: int) -> None:
+    values = torch.randn(MANY).to(TYPES[dtype])
+    assert all_finite(values)
+    for bad in BAD:
+        values[place] = bad
+        with Largest() as made:
+            assert not all_finite(values)
+        assert 0 < made.nbytes < values.nbytes / 2
+    with pytest.raises(UserError, match="BASE: tensor w holds NaN or Inf"):
+        assert_finite(values, "w")
+    assert all_finite(torch.empty(0, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lesa_ray.checkpoint.writer import (
     plan_shards,
     write_shard,
 )
+from tests.allocations import Largest
 
 
 def source(folder: Path, **tensors: torch.Tensor) -> dict[str, Span]:
@@ -137,3 +139,20 @@ def test_a_unit_writes_what_was_planned_in_that_order_and_finite(tmp_path: Path)
     assert torch.equal(load_file(tmp_path / "u.safetensors")["a"], torch.full((2, 2), 0.5, dtype=torch.float16))
     with Storage(str(tmp_path)).create("v.safetensors") as file, pytest.raises(UserError, match=r"the new tensor a .*"):
         TensorFileWriter(file, planned).write("a", torch.full((2, 2), 1e6))
+
+
+def test_what_was_made_is_written_in_little_memory_beside_it(tmp_path: Path) -> None:
+    """It is written while the next one is computed, on a host that may have room for little more."""
+    made = {"w": torch.randn(3000, 500), "t": torch.randn(500, 3000).T, "v": torch.randn(7), "s": torch.tensor(2.0)}
+    planned = tuple(OutTensor(name, "BF16", tuple(one.shape), None) for name, one in made.items())
+    with Storage(str(tmp_path)).create("made.safetensors") as file, Largest() as noted:
+        writer = TensorFileWriter(file, planned)
+        for name, one in made.items():
+            writer.write(name, one)
+        writer.finish()
+    assert noted.nbytes < made["w"].nbytes / 4
+    written = load_file(tmp_path / "made.safetensors")
+    assert all(torch.equal(written[name], one.bfloat16()) for name, one in made.items())
+    made["w"][2999, 499] = 3.4e38  # the last value of the last block
+    with pytest.raises(UserError, match="the new tensor w holds NaN or Inf in bfloat16; try --dtype float32"):
+        TensorFileWriter(io.BytesIO(), planned).write("w", made["w"])

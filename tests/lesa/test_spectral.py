@@ -12,7 +12,8 @@ import torch
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.lesa import eigen
 from lesa_ray.lesa.route import GRAM_ALWAYS, choose_route
-from lesa_ray.lesa.spectral import decompose
+from lesa_ray.lesa.spectral import _range, decompose
+from lesa_ray.lesa.streams import BLOCK_ROWS, square_norm
 from tests.lesa.layers import reference_svd, related_layers
 
 ROUTES = ["exact", "gram", "randomized"]
@@ -269,3 +270,35 @@ def test_above_the_rows_that_syevd_takes_another_solver_finds_the_same(rank, mon
     np.testing.assert_allclose(after.left.numpy(), before.left.numpy(), atol=1e-5)
     np.testing.assert_allclose(after.coefficients.numpy(), before.coefficients.numpy(), atol=1e-5)
     np.testing.assert_allclose(after.sigma.numpy(), before.sigma.numpy(), rtol=1e-6)
+
+
+def test_the_norm_of_a_layer_takes_no_second_one(monkeypatch):
+    """torch converts what it is given, and the norm is taken as a layer is read, beside the one in use."""
+    weight = torch.randn(2 * BLOCK_ROWS + 5, 30).bfloat16()
+    norm, given = torch.linalg.vector_norm, []
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda rows, **how: given.append(len(rows)) or norm(rows, **how))
+    assert square_norm(weight) == pytest.approx(float(weight.double().square().sum()), rel=1e-6)
+    assert given == [BLOCK_ROWS, BLOCK_ROWS, 5]
+
+
+def test_the_range_finder_holds_one_converted_layer_at_a_time():
+    """A layer in float32 takes twice what it has in bfloat16: a second one is not reckoned with."""
+    converted: list[weakref.ref[torch.Tensor]] = []
+
+    class Weight:
+        def to(self, dtype):
+            assert not any(one() is not None for one in converted)
+            made = torch.randn(12, 8).to(dtype)
+            converted.append(weakref.ref(made))
+            return made
+
+    class Source:
+        shape, dtype, device, count = (12, 8), torch.bfloat16, torch.device("cpu"), 3
+
+        def stream(self, own):
+            for layer in range(self.count):
+                yield 0, layer, Weight()
+
+    found = _range(Source(), range(1), rows=4, iterations=2, seed=0)
+    assert found.shape == (12, 4)
+    assert len(converted) == 9
