@@ -47,6 +47,33 @@ def test_pages_of_files_are_free_in_a_container(version: tuple[str, str, str, st
     assert free_memory(str(tmp_path)) > 90 * MIB  # the machine's
 
 
+@pytest.mark.parametrize(("version", "line"), [(V2, "0::"), (V1, "4:cpu,memory:")], ids=["v2", "v1"])
+def test_a_limit_of_the_process_own_group_or_of_one_around_it_counts(
+    version: tuple[str, str, str, str], line: str, tmp_path: Path
+) -> None:
+    """As Slurm and systemd set one: the group is not shown as the root, which has no limit."""
+    limit, used, _, _ = (name.rsplit("/", 1)[-1] for name in version)
+    root = (tmp_path / version[0]).parent
+
+    def group(name: str, most: str, taken: int) -> None:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / limit).write_text(f"{most}\n")
+        (root / name / used).write_text(f"{taken * MIB}\n")
+
+    own = tmp_path / "own"
+    own.write_text(f"12:pids:/elsewhere\n{line}/slurm/job_7/step_0\n")
+    group("elsewhere", f"{MIB}", 0)
+    group("slurm", f"{99 * MIB}", 10)
+    group("slurm/job_7", f"{50 * MIB}", 8)
+    group("slurm/job_7/step_0", "max", 5)
+    assert free_memory(str(tmp_path), str(own)) == 42 * MIB
+    group("slurm/job_7/step_0", f"{30 * MIB}", 5)
+    assert free_memory(str(tmp_path), str(own)) == 25 * MIB
+    own.write_text(f"{line}/../slurm/job_7\n")  # outside of what is shown
+    assert free_memory(str(tmp_path), str(own)) > 99 * MIB
+    assert free_memory(str(tmp_path), str(tmp_path / "none")) > 99 * MIB
+
+
 def test_a_unit_has_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1000))
     assert [gpu_memory(share) for share in (None, 1, 0.25, 2)] == [1000, 1000, 250, 1000]
