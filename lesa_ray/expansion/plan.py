@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lesa_ray.errors import UserError
 
@@ -49,17 +50,20 @@ class Plan:
     def layers(self) -> int:
         return len(self.outputs)
 
-    @property
+    @cached_property
     def slots(self) -> tuple[New, ...]:
         """The new layers in the order in which they can be made."""
         return tuple(sorted((o for o in self.outputs if isinstance(o, New)), key=lambda slot: slot.id))
 
     def origin(self, layer: int) -> int:
         """The base layer from which a layer (by id) descends through its lower neighbours."""
-        lower = {slot.id: slot.lower for slot in self.slots}
         while layer >= self.base_layers:
-            layer = lower[layer]
+            layer = self._lower[layer]
         return layer
+
+    @cached_property
+    def _lower(self) -> dict[int, int]:
+        return {slot.id: slot.lower for slot in self.slots}
 
     @property
     def origins(self) -> list[int]:
