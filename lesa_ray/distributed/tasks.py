@@ -21,6 +21,8 @@ from lesa_ray.faults import explain
 POLL_SECONDS = 0.5
 """How long a look for tasks that have ended may take, and how often one that runs tells how far it is."""
 _RETRIES = 3
+_ENDING_SECONDS = 15.0
+"""For the processes of cancelled tasks to be gone."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -44,8 +46,11 @@ class Tasks(Generic[Key]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        for reference in self._running:
+        running = list(self._running)
+        for reference in running:
             ray.cancel(reference, force=True)
+        if running:  # what they write must not come after what the caller removes
+            ray.wait(running, num_returns=len(running), timeout=_ENDING_SECONDS)
 
     def __len__(self) -> int:
         return len(self._running)

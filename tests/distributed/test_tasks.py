@@ -88,3 +88,19 @@ def test_what_ray_lost_is_a_fault_and_what_a_task_raised_is_not() -> None:
     assert is_fault(GetTimeoutError("slow"))
     assert ending(ActorDiedError()) is not None
     assert not is_fault(RayTaskError("work", "", AssertionError()))
+
+
+def test_what_was_cancelled_is_gone_when_the_context_ends(tmp_path: Path) -> None:
+    ticks = tmp_path / "ticks"
+
+    def ticking() -> None:
+        while True:
+            with ticks.open("a") as file:
+                file.write(".")
+
+    with Tasks[int](ticking) as tasks:
+        tasks.start(0, "ticking", num_cpus=0)
+        until(ticks.exists)
+    ended = ticks.stat().st_size
+    time.sleep(0.5)
+    assert ticks.stat().st_size == ended
