@@ -1,6 +1,7 @@
 """Two ways a command can fail, and what each promises.
 
-`UserError`: the input is wrong. One line says what, where and what to do; exit code 2; nothing is left behind.
+`UserError`: the input is wrong. One line says what, where and what to do; exit code 2; nothing is left behind (but a
+`KeptError` leaves what was finished).
 `MachineError`: the machine failed (disk full, storage unreachable, a worker lost for good). One line; exit code 1;
 what was finished stays, and the same command goes on from there.
 """
@@ -13,6 +14,11 @@ from typing import Any
 
 class UserError(ValueError):
     """Wrong input: exit code 2, nothing written."""
+
+
+class KeptError(UserError):
+    """Wrong input, found when a part of the work was finished. That stays, and with the rest mended the same command
+    goes on from there."""
 
 
 class RoomError(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
@@ -12,8 +13,8 @@ LEASE_DIR = f"{WORK_DIR}/lease"
 _FILE = f"{WORK_DIR}/run.json"
 
 
-def mark(storage: Storage, fingerprint: str, **more: str) -> None:
-    """Write it; `more`: what people who look into the file would like to know."""
+def mark(storage: Storage, fingerprint: str, **more: Any) -> None:
+    """Write it; `more`: what else is to be known of the work, as JSON."""
     storage.write(_FILE, (json.dumps({"fingerprint": fingerprint, **more}) + "\n").encode())
 
 
@@ -30,9 +31,16 @@ def marked_by(storage: Storage, where: str) -> str | None:
     """The fingerprint of whoever marked the folder, None if nobody did.
 
     where: as a message calls the folder. Raises: UserError if the file is damaged."""
+    content = read_mark(storage, where)
+    return None if content is None else str(content["fingerprint"])
+
+
+def read_mark(storage: Storage, where: str) -> dict[str, Any] | None:
+    """All that `mark` has written. Raises: as `marked_by`."""
     if not storage.exists(_FILE):
         return None
     try:
-        return str(json.loads(storage.read(_FILE))["fingerprint"])
+        content = json.loads(storage.read(_FILE))
+        return {**content, "fingerprint": content["fingerprint"]}
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{where}: its {_FILE} is damaged; remove OUT, or give a new place") from None

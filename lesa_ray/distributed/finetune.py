@@ -17,7 +17,7 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
 from lesa_ray.distributed.tokenize import tokenize
 from lesa_ray.distributed.train import pretrain
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching
 from lesa_ray.training.block_folder import made_with, prepare
@@ -42,8 +42,8 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant
     """Fine-tune; go on with a run that was interrupted; or find that it is done.
 
     tenant: who may work at OUT, if the caller has seen to it; by default this call does.
-    Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call
-    goes on."""
+    Raises: UserError for wrong input, with nothing left behind; KeptError for rows that are wrong, found when others
+    were done: those stay; MachineError for a fault. After both the same call goes on."""
     listener = listener or Silent()
     if _is_blocks(config.data):
         _check_blocks(config)
@@ -62,8 +62,14 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant
         with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
             asked = config.to_tokenize(blocks.url)
             if not _are_made(asked):
-                tokenize(asked, listener)
+                manifest = tokenize(asked, listener).blocks.manifest
+                if bad := manifest["bad_rows"]:
+                    log.warning(
+                        "%s rows left out, as they are wrong; the first: %s", bad, manifest["first_bad_rows"][0]
+                    )
             return pretrain(config.on_blocks(blocks.url), listener, tenant=tenant)
+    except KeptError:
+        raise
     except UserError:
         if made and storage.exists(RUN_FILE) == claimed:  # what was found wrong is not of the training itself
             storage.remove_tree(DATA_DIR)

@@ -18,6 +18,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -30,11 +31,11 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault, reaching
 from lesa_ray.training import layout, pieces, sources, tokens
-from lesa_ray.training.block_folder import STOP, abandon, claim, finish, out_state, prepare
+from lesa_ray.training.block_folder import STOP, abandon, claim, finish, finished_pieces, out_state, prepare
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.layout import Layout, Written
 from lesa_ray.training.pieces import Job, PieceRecord
@@ -62,8 +63,8 @@ class Tokenized:
 def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokenized:
     """Make token blocks of text or conversations.
 
-    Raises: UserError for wrong input, with nothing left behind; MachineError for a fault, after which the same call
-    goes on."""
+    Raises: UserError for wrong input, with nothing left behind; KeptError for rows that are wrong, found when others
+    were done: those stay; MachineError for a fault. After both the same call goes on."""
     listener = listener or Silent()
     begin = time.monotonic()
     check_address()
@@ -80,15 +81,18 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
     with reaching(f"OUT {config.out}", "cannot be written"):
         claim(storage, run)
     try:
-        dealt = _limited(job, sources.deal(run.sources, sources.PIECE_BYTES))
-        listener.phase("starting Ray", 0)
-        start_ray()
-        records = _tokenise(job, dealt, listener)
+        with _keeping(storage):
+            dealt = _limited(job, sources.deal(run.sources, sources.PIECE_BYTES))
+            listener.phase("starting Ray", 0)
+            start_ray()
+            records = _tokenise(job, dealt, listener)
         if not sum(record["counts"]["documents"] for record in records):
-            raise UserError(f"DATA {' '.join(config.data)}: is empty; there is not one document in it")
+            raise _no_documents(config, records)
         plan = layout.plan_text(job, records) if config.kind == "text" else layout.plan_chat(job, records, run.pad)
         written = _write(job, plan, listener)
         finish(storage, run, job, dealt, records, plan, written)
+    except KeptError:
+        raise
     except UserError:
         abandon(storage)
         raise
@@ -97,6 +101,27 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=False, resumed=state == "resume")
+
+
+@contextmanager
+def _keeping(storage: Storage) -> Iterator[None]:
+    """What is found wrong with the data while pieces of it are done does not cost those. Raises: KeptError."""
+    try:
+        yield
+    except UserError as error:
+        if not (done := finished_pieces(storage)):
+            raise
+        raise KeptError(
+            f"{error}; what is finished stays (pieces of the data: {done:,}), and the same command goes on from there"
+        ) from error
+
+
+def _no_documents(config: TokenizeConfig, records: Sequence[PieceRecord]) -> UserError:
+    where = f"DATA {' '.join(config.data)}"
+    if bad := sum(record["counts"]["bad_rows"] for record in records):
+        first = next(record["bad"][0] for record in records if record["bad"])
+        return UserError(f"{where}: each of its {bad:,} rows is wrong; the first: {first}")
+    return UserError(f"{where}: is empty; there is not one document in it")
 
 
 def _limited(job: Job, dealt: list[Piece]) -> list[Piece]:
@@ -116,36 +141,44 @@ def _limited(job: Job, dealt: list[Piece]) -> list[Piece]:
                 parts.append(Part(part.source, part.index, part.count, take=left))
                 left -= count
         if parts:
-            kept.append(Piece(piece.number, tuple(parts)))
+            kept.append(Piece(tuple(parts)))
     return kept
 
 
 def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRecord]:
-    """The records of all pieces, in their order; pieces with a record are done."""
+    """The records of all pieces, in their order; pieces with a record are done, but those that were made without rows
+    that are wrong where such rows are to stop it now."""
     storage = Storage(job.config.out)
     there = Storage(f"{storage.url}/{pieces.PIECES}").list()
-    done = [piece for piece in dealt if pieces.piece_record(piece.number).rsplit("/", 1)[-1] in there]
+    done = [piece for piece in dealt if pieces.piece_record(piece.key).rsplit("/", 1)[-1] in there]
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda piece: json.loads(storage.read(pieces.piece_record(piece.number))), done)
-        records: dict[int, PieceRecord] = {record["number"]: record for record in found}
-    left = [piece for piece in dealt if piece.number not in records]
+        found = pool.map(lambda piece: json.loads(storage.read(pieces.piece_record(piece.key))), done)
+        skips = job.config.bad_rows == "skip"
+        records: dict[str, PieceRecord] = {r["key"]: r for r in found if skips or not r["counts"]["bad_rows"]}
+    left = [piece for piece in dealt if piece.key not in records]
     listener.phase("tokenising", sum(piece.nbytes for piece in dealt))
-    nbytes = sum(piece.nbytes for piece in done)
+    nbytes = sum(piece.nbytes for piece in dealt if piece.key in records)
     count = sum(sum(record["tokens"].values()) for record in records.values())
+    bad = sum(record["counts"]["bad_rows"] for record in records.values())
     health = Health(storage.url, "tokenize")
     for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left), strict=True):
-        records[piece.number] = record
+        records[piece.key] = record
         nbytes += piece.nbytes
         count += sum(record["tokens"].values())
+        bad += record["counts"]["bad_rows"]
         health.task_ended(piece.nbytes)
-        listener.progress(nbytes, f"{count:,} tokens")
-    return [records[piece.number] for piece in dealt]
+        listener.progress(nbytes, f"{count:,} tokens" + (f", {bad:,} rows left out" if bad else ""))
+    return [records[piece.key] for piece in dealt]
 
 
 def _write(job: Job, plan: Layout, listener: Listener) -> list[Written]:
     """All files of rows, in their order; those that are noted as done are not written again."""
     storage = Storage(job.config.out)
-    there = Storage(f"{storage.url}/{layout.FILES}").list()
+    names = {file.name for file in plan.files}
+    for name in (f"{split}/{name}" for split in tokens.SPLITS for name in storage.within(split).list()):
+        if name not in names:  # of more data than there are now
+            storage.remove(name)
+    there = storage.within(f"{layout.FILES}/{plan.made_of}").list()
     done = [file for file in plan.files if file.record.rsplit("/", 1)[-1] in there]
     with ThreadPoolExecutor(16) as pool:
         notes = pool.map(partial(layout.read_written, storage), done)

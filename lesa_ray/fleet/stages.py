@@ -49,7 +49,7 @@ _PLACES: dict[str, frozenset[str]] = {
 }
 """Settings that say where inputs of the stage's own lie; what lies there counts, not where."""
 _DO_NOT_COUNT: dict[str, frozenset[str]] = {
-    "tokenize": frozenset(),
+    "tokenize": frozenset({"bad_rows"}),
     "expand": frozenset({"gpus_per_task", "memory_budget"}),
     "evaluate": frozenset({"gpus_per_task", "cpus_per_task", "batch_size"}),
 }

@@ -11,7 +11,10 @@ from lesa_ray.report.terminal import count, duration, unread_files
 def describe_tokens(result: Tokenized) -> dict[str, Any]:
     """As JSON values."""
     blocks = result.blocks
-    told = ("documents", "truncated", "left_out", "dropped_tokens", "heldout_from_end", "unread_files")
+    told = (
+        *("documents", "truncated", "left_out", "bad_rows", "first_bad_rows", "dropped_tokens", "heldout_from_end"),
+        "unread_files",
+    )
     return {
         "out": blocks.url,
         "kind": blocks.kind,
@@ -40,4 +43,6 @@ def token_lines(result: Tokenized) -> str:
             lines.append(f"{facts[name]:,} conversations {what}, longer than {blocks.seq_len:,} tokens")
     if unread := facts.get("unread_files"):
         lines.append(unread_files(unread))
+    if facts.get("bad_rows"):
+        lines += [f"{facts['bad_rows']:,} rows left out, as they are wrong; the first:", *facts["first_bad_rows"]]
     return "\n".join(lines)

@@ -2,9 +2,10 @@
 
 While work is under way OUT holds `.lesa-ray/run.json` (whose work this is) and no manifest, so nothing can take it for
 token blocks. The manifest is written last. A run that finds its own fingerprint goes on where the last one stopped, or
-has nothing to do; any other content is left alone and refused. The fingerprint covers the settings, the tokenizer's
-files, and of each file of the data its name, its size and the store's ETag or the time it was written: it is known
-before anything is read.
+has nothing to do; any other content is left alone and refused. A fingerprint covers the settings and the tokenizer's
+files; that of finished blocks covers also, of each file of the data, its name, its size and the store's ETag or the
+time it was written. All of it is known before anything is read. Unfinished work is kept when files of the data change:
+its pieces know what they were made of.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain, islice
 from typing import Any, Literal
 
 from lesa_ray import __version__
-from lesa_ray.checkpoint.mark import mark, marked_by
+from lesa_ray.checkpoint.mark import mark, marked_by, read_mark
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 from lesa_ray.training import tokens
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.layout import Layout, Written
 from lesa_ray.training.packing import Encoder
-from lesa_ray.training.pieces import Job, PieceRecord
+from lesa_ray.training.pieces import PIECES, TOLD, Job, PieceRecord
 from lesa_ray.training.sources import KINDS, ROWS, Piece, Source, count_endings, find_sources
 from lesa_ray.training.tokenizer import files_digest, load_tokenizer, tokenizer_files, vocabulary_size
 from lesa_ray.training.tokens import MANIFEST, SPLITS, TOKENIZER_DIR, read_manifest
@@ -56,21 +59,28 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the token blocks depend on."""
-        return {
-            "format": tokens.FORMAT,
-            "settings": self.settings,
-            "tokenizer": files_digest(self.tokenizer),
-            "sources": [[source.name, source.nbytes, source.mark, source.shards] for source in self.sources],
-        }
+        """What the token blocks depend on, beside the data."""
+        settings = {name: value for name, value in self.settings.items() if name != "bad_rows"}
+        return {"format": tokens.FORMAT, "settings": settings, "tokenizer": files_digest(self.tokenizer)}
 
     @property
     def settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", exclude={"out"})
 
     @property
+    def work(self) -> str:
+        """The fingerprint of the unfinished work."""
+        return _fingerprint(self.identity)
+
+    @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        """That of the token blocks."""
+        found = [[source.name, source.nbytes, source.mark, source.shards] for source in self.sources]
+        return _fingerprint({**self.identity, "sources": found})
+
+
+def _fingerprint(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(config: TokenizeConfig) -> Run:
@@ -78,20 +88,33 @@ def prepare(config: TokenizeConfig) -> Run:
     for data in config.data:
         check_out(data, config.out)
     kinds, unread = ROWS if config.kind == "chat" else KINDS, set[str]()
-    found = find_sources(config.data, config.dataset_config, config.dataset_split, kinds, unread)
+    found = find_sources(config.data, config.dataset_config, config.dataset_split, kinds, unread, _pinned(config))
     tokenizer = load_tokenizer(config.tokenizer)
     Encoder.of(tokenizer, config.tokenizer)
     pad = ChatEncoder(tokenizer, config.tokenizer).pad if config.kind == "chat" else 0
     return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad, count_endings(unread))
 
 
+def _pinned(config: TokenizeConfig) -> dict[str, str]:
+    """Revisions of datasets of the hub with which unfinished work began. Where that ended at a row that is wrong, and
+    such rows are not left out now, a newer revision is what can mend it."""
+    storage, where = Storage(config.out), f"OUT {config.out}"
+    with reaching(where):
+        content = read_mark(storage, where) or {}
+        if config.bad_rows == "stop" and storage.exists(STOP):
+            return {}
+    return dict(content.get("revisions", {}))
+
+
 def made_with(manifest: dict[str, Any], config: TokenizeConfig) -> bool:
     """Whether token blocks were made with these settings; those that were not known then had their defaults."""
+    if manifest.get("bad_rows") and config.bad_rows == "stop":
+        return False
     try:
         made = TokenizeConfig.model_validate({**manifest["settings"], "out": config.out})
     except (KeyError, TypeError, ValueError):
         return False
-    return made == config
+    return made.model_copy(update={"bad_rows": config.bad_rows}) == config
 
 
 def check_out(data: str, out: str) -> None:
@@ -117,10 +140,15 @@ def out_state(storage: Storage, run: Run) -> State:
     manifest = read_manifest(storage)
     if manifest is not None:
         if manifest.get("fingerprint") == run.fingerprint:
+            if (bad := manifest.get("bad_rows")) and run.config.bad_rows == "stop":
+                raise UserError(
+                    f"{where}: holds token blocks without the rows of the data that are wrong ({bad:,}); take them so "
+                    "with --bad-rows skip, or give a new place"
+                )
             return "done"
         raise UserError(f"{where}: holds token blocks of other data or settings; give a new place, or remove it")
     whose = marked_by(storage, where)
-    if whose == run.fingerprint:
+    if whose == run.work:
         return "resume"
     if whose is not None:
         raise UserError(f"{where}: holds unfinished work on other data or settings; repeat that command, or remove it")
@@ -129,10 +157,15 @@ def out_state(storage: Storage, run: Run) -> State:
 
 def claim(storage: Storage, run: Run) -> None:
     """Mark OUT as this run's, and put the tokenizer where every task finds it."""
-    mark(storage, run.fingerprint)
+    mark(storage, run.work, revisions={source.name: source.mark for source in run.sources if source.shards})
     storage.remove(STOP)
     for name, data in run.tokenizer.items():
         storage.write(f"{TOKENIZER_DIR}/{name}", data)
+
+
+def finished_pieces(storage: Storage) -> int:
+    """How many pieces of unfinished work are done."""
+    return sum(name.endswith(".json") for name in storage.within(PIECES).list())
 
 
 def abandon(storage: Storage) -> None:
@@ -178,6 +211,8 @@ def finish(
         "documents": counts["documents"],
         "truncated": counts["truncated"],
         "left_out": counts["left_out"],
+        "bad_rows": counts["bad_rows"],
+        "first_bad_rows": list(islice(chain.from_iterable(record["bad"] for record in records), TOLD)),
         "dropped_tokens": plan.dropped,
         "heldout_from_end": plan.heldout_from_end,
         "splits": splits,

@@ -33,6 +33,9 @@ class TokenizeConfig(Settings):
     """Take only the first so many documents."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a conversation longer than a row: cut after `seq_len` tokens, or left out."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What becomes of a row that is wrong (no JSON, no text, a conversation that the chat template does not take): it
+    ends the run, which goes on once it is mended; or it is left out, and the manifest says how many and where."""
     dataset_config: str | None = None
     """Which configuration of a Hugging Face dataset, if not its default."""
     dataset_split: str = "train"

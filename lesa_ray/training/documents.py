@@ -19,7 +19,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -71,6 +71,15 @@ class Row:
     """From columns of Arrow's: an object has every key that any row has, None where this one has none."""
 
 
+OnBad = Callable[[UserError], None]
+"""Is told of a row that is wrong; if it returns, the row is left out."""
+
+
+def refuse(error: UserError) -> None:
+    """A row that is wrong ends the reading."""
+    raise error
+
+
 def document_key(head: bytes) -> bytes:
     """What a file of text is known by when documents are held out. head: its first bytes, 64 KiB or more."""
     return head.removeprefix(_BOM)[:_KEY_BYTES]
@@ -82,7 +91,7 @@ def is_heldout(key: bytes, share: float) -> bool:
 
 
 def read_fragments(
-    part: Part, column: str, dataset: tuple[str | None, str], longest: int = LONGEST
+    part: Part, column: str, dataset: tuple[str | None, str], longest: int = LONGEST, bad: OnBad = refuse
 ) -> Iterator[Fragment]:
     """The documents of a part, or what lies of one in it. dataset: configuration and split, for one of the hub.
 
@@ -90,13 +99,14 @@ def read_fragments(
     if part.source.kind == "plain":
         yield from _plain(part, longest)
         return
-    for row in read_rows(part, (column,), dataset):
+    for row in read_rows(part, (column,), dataset, bad):
         text = row.values.get(column)
         if text is None and column in row.values:
             continue
         if not isinstance(text, str):
             names = ", ".join(map(str, row.values)) or "none"
-            raise UserError(f"DATA {row.where}: there is no text in a column {column!r}; its columns: {names}")
+            bad(UserError(f"DATA {row.where}: there is no text in a column {column!r}; its columns: {names}"))
+            continue
         yield from fragments(clean(text), longest, row.share)
 
 
@@ -156,7 +166,7 @@ def _boundary(file: Any, at: int, size: int) -> int:
     return at + next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), rest)  # not within a character
 
 
-def read_rows(part: Part, wanted: Sequence[str], dataset: tuple[str | None, str]) -> Iterator[Row]:
+def read_rows(part: Part, wanted: Sequence[str], dataset: tuple[str | None, str], bad: OnBad = refuse) -> Iterator[Row]:
     """The rows of a part, with at least those of the `wanted` columns that there are.
 
     Raises: UserError if it is not rows, or none of the columns is there; MachineError if the store fails."""
@@ -166,11 +176,11 @@ def read_rows(part: Part, wanted: Sequence[str], dataset: tuple[str | None, str]
     elif kind == ".parquet":
         rows = _parquet(part, wanted)
     else:
-        rows = _lines(part)
+        rows = _lines(part, bad)
     yield from islice(rows, part.take)
 
 
-def _lines(part: Part) -> Iterator[Row]:
+def _lines(part: Part, bad: OnBad) -> Iterator[Row]:
     url, packed = part.source.name, part.source.kind in PACKED
     start, end = part.span(part.source.nbytes)
     whole = packed or part.count == 1
@@ -202,9 +212,11 @@ def _lines(part: Part) -> Iterator[Row]:
             try:
                 values = json.loads(line.decode(errors="replace"))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"DATA {where} is not JSON ({explain(error)[:120]})") from error
+                bad(UserError(f"DATA {where} is not JSON ({explain(error)[:120]})"))
+                continue
             if not isinstance(values, dict):
-                raise UserError(f"DATA {where} is not a JSON object of columns")
+                bad(UserError(f"DATA {where} is not a JSON object of columns"))
+                continue
             share = raw.tell() / max(part.source.nbytes, 1) if packed else (at - start) / max(end - start, 1)
             yield Row(where, values, min(share, 1.0))
 

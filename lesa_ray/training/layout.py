@@ -8,6 +8,7 @@ Decides
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,13 +67,15 @@ class FilePlan:
     name: str
     rows: int
     stretches: tuple[Stretch, ...]
+    made_of: str
+    """As the layout's."""
     starts: tuple[int, ...] = ()
     pad: int = 0
 
     @property
     def record(self) -> str:
-        """Where it is noted that the file is done."""
-        return f"{FILES}/{self.name.replace('/', '-')}.json"
+        """Where it is noted that the file is done: not where the file of the same name of other pieces was."""
+        return f"{FILES}/{self.made_of}/{self.name.replace('/', '-')}.json"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Layout:
     """Tokens by split that fill no row."""
     heldout_from_end: int
     """Tokens (chat: examples) at the end of the data that are held out in place of whole documents."""
+    made_of: str
+    """Name of the pieces of the data, all together."""
 
 
 def plan_text(job: Job, records: Sequence[PieceRecord]) -> Layout:
@@ -94,7 +99,7 @@ def plan_text(job: Job, records: Sequence[PieceRecord]) -> Layout:
     streams = {
         split: Stream(
             [
-                Stretch(piece_file(record["number"], split), 0, record["tokens"][split])
+                Stretch(piece_file(record["key"], split), 0, record["tokens"][split])
                 for record in records
                 if record["tokens"][split]
             ]
@@ -115,14 +120,14 @@ def plan_text(job: Job, records: Sequence[PieceRecord]) -> Layout:
             f"DATA {' '.join(job.config.data)}: gives {train.total} tokens to train on, less than one row of {seq_len} "
             "(seq_len); give more data or shorter rows"
         )
-    files = []
+    files, made_of = [], _together(records)
     for split, stream in streams.items():
         for name, first, last in _files(job, split, stream.total // seq_len):
             stretches = tuple(stream.cut(first * seq_len, last * seq_len))
-            files.append(FilePlan(name, last - first, stretches))
+            files.append(FilePlan(name, last - first, stretches, made_of))
     tokens = {split: stream.total // seq_len * seq_len for split, stream in streams.items()}
     dropped = {split: stream.total - tokens[split] for split, stream in streams.items()}
-    return Layout(tuple(files), tokens, dropped, moved)
+    return Layout(tuple(files), tokens, dropped, moved, made_of)
 
 
 def plan_chat(job: Job, records: Sequence[PieceRecord], pad: int) -> Layout:
@@ -130,7 +135,7 @@ def plan_chat(job: Job, records: Sequence[PieceRecord], pad: int) -> Layout:
     examples: dict[str, list[Stretch]] = {split: [] for split in SPLITS}
     for record in records:
         for split in SPLITS:
-            at, file = 0, piece_file(record["number"], split)
+            at, file = 0, piece_file(record["key"], split)
             for length in record["lengths"][split]:
                 examples[split].append(Stretch(file, at, length))
                 at += length
@@ -146,15 +151,19 @@ def plan_chat(job: Job, records: Sequence[PieceRecord], pad: int) -> Layout:
             f"DATA {' '.join(job.config.data)}: has no conversation with an answer to train on that fits in a row of "
             f"{job.config.seq_len} tokens (seq_len)"
         )
-    files = []
+    files, made_of = [], _together(records)
     for split in SPLITS:
         packed = pack_examples([example.count for example in examples[split]], job.config.seq_len)
         for name, first, last in _files(job, split, packed.rows):
             starts = packed.starts[first : last + 1]
             chosen = tuple(examples[split][index] for index in packed.examples[starts[0] : starts[-1]])
-            files.append(FilePlan(name, last - first, chosen, tuple((starts - starts[0]).tolist()), pad))
+            files.append(FilePlan(name, last - first, chosen, made_of, tuple((starts - starts[0]).tolist()), pad))
     tokens = {split: sum(example.count for example in examples[split]) for split in SPLITS}
-    return Layout(tuple(files), tokens, dict.fromkeys(SPLITS, 0), moved)
+    return Layout(tuple(files), tokens, dict.fromkeys(SPLITS, 0), moved, made_of)
+
+
+def _together(records: Sequence[PieceRecord]) -> str:
+    return hashlib.sha256("".join(record["key"] for record in records).encode()).hexdigest()[:32]
 
 
 def _files(job: Job, split: str, rows: int) -> Iterator[tuple[str, int, int]]:

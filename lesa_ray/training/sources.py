@@ -14,10 +14,13 @@ Decides
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lesa_ray.checkpoint.search import find_files
@@ -84,10 +87,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task tokenises. `number` is its place in the order of the data."""
+    """What one task tokenises."""
 
-    number: int
     parts: tuple[Part, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """A name for what it is made of: another if a file of it changes, the same wherever it stands in the data."""
+        made_of = [[p.source.name, p.source.nbytes, p.source.mark, p.index, p.count, p.take] for p in self.parts]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
     @property
     def nbytes(self) -> int:
@@ -100,8 +108,10 @@ def find_sources(
     dataset_split: str,
     kinds: Sequence[str] = KINDS,
     unread: set[str] | None = None,
+    revisions: Mapping[str, str] | None = None,
 ) -> list[Source]:
     """The sources behind names, each once, in their order. kinds: of files. unread: files left out are added to it.
+    revisions: of datasets of the hub that are pinned already.
 
     Raises: UserError naming what is not there, cannot be read or holds no data; MachineError if the hub does not
     answer."""
@@ -110,7 +120,7 @@ def find_sources(
     for name in names:
         sources = file_sources(name, f"DATA {name}", kinds, left_out)
         if not sources and _HUB_NAME.match(name) and not name.endswith(KINDS):
-            sources = [_hub_source(name, dataset_config, dataset_split)]
+            sources = [_hub_source(name, dataset_config, dataset_split, (revisions or {}).get(name))]
         if not sources:
             raise UserError(f"DATA {name}: there is no such file or folder")
         for source in sources:
@@ -154,7 +164,7 @@ def _mark(info: dict[str, Any]) -> str:
     return str(next((value for value in known if value), "")).strip('"')
 
 
-def _hub_source(name: str, config: str | None, split: str) -> Source:
+def _hub_source(name: str, config: str | None, split: str, revision: str | None) -> Source:
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
@@ -166,7 +176,7 @@ def _hub_source(name: str, config: str | None, split: str) -> Source:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        revision = HfApi().dataset_info(name).sha or "main"
+        revision = revision or HfApi().dataset_info(name).sha or "main"
         return Source(name, 0, revision, name, shards=open_dataset(name, config, split, revision).num_shards)
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(f"DATA {name}: there is no such file or folder, and no such dataset on the hub") from error
@@ -192,7 +202,7 @@ def deal(sources: Iterable[Source], piece_bytes: int = PIECE_BYTES) -> list[Piec
 
     def close() -> None:
         if small:
-            pieces.append(Piece(len(pieces), tuple(small)))
+            pieces.append(Piece(tuple(small)))
             small.clear()
 
     for source in sources:

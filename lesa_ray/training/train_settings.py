@@ -237,6 +237,9 @@ class FinetuneConfig(TrainConfig):
     """Share of the conversations held out."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a conversation longer than a row: cut after `seq_len` tokens, or left out."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What becomes of a row that is no conversation, or one that the chat template does not take: it ends the run,
+    which goes on once it is mended; or it is left out."""
     dataset_config: str | None = None
     """Which configuration of a Hugging Face dataset, if not its default."""
     dataset_split: str = "train"
@@ -247,6 +250,10 @@ class FinetuneConfig(TrainConfig):
         if self.checkpoint is None:
             raise ValueError("checkpoint: missing; fine-tuning starts from one")
         return self
+
+    @property
+    def not_counted(self) -> set[str]:
+        return super().not_counted | {"bad_rows"}
 
     @property
     def of_data(self) -> set[str]:

@@ -342,7 +342,9 @@ def test_pieces_hold_small_files_together_and_part_large_ones() -> None:
         [("a.jsonl.gz", 0, 1)],
         *[[("a/b", index, 2)] for index in range(2)],
     ]
-    assert [piece.number for piece in pieces] == list(range(len(pieces)))
+    assert len({piece.key for piece in pieces}) == len(pieces)
+    changed = deal([*sources[:3], Source("3.txt", 25, "written anew"), *sources[4:]], piece_bytes=10)
+    assert [a.key == b.key for a, b in zip(pieces, changed, strict=False)] == [*[True] * 2, *[False] * 3, *[True] * 3]
 
 
 def test_pieces_of_a_text_end_where_lines_do() -> None:

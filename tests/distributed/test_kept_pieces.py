@@ -1,0 +1,215 @@
+"""What is finished of token blocks stays good: when rows are wrong, when files are mended, when work goes on.
+
+Work is done in this process, a piece after another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lesa_ray.distributed import finetune as tune
+from lesa_ray.distributed import tokenize as module
+from lesa_ray.distributed.tokenize import Tokenized, tokenize
+from lesa_ray.errors import KeptError, UserError
+from lesa_ray.report.data import describe_tokens, token_lines
+from lesa_ray.training import layout, sources, tokens
+from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.train_settings import FinetuneConfig
+from tests import families
+from tests.distributed.test_tokenize import GROUP_TOKENS, PIECE, SEQ, Stop, bytes_of, chat_rows, save, words
+from tests.training import styles
+
+Run = Callable[..., Tokenized]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The files of each piece that is tokenised, from now on."""
+    tokenised: list[list[str]] = []
+
+    def one_by_one(job: Any, work: Callable[..., Any], items: Sequence[Any]) -> Iterator[Any]:
+        for item in items:
+            if isinstance(item, sources.Piece):
+                tokenised.append([part.source.name.rsplit("/", 1)[-1] for part in item.parts])
+            yield work(job, item)
+
+    monkeypatch.setattr(module, "_run_all", one_by_one)
+    monkeypatch.setattr(module, "start_ray", lambda: None)
+    return tokenised
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[list[str]]) -> Run:
+    """`tokenize` into `tmp_path / "out"`, or where `out` says, in small units."""
+    monkeypatch.setattr(tokens, "GROUP_TOKENS", GROUP_TOKENS)
+    monkeypatch.setattr(layout, "GROUPS_PER_FILE", 1)
+    monkeypatch.setattr(sources, "PIECE_BYTES", PIECE)
+
+    def call(data: Path, tokenizer: str, listener: Any = None, **settings: Any) -> Tokenized:
+        given = {"data": [str(data)], "tokenizer": tokenizer, "out": str(tmp_path / "out"), "seq_len": SEQ}
+        return tokenize(TokenizeConfig.model_validate({**given, **settings}), listener)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp("gpt2"), styles.gpt2())
+
+
+def lines_of(folder: Path, **wrong: str) -> None:
+    """Files a, b and c of rows, a piece each, the third line of some of them wrong."""
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate("abc"):
+        lines = [json.dumps({"text": words(number * 100 + row, 40)}) for row in range(15)]
+        if name in wrong:
+            lines[2] = wrong[name]
+        path = folder / f"{name}.jsonl"
+        if not path.exists() or path.read_text() != "\n".join(lines):
+            path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ('{"text": broken', "c.jsonl: line 3 is not JSON"),
+        ("[1]", "c.jsonl: line 3 is not a JSON object of columns"),
+        ('{"body": "a"}', "c.jsonl: line 3: there is no text in a column 'text'"),
+    ],
+)
+def test_a_wrong_row_does_not_cost_what_is_finished(
+    read: list[list[str]], gpt2: str, tmp_path: Path, run: Run, wrong: str, said: str
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    lines_of(data, c=wrong)
+    for tried in (3, 1):
+        with pytest.raises(KeptError, match=f"{said}.*with --bad-rows skip; what is finished stays .*: 2") as found:
+            run(data, gpt2, holdout=0.1)
+        assert "\n" not in str(found.value)
+        assert not (out / "manifest.json").exists()
+        assert len(read) == tried
+        read.clear()
+
+    shutil.copytree(out, tmp_path / "mended")
+    left_out = run(data, gpt2, holdout=0.1, bad_rows="skip").blocks
+    assert read == [["c.jsonl"]]
+    assert (left_out.manifest["bad_rows"], left_out.manifest["documents"]) == (1, 44)
+    (first,) = left_out.manifest["first_bad_rows"]
+    assert said in first
+    assert run(data, gpt2, holdout=0.1, bad_rows="skip").reused
+    with pytest.raises(UserError, match=r"holds token blocks without the rows of the data that are wrong \(1\)"):
+        run(data, gpt2, holdout=0.1)
+    rest = (data / "c.jsonl").read_text().replace(wrong + "\n", "")
+    lines_of(tmp_path / "without")
+    (tmp_path / "without/c.jsonl").write_text(rest)
+    assert run(tmp_path / "without", gpt2, holdout=0.1, out=str(tmp_path / "o")).blocks.digest == left_out.digest
+
+    read.clear()
+    lines_of(data)
+    mended = run(data, gpt2, holdout=0.1, out=str(tmp_path / "mended"))
+    assert read == [["c.jsonl"]]
+    assert mended.resumed
+    whole = run(data, gpt2, holdout=0.1, out=str(tmp_path / "whole"))
+    assert bytes_of(mended.blocks.url) == bytes_of(whole.blocks.url)
+
+
+def test_what_was_left_out_is_looked_at_again_where_that_is_not_wanted(
+    read: list[list[str]], gpt2: str, tmp_path: Path, run: Run
+) -> None:
+    lines_of(tmp_path / "data", a="no", b="no", c="no")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "data", gpt2, Stop("tokenising", 1), bad_rows="skip")
+    with pytest.raises(KeptError, match=r"a.jsonl: line 3 is not JSON"):
+        run(tmp_path / "data", gpt2)
+    result = run(tmp_path / "data", gpt2, bad_rows="skip")
+    assert read == [["a.jsonl"], ["b.jsonl"], ["a.jsonl"], ["c.jsonl"]]
+    assert describe_tokens(result)["bad_rows"] == 3
+    assert "3 rows left out, as they are wrong; the first:" in token_lines(result)
+    assert [name in token_lines(result) for name in ("a.jsonl: line 3", "c.jsonl: line 3")] == [True, True]
+
+
+def test_files_of_rows_are_written_again_when_the_data_changed(
+    read: list[list[str]], gpt2: str, tmp_path: Path, run: Run
+) -> None:
+    data = tmp_path / "data"
+    lines_of(data)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, gpt2, Stop("writing rows", 3))
+    rows = (data / "a.jsonl").read_text().splitlines()
+    (data / "a.jsonl").write_text("\n".join(rows[:2]))
+    (data / "c.jsonl").unlink()
+    result = run(data, gpt2)
+    assert result.resumed
+    assert bytes_of(result.blocks.url) == bytes_of(run(data, gpt2, out=str(tmp_path / "whole")).blocks.url)
+
+
+def test_conversations_that_a_template_refuses_can_be_left_out(read: list[list[str]], tmp_path: Path, run: Run) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + styles.CHATML
+    name = save(tmp_path / "strict", styles.qwen(strict))
+    rows = chat_rows(20)
+    wrong = [{"messages": [{"role": "system", "content": "be kind"}, *rows[0]["messages"]]}, {"messages": "hello"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows[:10], *wrong, *rows[10:]])))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"line 11: the chat template does not take it .*no system.*--bad-rows skip"):
+        run(tmp_path / "a.jsonl", name, kind="chat")
+    assert not (tmp_path / "out").exists()
+    blocks = run(tmp_path / "a.jsonl", name, kind="chat", bad_rows="skip", seq_len=256).blocks
+    assert (blocks.manifest["documents"], blocks.manifest["bad_rows"], blocks.manifest["left_out"]) == (20, 2, 0)
+    assert [message.split(": ")[1] for message in blocks.manifest["first_bad_rows"]] == ["line 11", "line 12"]
+    plain = run(tmp_path / "b.jsonl", name, kind="chat", seq_len=256, out=str(tmp_path / "plain")).blocks
+    assert blocks.digest == plain.digest
+
+
+def test_a_fine_tuning_run_keeps_what_is_finished_too(
+    run: Run, read: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(tune, "pretrain", lambda config, *_, **__: None)
+    base = families.make("llama", tmp_path / "base", layers=2, vocab_size=400)
+    styles.qwen(styles.CHATML).save_pretrained(base)
+    (tmp_path / "data").mkdir()
+    rows = list(map(json.dumps, chat_rows(20)))
+    for name, lines in (("a", rows), ("b", [*rows, "no"])):
+        (tmp_path / f"data/{name}.jsonl").write_text("\n".join(lines))
+    config = FinetuneConfig(checkpoint=base, data=str(tmp_path / "data"), out=str(tmp_path / "tuned"), seq_len=64)
+    with pytest.raises(KeptError, match=r"b.jsonl: line 21 is not JSON"):
+        tune.finetune(config)
+    read.clear()
+    tune.finetune(config.model_copy(update={"bad_rows": "skip"}))
+    assert read == [["b.jsonl"]]
+    assert "1 rows left out, as they are wrong; the first: " in caplog.text
+
+
+def test_data_of_which_every_row_is_wrong(read: list[list[str]], gpt2: str, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "a.jsonl").write_text("no\n" * 3)
+    with pytest.raises(UserError, match=r"each of its 3 rows is wrong; the first: .*a.jsonl: line 1 is not JSON"):
+        run(tmp_path / "a.jsonl", gpt2, bad_rows="skip")
+    assert not (tmp_path / "out").exists()
+
+
+def test_telling_of_a_piece_does_not_look_at_all_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    many, looked, told = 300, [0], []
+
+    class Record(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            looked[0] += key == "tokens"
+            return super().__getitem__(key)
+
+    class Told(Stop):
+        def progress(self, done: float, detail: str) -> None:
+            told.append(detail)
+
+    dealt = [sources.Piece((sources.Part(sources.Source(f"{number}.txt", 1, "")),)) for number in range(many)]
+    records = [
+        Record(key=piece.key, tokens={"train": number, "heldout": 1}, counts={"bad_rows": 0})
+        for number, piece in enumerate(dealt)
+    ]
+    monkeypatch.setattr(module, "_run_all", lambda job, work, items: iter(records))
+    job = module.Job(TokenizeConfig(data=("a",), tokenizer="b", out=str(tmp_path / "out")), "", 1, 1)
+    assert module._tokenise(job, dealt, Told("", 0)) == records
+    assert (told[0], told[9], len(told)) == ("1 tokens", "55 tokens", many)
+    assert looked[0] <= 2 * many
