@@ -29,7 +29,7 @@ from lesa_ray.training.metrics import check_loggers
 from lesa_ray.training.model import build
 from lesa_ray.training.packing_check import check_packing
 from lesa_ray.training.run import LEASE_DIR, RUN_FILE, check_place, is_done
-from lesa_ray.training.tokenizer import load_tokenizer, vocabulary_size
+from lesa_ray.training.tokenizer import load_tokenizer
 from lesa_ray.training.tokens import MANIFEST, open_blocks
 from lesa_ray.training.tokens import read_manifest as read_blocks_manifest
 from lesa_ray.training.train_settings import FinetuneConfig
@@ -98,11 +98,11 @@ def _check_model(config: FinetuneConfig) -> None:
     check_packing(checkpoint.config, where, config.seq_len)
     name = config.tokenizer or config.checkpoint
     tokenizer = load_tokenizer(name)
-    ChatEncoder(tokenizer, name)
-    if vocabulary_size(tokenizer) > text_config.vocab_size:
+    stop = ChatEncoder(tokenizer, name).stop()
+    if stop >= text_config.vocab_size:  # other tokens may be such as the conversations never hold
         raise UserError(
-            f"tokenizer {name}: its tokens go up to {vocabulary_size(tokenizer) - 1}, the vocabulary of {where} has "
-            f"{text_config.vocab_size}; give one without added tokens, or a checkpoint with room for them"
+            f"tokenizer {name}: the token that ends an answer is {stop}, the vocabulary of {where} has "
+            f"{text_config.vocab_size}; give another tokenizer, or a checkpoint with room for it"
         )
 
 

@@ -88,7 +88,11 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
             records = _tokenise(job, dealt, listener)
         if not sum(record["counts"]["documents"] for record in records):
             raise _no_documents(config, records)
-        plan = layout.plan_text(job, records) if config.kind == "text" else layout.plan_chat(job, records, run.pad)
+        plan = (
+            layout.plan_text(job, records)
+            if config.kind == "text"
+            else layout.plan_chat(job, records, run.pad(records))
+        )
         written = _write(job, plan, listener)
         finish(storage, run, job, dealt, records, plan, written)
     except KeptError:

@@ -62,7 +62,7 @@ class BlockData:
 
     name: str
     kind: str
-    vocab_size: int
+    largest_id: int
     digest: str
     split: Split
 
@@ -91,7 +91,7 @@ def open_data(config: EvaluateConfig) -> TextData | BlockData | None:
         raise UserError(f"--data {folder}: there is no row in the split {config.split}")
     if config.window is not None and config.window > blocks.seq_len:
         raise UserError(f"window {config.window}: the rows of {folder} have {blocks.seq_len} tokens; give at most that")
-    return BlockData(folder, blocks.kind, blocks.vocab_size, blocks.digest, split)
+    return BlockData(folder, blocks.kind, blocks.largest_id, blocks.digest, split)
 
 
 def _is_blocks(source: str) -> bool:

@@ -61,10 +61,10 @@ def make_job(config: EvaluateConfig, data: TextData | BlockData | None, bounds: 
     for bound in bounds:
         if needs_tokenizer and bound.has_tokenizer is False:
             raise no_tokenizer(bound.name)
-        if isinstance(data, BlockData) and data.vocab_size > bound.vocab_size:
+        if isinstance(data, BlockData) and data.largest_id >= bound.vocab_size:
             raise UserError(
-                f"checkpoint {bound.name}: its vocabulary has {bound.vocab_size} tokens, that of the token blocks "
-                f"{data.name} {data.vocab_size}; they were made with another tokenizer"
+                f"checkpoint {bound.name}: its vocabulary has {bound.vocab_size} tokens, the token blocks "
+                f"{data.name} go up to id {data.largest_id}; they were made with another tokenizer"
             )
         if config.window is not None and bound.positions is not None and config.window > bound.positions:
             raise UserError(

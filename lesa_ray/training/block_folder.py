@@ -52,8 +52,8 @@ class Run:
     tokenizer: dict[str, bytes]
     """Its files by name."""
     vocab_size: int
-    pad: int
-    """Id that fills what examples leave of a row (chat)."""
+    pads: tuple[int, ...]
+    """Ids that can fill what examples leave of a row (chat), the best first."""
     unread: dict[str, int]
     """Files that lie among the data and are left out, by ending."""
 
@@ -71,6 +71,11 @@ class Run:
     def work(self) -> str:
         """The fingerprint of the unfinished work."""
         return _fingerprint(self.identity)
+
+    def pad(self, records: Sequence[PieceRecord]) -> int:
+        """The id that fills rows: one that the model needs no larger vocabulary for than for the data, if there is."""
+        largest = _largest_id(records)
+        return next((pad for pad in self.pads if pad <= largest), self.pads[-1])
 
     @property
     def fingerprint(self) -> str:
@@ -91,8 +96,11 @@ def prepare(config: TokenizeConfig) -> Run:
     found = find_sources(config.data, config.dataset_config, config.dataset_split, kinds, unread, _pinned(config))
     tokenizer = load_tokenizer(config.tokenizer)
     Encoder.of(tokenizer, config.tokenizer)
-    pad = ChatEncoder(tokenizer, config.tokenizer).pad if config.kind == "chat" else 0
-    return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pad, count_endings(unread))
+    pads: tuple[int, ...] = ()
+    if config.kind == "chat":
+        encoder = ChatEncoder(tokenizer, config.tokenizer)
+        pads = (encoder.pad, encoder.eos)
+    return Run(config, found, tokenizer_files(tokenizer), vocabulary_size(tokenizer), pads, count_endings(unread))
 
 
 def _pinned(config: TokenizeConfig) -> dict[str, str]:
@@ -205,6 +213,7 @@ def finish(
         "kind": config.kind,
         "seq_len": config.seq_len,
         "vocab_size": run.vocab_size,
+        "largest_id": max(_largest_id(records), run.pad(records) if config.kind == "chat" else 0),
         "rows_per_group": job.rows_per_group,
         "digest": tokens.content_digest(config.kind, config.seq_len, [note.file for note in written]),
         "fingerprint": run.fingerprint,
@@ -227,6 +236,10 @@ def finish(
     storage.remove_tree(WORK_DIR)
     for folder in ("", TOKENIZER_DIR, *SPLITS):
         Storage(f"{storage.url}/{folder}").remove_leftovers()
+
+
+def _largest_id(records: Sequence[PieceRecord]) -> int:
+    return max(record["largest_id"] for record in records)
 
 
 def _source_records(

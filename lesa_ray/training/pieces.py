@@ -60,6 +60,7 @@ class PieceRecord(TypedDict):
     """Where rows are wrong, and how: the first few."""
     tokens: dict[str, int]
     """Ids by split."""
+    largest_id: int
     lengths: dict[str, list[int]]
     """Of each example, by split (chat)."""
     digests: list[str]
@@ -73,6 +74,7 @@ class _Scratch:
         self._storage, self._key, self._stack = storage, key, stack
         self._files: dict[str, IO[bytes]] = {}
         self.tokens = dict.fromkeys(SPLITS, 0)
+        self.largest_id = -1
 
     def add(self, split: str, ids: Ids) -> None:
         if not len(ids):
@@ -82,6 +84,7 @@ class _Scratch:
             self._files[split] = self._stack.enter_context(self._storage.create(name))
         self._files[split].write(ids.astype("<i4").tobytes())
         self.tokens[split] += len(ids)
+        self.largest_id = max(self.largest_id, int(ids.max()), int((~ids).max()))  # hidden ones are complements
 
 
 def piece_file(key: str, split: str) -> str:
@@ -103,6 +106,7 @@ def tokenise_piece(job: Job, piece: Piece) -> PieceRecord:
         counts=dict.fromkeys(_COUNTS, 0),
         bad=[],
         tokens={},
+        largest_id=-1,
         lengths={split: [] for split in SPLITS},
         digests=[],
     )
@@ -112,7 +116,7 @@ def tokenise_piece(job: Job, piece: Piece) -> PieceRecord:
             _tokenise_text(job, piece, Encoder.of(tokenizer, job.config.tokenizer), scratch, record)
         else:
             _tokenise_chat(job, piece, ChatEncoder(tokenizer, job.config.tokenizer), scratch, record)
-        record["tokens"] = scratch.tokens
+        record["tokens"], record["largest_id"] = scratch.tokens, scratch.largest_id
     storage.write(piece_record(piece.key), json.dumps(record).encode())
     return record
 

@@ -138,9 +138,9 @@ def check_data(blocks: TokenBlocks, architecture: dict[str, Any], text_config: A
             f"with --seq-len {positions}"
         )
     size = int(text_config.vocab_size)
-    if blocks.vocab_size > size:
+    if blocks.largest_id >= size:
         raise UserError(
-            f"data {blocks.url}: its tokens go up to {blocks.vocab_size - 1}, the vocabulary of {where} has {size}; "
+            f"data {blocks.url}: its tokens go up to {blocks.largest_id}, the vocabulary of {where} has {size}; "
             "tokenize with the model's own tokenizer"
         )
 

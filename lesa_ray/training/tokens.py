@@ -263,12 +263,14 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """An opened folder of token blocks. `digest` names its content; ids are below `vocab_size`."""
+    """An opened folder of token blocks. `digest` names its content; `vocab_size` is that of the tokenizer, `largest_id`
+    the largest id that is there."""
 
     url: str
     kind: Kind
     seq_len: int
     vocab_size: int
+    largest_id: int
     rows_per_group: int
     digest: str
     train: Split
@@ -305,6 +307,7 @@ def open_blocks(url: str) -> TokenBlocks:
             kind=kind,
             seq_len=seq_len,
             vocab_size=int(manifest["vocab_size"]),
+            largest_id=int(manifest.get("largest_id", manifest["vocab_size"] - 1)),
             rows_per_group=group,
             digest=manifest["digest"],
             train=splits["train"],

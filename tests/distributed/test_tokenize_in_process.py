@@ -1,6 +1,5 @@
-"""What is finished of token blocks stays good: when rows are wrong, when files are mended, when work goes on.
-
-Work is done in this process, a piece after another."""
+"""Token blocks made in this process, a piece after another: what is finished stays good when rows are wrong, files are
+mended and work goes on; which ids there are."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lesa_ray.distributed import finetune as tune
 from lesa_ray.distributed import tokenize as module
@@ -19,6 +19,8 @@ from lesa_ray.errors import KeptError, UserError
 from lesa_ray.report.data import describe_tokens, token_lines
 from lesa_ray.training import layout, sources, tokens
 from lesa_ray.training.data_settings import TokenizeConfig
+from lesa_ray.training.run import check_data
+from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig
 from tests import families
 from tests.distributed.test_tokenize import GROUP_TOKENS, PIECE, SEQ, Stop, bytes_of, chat_rows, save, words
@@ -189,6 +191,46 @@ def test_data_of_which_every_row_is_wrong(read: list[list[str]], gpt2: str, tmp_
     with pytest.raises(UserError, match=r"each of its 3 rows is wrong; the first: .*a.jsonl: line 1 is not JSON"):
         run(tmp_path / "a.jsonl", gpt2, bad_rows="skip")
     assert not (tmp_path / "out").exists()
+
+
+def with_more_tokens(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose last ids the data need not hold: a token for pictures, one for padding, one to end turns."""
+    tokenizer = styles.qwen(template)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<picture>", "<turn_end>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_what_counts_of_a_tokenizer_is_which_of_its_ids_the_data_hold(run: Run, tmp_path: Path, kind: str) -> None:
+    name = save(tmp_path / "more", with_more_tokens(styles.CHATML))
+    size = len(styles.qwen())
+    rows = chat_rows(60) if kind == "chat" else [{"text": words(number, 50)} for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    blocks = run(tmp_path / "a.jsonl", name, kind=kind, holdout=0.1, seq_len=128).blocks
+    largest = max(int(split.read(range(split.rows))["input_ids"].max()) for split in (blocks.train, blocks.heldout))
+    assert blocks.vocab_size == size + 3
+    assert blocks.largest_id == largest < size
+    check_data(blocks, {}, LlamaConfig(vocab_size=largest + 1), "checkpoint a")
+    with pytest.raises(UserError, match=f"its tokens go up to {largest}, the vocabulary of checkpoint a has {largest}"):
+        check_data(blocks, {}, LlamaConfig(vocab_size=largest), "checkpoint a")
+    if kind == "chat":  # rows are filled with what is surely in the vocabulary
+        columns = blocks.train.read(range(blocks.train.rows))
+        filled = columns["input_ids"][:, -1][columns["labels"][:, -1] == tokens.UNSCORED]
+        assert styles.qwen().eos_token_id in filled
+    (tmp_path / "out/manifest.json").write_text(
+        json.dumps({name: value for name, value in blocks.manifest.items() if name != "largest_id"})
+    )
+    assert open_blocks(blocks.url).largest_id == size + 2  # where it was not noted
+
+
+def test_a_model_need_not_hold_all_tokens_of_its_tokenizer_but_that_which_ends_answers(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base", layers=2, vocab_size=len(styles.qwen()))
+    with_more_tokens(styles.CHATML).save_pretrained(base)
+    config = FinetuneConfig(checkpoint=base, data="a", out="b", seq_len=64)
+    tune._check_model(config)
+    with_more_tokens(styles.CHATML.replace("<|im_end|>", "<turn_end>")).save_pretrained(base)
+    with pytest.raises(UserError, match=r"the token that ends an answer is 321, the vocabulary of .* has 319; give"):
+        tune._check_model(config)
 
 
 def test_telling_of_a_piece_does_not_look_at_all_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
