@@ -69,6 +69,14 @@ def test_the_wheel_is_made_from_what_is_there_now() -> None:
     assert f"    {line}\n" in (CLUSTER.parent / "README.md").read_text()
 
 
+def test_jobs_own_processes_are_on_the_head() -> None:
+    """Every other machine can be taken away, and a job ends with its driver."""
+    readme = (CLUSTER.parent / "README.md").read_text()
+    listed = readme[readme.index("#### From an empty AWS account") :]
+    for text in (LAUNCHER.read_text(), listed):
+        assert re.findall(r"lesa-ray submit (.*?)--(?: |$)", text) == ["--cpus 0 "]
+
+
 BOOTSTRAP = """
 import json, sys
 import yaml

@@ -98,6 +98,15 @@ def test_what_fits_in_no_memory_goes_to_a_volume_of_the_worker() -> None:
         assert {"name": name, "emptyDir": {}} in pod["volumes"]
 
 
+def test_a_token_for_models_behind_a_licence_comes_from_a_secret_if_there_is_one() -> None:
+    (cluster,) = of_kind("RayCluster")
+    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        (token,) = [variable for variable in container["env"] if variable["name"] == "HF_TOKEN"]
+        assert token["valueFrom"]["secretKeyRef"]["optional"] is True
+        assert "value" not in token
+
+
 MACHINE = {"cpu": 192, "memory": 2048, "nvidia.com/gpu": 8}
 """p5.48xlarge, memory in GiB, of EC2's page of instance types."""
 
