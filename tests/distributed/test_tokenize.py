@@ -270,27 +270,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
-def test_telling_of_a_piece_does_not_look_at_all_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    many, looked, told = 300, [0], []
-
-    class Record(dict[str, Any]):
-        def __getitem__(self, key: str) -> Any:
-            looked[0] += key == "tokens"
-            return super().__getitem__(key)
-
-    class Told(Stop):
-        def progress(self, done: float, detail: str) -> None:
-            told.append(detail)
-
-    records = [Record(number=number, tokens={"train": number, "heldout": 1}) for number in range(many)]
-    monkeypatch.setattr(module, "_run_all", lambda job, work, items: iter(records))
-    job = module.Job(TokenizeConfig(data=("a",), tokenizer="b", out=str(tmp_path / "out")), "", 1, 1)
-    dealt = [sources.Piece(number, ()) for number in range(many)]
-    assert module._tokenise(job, dealt, Told("", 0)) == records
-    assert (told[0], told[9], len(told)) == ("1 tokens", "55 tokens", many)
-    assert looked[0] <= 2 * many
-
-
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_a_cloned_data_set_is_read_without_its_card(
     kind: str, qwen: str, tmp_path: Path, run: Callable[..., Tokenized]
