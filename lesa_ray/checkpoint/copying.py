@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
 from lesa_ray.checkpoint.finite import FiniteCheck
-from lesa_ray.checkpoint.ranges import PIECE, read_ahead
+from lesa_ray.checkpoint.ranges import PIECE, ends_early, read_ahead
 from lesa_ray.checkpoint.reader import TORCH_NAMES
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
@@ -48,7 +48,7 @@ class Readers:
             size = min(PIECE, end - position)
             chunk = os.pread(self.local(span).fileno(), size, position)
             if len(chunk) != size:
-                raise _ends_early()
+                raise ends_early(storage, span.file)
             yield chunk
 
 
@@ -73,7 +73,7 @@ def write_run(
     checks = [FiniteCheck(t.source.name, t.dtype, t.nbytes) for t in run if t.source] if first.check and whole else []
     if storage.is_local and readers.storage(first).is_local:
         out.flush()
-        if _copy_in_kernel(readers.local(first).fileno(), out.fileno(), first.offset, nbytes):
+        if _copy_in_kernel(first, readers, out.fileno(), nbytes):
             FiniteCheck.feed_file(checks, readers.local(first).fileno(), first.offset)
             return
     for start, end in wanted:
@@ -93,9 +93,10 @@ def _write_zeros(out: IO[bytes], storage: Storage, nbytes: int) -> None:
         out.write(zeros[: min(PIECE, nbytes - position)])
 
 
-def _copy_in_kernel(source: int, target: int, offset: int, nbytes: int) -> bool:
-    """Append bytes of one local file to another inside the kernel; False if it cannot, with nothing changed."""
-    done = 0
+def _copy_in_kernel(first: Span, readers: Readers, target: int, nbytes: int) -> bool:
+    """Append the bytes of a local file from a span on to another inside the kernel; False if it cannot, with nothing
+    changed."""
+    source, offset, done = readers.local(first).fileno(), first.offset, 0
     position = os.lseek(target, 0, os.SEEK_CUR)
     while done < nbytes:
         try:
@@ -105,14 +106,10 @@ def _copy_in_kernel(source: int, target: int, offset: int, nbytes: int) -> bool:
                 return False
             raise
         if count == 0:
-            raise _ends_early()
+            raise ends_early(readers.storage(first), first.file)
         done += count
     os.lseek(target, position + nbytes, os.SEEK_SET)
     return True
-
-
-def _ends_early() -> UserError:
-    return UserError("a shard of BASE ends before its header says; it changed during the run or is truncated")
 
 
 def _convert(out: IO[bytes], tensor: OutTensor, readers: Readers) -> None:

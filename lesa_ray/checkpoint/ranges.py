@@ -69,7 +69,7 @@ def read_into(storage: Storage, name: str, start: int, view: memoryview) -> None
             while done < len(view):
                 count = file.readinto(view[done : done + _AT_ONCE])
                 if not count:
-                    raise _ends_early(storage, name)
+                    raise ends_early(storage, name)
                 done += count
         return
 
@@ -105,9 +105,10 @@ def read_ahead(storage: Storage, name: str, start: int, end: int) -> Iterator[by
 def _exactly(storage: Storage, name: str, start: int, end: int) -> bytes:
     data = storage.read(name, start, end)
     if len(data) != end - start:
-        raise _ends_early(storage, name)
+        raise ends_early(storage, name)
     return data
 
 
-def _ends_early(storage: Storage, name: str) -> UserError:
+def ends_early(storage: Storage, name: str) -> UserError:
+    """What is raised where a file is shorter than its header says."""
     return UserError(f"{storage.url}/{name}: ends before its header says; it changed during the run or is truncated")

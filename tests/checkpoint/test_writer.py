@@ -141,6 +141,17 @@ def test_a_unit_writes_what_was_planned_in_that_order_and_finite(tmp_path: Path)
         TensorFileWriter(file, planned).write("a", torch.full((2, 2), 1e6))
 
 
+@pytest.mark.parametrize("dtype", [None, "F16"], ids=["copied", "converted"])
+def test_a_source_that_was_cut_is_named(dtype: str | None, tmp_path: Path) -> None:
+    spans = source(tmp_path / "in", w=torch.randn(100, 30))
+    file = tmp_path / "in" / "source.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    shard = Shard("model.safetensors", (out_tensor("w", spans["w"], (100, 30), dtype),))
+    with pytest.raises(UserError, match=rf"{file}: ends before its header says"):
+        write_shard(Storage(str(tmp_path / "out")), shard)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_what_was_made_is_written_in_little_memory_beside_it(tmp_path: Path) -> None:
     """It is written while the next one is computed, on a host that may have room for little more."""
     made = {"w": torch.randn(3000, 500), "t": torch.randn(500, 3000).T, "v": torch.randn(7), "s": torch.tensor(2.0)}
