@@ -62,16 +62,10 @@ class Role(Enum):
     """gate, up, fc1, w1, w3, or fused: input side by attention output's plan, then rows by its own plan."""
     MLP_OUTPUT = "mlp output"
     """down, fc2, w2: rows by their own plan, input side as it is (the paper does not carry gate's plan here)."""
-    NORM_BEFORE_ATTENTION = "norm before attention"
-    """Mean of the two, weight and bias."""
     NORM_BEFORE_MLP = "norm before mlp"
     """Through ½(T_o + I), as its input is the residual stream plus attention's output; then the mean."""
     OTHER_VECTOR = "other vector"
     """The bias of a matrix goes through its matrix's plan like one more column; any other vector: the mean."""
-    OTHER_MATRIX = "other matrix"
-    """As attention input."""
-    AVERAGE = "average"
-    """The mean, of any shape: for rows whose order is meant (a router's experts), and for what is not 2-D."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ def fuse_layer(
     return Fused({name: fused[name] for name in roles}, solves)
 
 
-_ALIGNED = frozenset({Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_INPUT, Role.MLP_OUTPUT, Role.OTHER_MATRIX})
+_ALIGNED = frozenset({Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_INPUT, Role.MLP_OUTPUT})
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ ROLES = {
     "o.bias": Role.OTHER_VECTOR,
     "gate.weight": Role.MLP_INPUT,
     "down.weight": Role.MLP_OUTPUT,
-    "norm1.weight": Role.NORM_BEFORE_ATTENTION,
+    "norm1.weight": Role.OTHER_VECTOR,
     "norm2.weight": Role.NORM_BEFORE_MLP,
     "q_norm.weight": Role.OTHER_VECTOR,
 }
@@ -122,12 +122,12 @@ def test_permuted_rows_come_back_in_order_and_the_bias_with_them() -> None:
     upper = {"x.weight": draw(64, 48, seed=3), "x.bias": draw(64, seed=4)}  # rows about 10 apart
     weight, order = permuted(upper["x.weight"], seed=5)
     lower = {"x.weight": weight, "x.bias": upper["x.bias"][order]}
-    for role in (Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_OUTPUT, Role.OTHER_MATRIX):
+    for role in (Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_OUTPUT):
         fused = fuse_layer(lower, upper, {"x.weight": role, "x.bias": Role.OTHER_VECTOR}).tensors
         torch.testing.assert_close(fused["x.weight"], upper["x.weight"], rtol=0, atol=1e-5)
         torch.testing.assert_close(fused["x.bias"], upper["x.bias"], rtol=0, atol=1e-5)
-    plain = fuse_layer(lower, upper, {"x.weight": Role.AVERAGE, "x.bias": Role.AVERAGE}).tensors
-    assert torch.equal(plain["x.weight"], (lower["x.weight"] + upper["x.weight"]) / 2)
+    plain = fuse_layer(lower, upper, {"x.bias": Role.OTHER_VECTOR}).tensors
+    assert torch.equal(plain["x.bias"], (lower["x.bias"] + upper["x.bias"]) / 2)
 
 
 def test_with_marginals_left_in_the_result_is_half_the_upper_layer() -> None:
