@@ -30,6 +30,7 @@ from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError
+from lesa_ray.expansion.memory import INTERPRETER_BYTES
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
@@ -48,7 +49,6 @@ PASSED_ON = (
     "HF_HUB_OFFLINE",
 )
 """Environment variables of this process that tasks on a cluster get."""
-_INTERPRETER_BYTES = 600 * 2**20  # a worker with torch imported
 _BOARD_SECONDS = 30
 
 
@@ -182,7 +182,7 @@ class RayRunner:
 
     def run_units(self, expansion: Expansion, units: list[Unit], listener: Listener) -> dict[str, Any]:
         config = expansion.job.config
-        memory = {unit.name: unit.memory + _INTERPRETER_BYTES for unit in units}
+        memory = {unit.name: unit.memory + INTERPRETER_BYTES for unit in units}
         share = share_of_task(
             "a unit",
             len(units),

@@ -14,7 +14,7 @@ from typing import Any
 from lesa_ray.budget import require_budget
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
-from lesa_ray.expansion.memory import UNIT_SHARE
+from lesa_ray.expansion.memory import INTERPRETER_BYTES, UNIT_SHARE
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.schedule import Placed, Work, peak_memory, schedule
@@ -23,8 +23,6 @@ from lesa_ray.gpu import DEVICE_SHARE
 from lesa_ray.lesa.cost import require_host_memory, unit_cost
 from lesa_ray.lesa.rates import CPU_CORE, Rates, unit_seconds
 
-INTERPRETER_BYTES = 600 * 2**20
-"""A process with torch imported."""
 CUDA_BYTES = 2 * 2**30
 """What CUDA's libraries and its context add to it."""
 COPIER_BYTES = 150 * 2**20

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 UNIT_SHARE = 0.8
 """Of the free memory that one unit takes by default; the rest is for its worker's own and for the page cache."""
+INTERPRETER_BYTES = 600 * 2**20
+"""A process with torch imported, beside what a unit takes."""
 SCRATCH_VARIABLE = "LESA_RAY_SCRATCH"
 _CONTROL_GROUPS = (
     ("", "memory.max", "memory.current", ("inactive_file", "active_file")),  # version 2

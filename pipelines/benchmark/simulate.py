@@ -35,7 +35,8 @@ from rich.table import Table
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.distributed.expand import expand
 from lesa_ray.expansion.cluster_spec import ClusterSpec
-from lesa_ray.expansion.estimate import INTERPRETER_BYTES, Estimate, estimate
+from lesa_ray.expansion.estimate import Estimate, estimate
+from lesa_ray.expansion.memory import INTERPRETER_BYTES
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.lesa.predictor import Predictor, train
