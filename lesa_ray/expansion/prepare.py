@@ -274,11 +274,11 @@ def _old_tensors(job: Job, checkpoint: Checkpoint) -> list[OutTensor]:
 def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[OutTensor]:
     """The new layers' tensors, layer by layer, with the place of their bytes: base, unit's file, or nowhere (zeros)."""
     made: dict[str, Span] = {}
+    url = units_storage(job.config.out).url
     for unit in units:
         planned = unit_tensors(job, unit)
         offset = len(header_bytes(planned))
         for tensor in planned:
-            url = units_storage(job.config.out).url
             made[tensor.name] = Span(url, unit.file, offset, tensor.nbytes, tensor.dtype, tensor.name)
             offset += tensor.nbytes
     tensors = []
