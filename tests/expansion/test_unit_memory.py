@@ -76,7 +76,7 @@ def test_a_limit_of_the_process_own_group_or_of_one_around_it_counts(
 
 def test_a_unit_has_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1000))
-    assert [gpu_memory(share) for share in (None, 1, 0.25, 2)] == [1000, 1000, 250, 1000]
+    assert [gpu_memory(share) for share in (None, 1, 0.25)] == [1000, 1000, 250]
 
 
 def test_scratch_is_in_the_folder_that_the_machine_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
