@@ -128,6 +128,9 @@ def verify(
 def gc(
     store: Annotated[str, typer.Argument(metavar="STORE", help="An artifact store: a folder or an fsspec URL.")],
     yes: Annotated[bool, typer.Option("--yes", help="Remove it.")] = False,
+    older_than: Annotated[
+        float, typer.Option(metavar="DAYS", min=0, help="Only stages that no one has worked on for so many days.")
+    ] = 7.0,
     as_json: AsJson = False,
 ) -> None:
     """Show what was abandoned in an artifact store: unfinished stages no one works on, uploads never completed."""
@@ -138,7 +141,7 @@ def gc(
     from lesa_ray.store.garbage import find_garbage, remove
 
     opened = open_store(store)
-    found = find_garbage(opened)
+    found = find_garbage(opened, older_than)
     holder = f"gc on {socket.gethostname()}, process {os.getpid()}"
     removed = [one for one in found if remove(opened, one, holder)] if yes else []
     if as_json:
@@ -148,7 +151,7 @@ def gc(
         console.print(garbage_table(found), highlight=False)
     total = size(sum(one.nbytes for one in (removed if yes else found)))
     if not found:
-        said = "nothing was abandoned"
+        said = f"nothing was abandoned more than {older_than:g} days ago"
     else:
         said = f"{len(removed)} removed, {total}" if yes else f"{len(found)} abandoned, {total}; --yes removes them"
     sys.stderr.write(f"lesa-ray: {opened.url}: {said}\n")

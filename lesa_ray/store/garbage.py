@@ -1,11 +1,13 @@
 """What in a store was abandoned: unfinished stages that no one works on, and uploads to S3 that were never completed.
 
-Nothing is garbage that a lease holds or a record names. A stage is removed under its own lease, so that no fleet takes
-it up meanwhile; it would lose what an interrupted run had done, no more. Folders that no fleet began are left alone.
+Nothing is garbage that a lease holds or a record names, or that was worked on in the last days: a fleet that was
+interrupted or has failed lets go of its leases, and the same command goes on with what is there. A stage is removed
+under its own lease, so that no fleet takes it up meanwhile. Folders that no fleet began are left alone.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,13 +15,16 @@ from typing import Any, Literal
 
 from lesa_ray.checkpoint.s3_upload import http_status
 from lesa_ray.checkpoint.storage import WORK_DIR
-from lesa_ray.store.catalog import Store, lease_name
+from lesa_ray.store.catalog import Begun, Store, lease_name
 from lesa_ray.store.identity import parse_place
-from lesa_ray.store.record import walk
 from lesa_ray.store.register import outages
 
 _UPLOAD_AGE_SECONDS = 24 * 3600.0
 """Uploads that belong to no stage may be some other program's; they count as abandoned after a day."""
+
+
+_TIMES = ("LastModified", "last_modified", "mtime")
+"""What filesystems call the time at which a file was written."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class Garbage:
     detail: str
 
 
-def find_garbage(store: Store) -> list[Garbage]:
-    """What `remove` would take away. Raises: MachineError."""
-    stages = [
-        Garbage("stage", one.place, sum(walk(store.folder(one.place)).values()), one.failure or f"begun {one.since}")
-        for one in store.unfinished()
-        if store.worker(one.identity) is None
-    ]
+def find_garbage(store: Store, days: float = 7.0) -> list[Garbage]:
+    """What `remove` would take away; of stages those nobody has worked on for so many days. Raises: MachineError."""
+    stages = []
+    for one in store.unfinished():
+        if _age(_since(one)) < days or store.worker(one.identity) is not None:
+            continue
+        nbytes, written = _files(store, one.place)
+        if _age(written) >= days:
+            stages.append(Garbage("stage", one.place, nbytes, one.failure or f"begun {one.since}"))
     return [*stages, *_uploads(store)]
 
 
@@ -66,6 +73,27 @@ def remove(store: Store, garbage: Garbage, holder: str) -> bool:
     finally:
         lease.release()
     return True
+
+
+def _since(begun: Begun) -> float:
+    """When work on a stage last began or was stopped, in seconds of the clock of who noted it."""
+    return datetime.fromisoformat(begun.since).timestamp()
+
+
+def _files(store: Store, place: str) -> tuple[int, float]:
+    """Bytes below a stage's folder, and when the newest of its files was written, as the store tells it; 0 if it tells
+    no times, or there is no file."""
+    folder = store.folder(place)
+    with outages(folder):
+        found = folder.fs.find(folder.root, detail=True).values()
+    times = (next((info[name] for name in _TIMES if info.get(name)), 0.0) for info in found)
+    newest = max((at.timestamp() if isinstance(at, datetime) else float(at) for at in times), default=0.0)
+    return sum(int(info["size"] or 0) for info in found), newest
+
+
+def _age(seconds: float) -> float:
+    """Days since a time."""
+    return (time.time() - seconds) / 86400
 
 
 def _uploads(store: Store) -> Iterator[Garbage]:

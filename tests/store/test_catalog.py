@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -105,23 +107,40 @@ def test_garbage_is_what_no_one_works_on(place: str) -> None:
     lease = store.lease(held, "me")
     assert lease is not None
     Storage(f"{place}/expand/by-hand").write("mine", b"1")
-    found = find_garbage(store)
+    assert find_garbage(store) == []  # the fleet that let go of it may go on
+    found = find_garbage(store, days=0)
     assert [(one.kind, one.name, one.nbytes) for one in found] == [("stage", left.place("x"), 1500)]
     assert remove(store, found[0], "gc")
     assert not remove(store, found[0], "gc")
-    assert find_garbage(store) == []
+    assert find_garbage(store, days=0) == []
     assert store.folder(left.place("x")).is_empty()
     assert not store.folder(held.place("x")).is_empty()
     assert store.record(made) is not None
     assert Storage(f"{place}/expand/by-hand").read("mine") == b"1"
     lease.release()
-    taken = find_garbage(store)
+    taken = find_garbage(store, days=0)
     assert [one.name for one in taken] == [held.place("x")]
     lease = store.lease(held, "a fleet that goes on with it")
     assert not remove(store, taken[0], "gc")
     assert not store.folder(held.place("x")).is_empty()
     assert lease is not None
     lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_a_stage_is_as_old_as_the_last_that_was_done_with_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was begun ten days ago, and trained until now."""
+    store = Store(place)
+    with monkeypatch.context() as earlier:
+        before = (datetime.now(UTC) - timedelta(days=10)).isoformat()
+        earlier.setattr(catalog, "utc_now", lambda: before)
+        trained, empty = (begin(store, dataclasses.replace(STAGE, code=code), "x", {}) for code in ("trained", "empty"))
+    store.folder(trained).write("training/checkpoints/step-1", bytes(10))
+    assert [one.name for one in find_garbage(store)] == [empty]
+    assert [one.name for one in find_garbage(store, days=11)] == []
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 8 * 86400)
+    assert {one.name for one in find_garbage(store)} == {empty, trained}
 
 
 @pytest.mark.timeout(60)
@@ -187,11 +206,12 @@ def test_the_commands_and_their_exit_codes(tmp_path: Path, run: Callable[..., tu
     code, _, err = run("verify", f"{store.url}/{left}")
     assert code == 2
     assert "holds no finished stage" in err
-    code, out, _ = run("gc", store.url, "--json")
+    assert "nothing was abandoned more than 7 days ago" in run("gc", store.url, "--yes")[2]
+    code, out, _ = run("gc", store.url, "--older-than", "0", "--json")
     assert (code, [one["name"] for one in json.loads(out)["abandoned"]]) == (0, [left])
-    assert "--yes removes them" in run("gc", store.url)[2]
+    assert "--yes removes them" in run("gc", store.url, "--older-than", "0")[2]
     assert not store.folder(left).is_empty()
-    code, out, _ = run("gc", store.url, "--yes", "--json")
+    code, out, _ = run("gc", store.url, "--older-than", "0", "--yes", "--json")
     assert (code, json.loads(out)["removed"]) == (0, [left])
     assert store.folder(left).is_empty()
     assert run("gc", str(tmp_path / "nothing"))[0] == 2
