@@ -14,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ from lesa_ray.faults import explain, reaching
 from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount, GraphConfig
 from lesa_ray.fleet.stages import Stage
-from lesa_ray.fleet.state import Outcome, leave_plan, look
+from lesa_ray.fleet.state import THREADS, Outcome, Standing, leave_plan, look
 from lesa_ray.interrupt import sigterm_interrupts
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.lease import Lease
@@ -152,7 +153,8 @@ class _Fleet:
             for stage in self._waiting.values()
             if all(need in self._places for need in stage.needs) and self._later.get(stage.id, 0.0) <= now
         ]
-        ready = [stage for stage in ready if not self._is_settled(stage)]
+        looks = self._look_at(ready)
+        ready = [stage for stage in ready if stage.id not in looks or not self._is_settled(stage, looks[stage.id])]
         if not ready:
             return
         self._connect()
@@ -164,13 +166,19 @@ class _Fleet:
             with self._store_faults(stage):
                 self._begin(stage, amounts[stage.id])
 
-    def _is_settled(self, stage: Stage) -> bool:
+    def _look_at(self, stages: Sequence[Stage]) -> dict[str, Future[Standing]]:
+        """Looks at stages, by their ids; not at those that wait for room and were looked at just now: they are looked
+        at again when they have their leases."""
+        now = time.monotonic()
+        due = [s for s in stages if now - self._looked.get(s.id, -_LOOK_SECONDS) >= _LOOK_SECONDS]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return {s.id: pool.submit(look, self._store, s.identity, s.label) for s in due if s.identity is not None}
+
+    def _is_settled(self, stage: Stage, looked: Future[Standing]) -> bool:
         """Whether a stage turned out to be finished, or another fleet's to finish for now."""
         assert stage.identity is not None
-        if time.monotonic() - self._looked.get(stage.id, -_LOOK_SECONDS) < _LOOK_SECONDS:
-            return False  # it waits for room; it is looked at again when it has its lease
         with self._store_faults(stage):
-            standing = look(self._store, stage.identity, stage.label)
+            standing = looked.result()
             self._looked[stage.id] = time.monotonic()
             self._faults.pop(stage.id, None)
             if standing.state == "complete":

@@ -7,8 +7,9 @@ store when it was last started, so it needs neither the checkpoints nor the data
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lesa_ray.errors import UserError
@@ -21,6 +22,9 @@ from lesa_ray.store.record import Record
 
 State = Literal["complete", "running", "failed", "waiting", "unknown"]
 How = Literal["made", "complete", "failed", "skipped"]
+
+THREADS = 8
+"""That look at stages, as most of a look is waiting for the store."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Outcome:
 
 
 def look(store: Store, identity: Identity, label: str) -> Standing:
-    """Where a stage stands now. Raises: MachineError if the store does not answer; UserError if its record is bad."""
+    """Where a stage stands now; of one that waits not why, as that takes many reads and a fleet looks all the time.
+
+    Raises: MachineError if the store does not answer; UserError if its record is bad."""
     place, record = store.locate(identity, label)
     name = f"{identity.kind}/{label}"
     if record is not None:
@@ -58,7 +64,7 @@ def look(store: Store, identity: Identity, label: str) -> Standing:
     begun = store.begun(place)
     if begun is not None and begun.failure:
         return Standing(name, place, "failed", begun.failure)
-    return Standing(name, place, "waiting", store.why(identity, label))
+    return Standing(name, place, "waiting", "")
 
 
 def look_at_all(store: Store, stages: Iterable[Stage]) -> list[Standing]:
@@ -66,7 +72,7 @@ def look_at_all(store: Store, stages: Iterable[Stage]) -> list[Standing]:
 
     Raises: UserError if the store cannot be read; MachineError if it does not answer."""
     with reaching(f"store {store.url}"):
-        return [_standing(store, stage.kind, stage.label, stage.identity, stage.problem) for stage in stages]
+        return _standings(store, [(stage.kind, stage.label, stage.identity, stage.problem) for stage in stages])
 
 
 def leave_plan(store: Store, config: GraphConfig, stages: Iterable[Stage]) -> None:
@@ -90,18 +96,27 @@ def status(store: Store, config: GraphConfig) -> tuple[list[Standing], dict[str,
     content = store.read_plan(config.what, config.name)
     if content is None:
         raise UserError(f"{config.what} {config.name}: was never started on {store.url}; give the command FILE alone")
-    standings = []
-    for stage in content["stages"]:
-        identity = stage["identity"] and Identity.from_content(stage["identity"])
-        standings.append(_standing(store, stage["kind"], stage["label"], identity, stage["problem"]))
+    stages = content["stages"]
+    identities = [stage["identity"] and Identity.from_content(stage["identity"]) for stage in stages]
+    standings = _standings(
+        store, [(s["kind"], s["label"], identity, s["problem"]) for s, identity in zip(stages, identities, strict=True)]
+    )
     facts = {"started": content["started"], "file_changed": content["file"] != file_digest(config)}
     return standings, facts
 
 
-def _standing(store: Store, kind: str, label: str, identity: Identity | None, problem: str | None) -> Standing:
-    if identity is None:
-        return Standing(f"{kind}/{label}", "", "unknown", problem or "")
-    return look(store, identity, label)
+def _standings(store: Store, stages: Sequence[tuple[str, str, Identity | None, str | None]]) -> list[Standing]:
+    """Where stages stand, and why those that wait have to be made. stages: kind, label, identity, problem of each."""
+
+    def standing(stage: tuple[str, str, Identity | None, str | None]) -> Standing:
+        kind, label, identity, problem = stage
+        if identity is None:
+            return Standing(f"{kind}/{label}", "", "unknown", problem or "")
+        found = look(store, identity, label)
+        return replace(found, why=store.why(identity, label)) if found.state == "waiting" else found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(standing, stages))
 
 
 def file_digest(config: GraphConfig) -> str:

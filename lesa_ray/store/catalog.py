@@ -13,7 +13,7 @@ result. Whether a stage is finished is asked of its record, never of a listing, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,14 +66,16 @@ class Store:
         return record if record is not None and place.endswith(f"-{record['digest'][:12]}") else None
 
     def locate(self, identity: Identity, label: str) -> tuple[str, Record | None]:
-        """The place of a stage, and its record if it is finished; under another label if that was there first."""
+        """The place of a stage, and its record if it is finished; under another label if that was there first.
+
+        Raises: UserError if the record at its own place cannot be read."""
         place = identity.place(label)
         record = self.record(place)
         if record is not None:
             return place, record
         for other, _, digest in self._places(identity.kind):
             if digest == identity.digest[:12] and other != place:
-                record = self.record(other)
+                record = self._readable(other)
                 if record is not None and record["digest"] == identity.digest:
                     return other, record
         return place, None
@@ -83,16 +85,21 @@ class Store:
 
         A record that cannot be read is passed over here; `verify` says what is wrong with it."""
         places = [place for one in ((kind,) if kind else KINDS) for place, _, _ in self._places(one)]
+        return self._in_order(places)
 
-        def read(place: str) -> tuple[str, Record | None]:
-            try:
-                return place, self.record(place)
-            except UserError:
-                return place, None
-
+    def _in_order(self, places: Sequence[str]) -> list[tuple[str, Record]]:
+        """The records that can be read, with their places, in the order in which the stages were started."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = [(place, record) for place, record in pool.map(read, places) if record is not None]
+            records = zip(places, pool.map(self._readable, places), strict=True)
+            found = [(place, record) for place, record in records if record is not None]
         return sorted(found, key=lambda item: item[1]["started"])
+
+    def _readable(self, place: str) -> Record | None:
+        """The record of a finished stage, unless it is damaged or of another format."""
+        try:
+            return self.record(place)
+        except UserError:
+            return None
 
     def lease(self, identity: Identity, holder: str) -> Lease | None:
         """The right to work on a stage, or None if someone has it."""
@@ -117,15 +124,23 @@ class Store:
             return None
 
     def unfinished(self) -> list[Begun]:
-        """All stages that were begun and are not finished."""
+        """All stages that were begun and are not finished. One whose record cannot be read was finished."""
         places = [
             f"{kind}/{name.removesuffix('.json')}"
             for kind in KINDS
             for name in self.control.within(f"begun/{kind}").list()
             if name.endswith(".json") and parse_place(f"{kind}/{name.removesuffix('.json')}")
         ]
+
+        def is_finished(place: str) -> bool:
+            try:
+                return self.record(place) is not None
+            except UserError:
+                return True
+
         with ThreadPoolExecutor(_THREADS) as pool:
-            return [one for one in pool.map(self.begun, places) if one is not None and self.record(one.place) is None]
+            found = zip(pool.map(self.begun, places), pool.map(is_finished, places), strict=True)
+            return [one for one, finished in found if one is not None and not finished]
 
     def finish(self, place: str, record: Record) -> None:
         """Make a stage a finished one. To be called with its lease."""
@@ -137,14 +152,13 @@ class Store:
         self.control.remove(_begun(place))
 
     def why(self, identity: Identity, label: str) -> str:
-        """Why a stage that is not finished has to be made."""
+        """Why a stage that is not finished has to be made. This reads all records that have its label."""
         if self.begun(identity.place(label)) is not None:
             return "was interrupted, goes on"
-        same = (place for place, other, _ in self._places(identity.kind) if other == label)
-        earlier = [record for record in map(self.record, same) if record is not None]
+        earlier = self._in_order([place for place, other, _ in self._places(identity.kind) if other == label])
         if not earlier:
             return "new"
-        latest = max(earlier, key=lambda record: record["started"])
+        _, latest = earlier[-1]
         return difference(Identity.from_content(latest["identity"]), identity)
 
     def _places(self, kind: str) -> Iterator[tuple[str, str, str]]:

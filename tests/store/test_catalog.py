@@ -16,6 +16,7 @@ import pytest
 
 from lesa_ray import UserError, cli
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.fleet.state import look
 from lesa_ray.store import catalog, garbage
 from lesa_ray.store.catalog import Store, find_run, open_store
 from lesa_ray.store.garbage import find_garbage, remove
@@ -72,6 +73,30 @@ def test_why_compares_with_the_latest_of_the_same_label(tmp_path: Path) -> None:
     assert store.why(changed, "x") == "code version changed: 0.2.0 → 0.1.0"
     assert store.why(changed, "y") == "new"
     assert store.why(dataclasses.replace(STAGE, kind="pretrain"), "x") == "new"
+
+
+@pytest.mark.parametrize("content", [b'{"format": 2}', b'{"format": 1, "label": "x", "digest": "'])
+def test_a_record_that_cannot_be_read_is_no_earlier_one(content: bytes, tmp_path: Path) -> None:
+    """As a later version, or a file system after a power failure, may leave it."""
+    store = Store(str(tmp_path))
+    begin(store, STAGE, "x", {RECORD_FILE: content})
+    changed = dataclasses.replace(STAGE, code="0.2.0")
+    assert store.why(changed, "x") == "new"
+    assert store.locate(changed, "x") == (changed.place("x"), None)
+    assert store.locate(STAGE, "y") == (STAGE.place("y"), None)
+    with pytest.raises(UserError, match=r"stage.json: is"):
+        store.locate(STAGE, "x")
+    assert find_garbage(store, days=0) == []  # whatever it is, it was finished
+
+
+def test_a_look_at_a_stage_reads_nothing_of_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fleet looks at every stage that waits, all the time; why it is made is asked once."""
+    store, read = Store(str(tmp_path)), []
+    for number in range(5):
+        make(store, dataclasses.replace(STAGE, code=str(number)))
+    monkeypatch.setattr(catalog, "read_record", lambda storage: read.append(storage.url))
+    assert look(store, STAGE, "x").state == "waiting"
+    assert read == [store.folder(STAGE.place("x")).url]
 
 
 def test_a_record_that_was_copied_in_makes_nothing_finished(tmp_path: Path) -> None:
