@@ -17,10 +17,12 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import MachineError
+from lesa_ray.faults import is_outage
 from lesa_ray.store.process import holder_is_alive
 from lesa_ray.store.register import Unchanged, stamp
 
@@ -28,12 +30,35 @@ _LOOKS = 50
 _PAUSE_SECONDS = 0.2
 
 
+class StoreClock:
+    """The time of a store that does not tell it: when a file was written there just now, and what has passed since."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._ahead: float | None = None
+
+    def age(self, modified: datetime) -> float:
+        """Seconds since then; 0 if the store's time cannot be found out, as by who may not write."""
+        if self._ahead is None:
+            name = f".clock-{uuid.uuid4().hex}"
+            try:
+                self._storage.write(name, b"0")
+                written: datetime = self._storage.fs.modified(self._storage.path(name))
+                self._storage.remove(name)
+            except Exception as error:  # each backend has its own class for "no access"
+                if isinstance(error, MachineError) or is_outage(error):
+                    raise
+                return 0.0
+            self._ahead = written.timestamp() - time.monotonic()
+        return max(0.0, self._ahead + time.monotonic() - modified.timestamp())
+
+
 class Claims:
     """The claims on one thing: a folder of small files."""
 
-    def __init__(self, storage: Storage, slack: float, unchanged: Unchanged) -> None:
+    def __init__(self, storage: Storage, slack: float, unchanged: Unchanged, clock: StoreClock) -> None:
         """slack: seconds that the storage's times may be coarse by. unchanged: what this observer has seen so far."""
-        self._storage, self._slack, self._unchanged = storage, slack, unchanged
+        self._storage, self._slack, self._unchanged, self._clock = storage, slack, unchanged, clock
         self.id = uuid.uuid4().hex
         self._own: set[str] = set()
 
@@ -113,5 +138,4 @@ class Claims:
             if found is None:
                 raise FileNotFoundError(file)
             return found[1]
-        modified: datetime = self._storage.fs.modified(self._storage.path(file))
-        return max(0.0, (datetime.now(UTC) - modified.astimezone(UTC)).total_seconds())
+        return self._clock.age(self._storage.fs.modified(self._storage.path(file)))

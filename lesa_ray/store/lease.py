@@ -35,9 +35,9 @@ from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
-from lesa_ray.store.claims import Claims
+from lesa_ray.store.claims import Claims, StoreClock
 from lesa_ray.store.process import HERE, Process, holder_is_alive, this_process
-from lesa_ray.store.register import LocalRegister, Register, Seen, Unchanged, register_of
+from lesa_ray.store.register import LocalRegister, Register, Seen, Unchanged, noted_conditions, register_of
 
 TERM_SECONDS = 120.0
 _SLACK_SECONDS = 1.0  # S3 tells times in whole seconds
@@ -113,7 +113,7 @@ class Leases:
     def __init__(self, control: Storage, term: float = TERM_SECONDS) -> None:
         """control: the store's folder for such things. term: seconds after which the lease of a dead holder is free."""
         self._control, self._storage, self._term = control, control.within("leases"), term
-        self._unchanged = Unchanged()
+        self._unchanged, self._clock = Unchanged(), StoreClock(self._storage)
         self._chosen: Register | None = None
         self._knows = False
 
@@ -158,14 +158,17 @@ class Leases:
         return None if held is None else str(held["holder"])
 
     def _held(self, name: str) -> dict[str, Any] | None:
-        """What the holder of a lease says of itself; None if no one has it."""
+        """What the holder of a lease says of itself; None if no one has it. Nothing is written: who only looks may have
+        no right to."""
+        if not self._knows and self._storage.is_s3 and noted_conditions(self._control) is None:
+            return None
         if self._register is None:
             return self._claims(name).held()
         seen = self._register.read(f"{name}.json")
         return json.loads(seen.data) if seen is not None and self._is_live(name, seen) else None
 
     def _claims(self, name: str) -> Claims:
-        return Claims(self._storage.within(name), _SLACK_SECONDS, self._unchanged)
+        return Claims(self._storage.within(name), _SLACK_SECONDS, self._unchanged, self._clock)
 
     def _is_live(self, name: str, seen: Seen) -> bool:
         content = json.loads(seen.data)

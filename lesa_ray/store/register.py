@@ -7,7 +7,8 @@ How old a file is, is told by one clock, that of the storage: a process whose ow
   when the process that had it dies.
 - S3: `If-None-Match: *` creates, `If-Match: ETag` replaces (AWS since November 2024, MinIO, Ceph, R2). A server that
   does not know the headers ignores them and writes: `honours_conditions` finds out by trying, and leaves the answer in
-  the store, since all who share a store must go by the same rule. Such stores get `lesa_ray.store.claims`.
+  the store before the first lease, since all who share a store must go by the same rule. Such stores get
+  `lesa_ray.store.claims`.
 """
 
 from __future__ import annotations
@@ -167,10 +168,8 @@ def honours_conditions(control: Storage) -> bool:
     """Whether an S3 server refuses a conditional write whose condition does not hold; found out once for a store.
 
     Raises: MachineError if it does not answer."""
-    try:
-        return bool(json.loads(control.read(CONDITIONS_FILE))["honoured"])
-    except (FileNotFoundError, ValueError, KeyError):
-        pass
+    if (noted := noted_conditions(control)) is not None:
+        return noted
     name = f"probe-{uuid.uuid4().hex}"
     with outages(control):
         try:
@@ -180,15 +179,30 @@ def honours_conditions(control: Storage) -> bool:
         except OSError as error:
             if http_status(error) not in _UNKNOWN:
                 raise
+            put(control, name, b"1")  # refused, too, where it is not the condition that was (credentials that ran out)
             honoured = False
-    control.remove(name)
-    control.write(CONDITIONS_FILE, (json.dumps({"honoured": honoured}) + "\n").encode())
-    return honoured
+        control.remove(name)
+        answer = (json.dumps({"honoured": honoured}) + "\n").encode()
+        if not honoured:
+            if noted_conditions(control) is None:
+                control.write(CONDITIONS_FILE, answer)
+        elif _is_refused(control, CONDITIONS_FILE, answer, IfNoneMatch="*") and noted_conditions(control) is None:
+            control.write(CONDITIONS_FILE, answer)  # what was there could not be read
+    noted = noted_conditions(control)  # of several who find out at the same time one answers for all
+    return honoured if noted is None else noted
 
 
-def _is_refused(storage: Storage, name: str, **condition: str) -> bool:
+def noted_conditions(control: Storage) -> bool | None:
+    """What was found out about an S3 server; None if nothing is noted, so that nobody has got a lease there yet."""
     try:
-        put(storage, name, b"2", **condition)
+        return bool(json.loads(control.read(CONDITIONS_FILE))["honoured"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _is_refused(storage: Storage, name: str, data: bytes = b"2", **condition: str) -> bool:
+    try:
+        put(storage, name, data, **condition)
     except OSError as error:
         if http_status(error) in _REFUSED:
             return True

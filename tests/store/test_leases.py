@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from s3fs import S3FileSystem
 
 from lesa_ray import MachineError
 from lesa_ray.checkpoint.storage import Storage
@@ -19,6 +22,7 @@ from lesa_ray.store import process, register
 from lesa_ray.store.claims import Claims
 from lesa_ray.store.lease import Lease, Leases
 from lesa_ray.store.process import Process, is_alive, this_process
+from tests.moody import Moody
 from tests.waiting import until
 
 RACER = """
@@ -363,4 +367,60 @@ def test_what_a_store_can_do_is_found_out_once(place: str) -> None:
     assert (found is not None) == honoured
     assert list(control.list()) == [register.CONDITIONS_FILE]  # nothing is left of the trial
     control.write(register.CONDITIONS_FILE, b'{"honoured": false}')
+    assert not register.honours_conditions(control)
     assert register.register_of(control.within("leases"), control) is None  # all go by what is noted
+
+
+@pytest.mark.timeout(60)
+def test_who_only_looks_writes_nothing(place: str) -> None:
+    """As `fleet --dry-run` with keys that may not write."""
+    control = Storage(f"{place}/control")
+    assert Leases(control).holder("thing") is None
+    assert not control.list()
+    lease = Leases(control).acquire("thing", "me")
+    assert Leases(control).holder("thing") == "me"
+    assert lease is not None
+    lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_a_refusal_of_something_else_says_nothing_of_the_store(
+    conditional: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that ran out are a 400, as may be a condition that a server does not know."""
+    moody = Moody(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moody.url)
+    S3FileSystem.clear_instance_cache()
+    refusal = 400, b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>It has expired.</Message></Error>"
+    try:
+        control = Storage(f"{conditional}/control")
+        moody.answers = lambda request, headers: refusal if request.startswith("PUT") else None
+        with pytest.raises(OSError, match="expired"):
+            register.honours_conditions(control)
+        moody.answers = lambda request, headers: refusal if "If-None-Match" in headers else None
+        assert not control.list()
+        assert not register.honours_conditions(control)
+        moody.answers = lambda request, headers: None
+        assert list(control.list()) == [register.CONDITIONS_FILE]
+        assert not register.honours_conditions(control)
+    finally:
+        moody.stop()
+
+
+@pytest.mark.timeout(30)
+def test_claims_grow_old_by_the_clock_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is eleven days behind that of this machine."""
+
+    def modified(_: object, path: str) -> datetime:
+        return datetime.fromtimestamp(os.stat(path).st_mtime - 1e6, UTC)
+
+    monkeypatch.setattr(LocalFileSystem, "modified", modified)
+    here, there = (Leases(Storage(str(tmp_path)), 30) for _ in range(2))
+    here._knows = there._knows = True
+    lease = here.acquire("thing", "me")
+    assert lease is not None
+    assert there.holder("thing") == "me"
+    assert there.acquire("thing", "another") is None
+    lease.release()
+    assert there.acquire("thing", "another") is not None
+    assert len(list(tmp_path.rglob(".clock*"))) == 0
