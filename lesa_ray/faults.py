@@ -14,6 +14,7 @@ from lesa_ray.errors import MachineError, UserError
 
 _STORAGE_MODULES = frozenset(
     {"botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "httpx2", "requests"}
+    | {"gcsfs", "google.auth", "google.api_core", "adlfs", "azure"}
 )
 _OUTAGE_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ETIMEDOUT})
 """As s3fs translates 503 SlowDown, 500 InternalError and RequestTimeout."""
@@ -44,8 +45,8 @@ def _status(error: BaseException | None) -> int:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    else:  # aiohttp; requests and httpx
-        status = getattr(error, "status", None) or getattr(response, "status_code", 0)
+    else:  # aiohttp; requests and httpx; gcsfs and google's clients
+        status = getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", 0)
     return status if isinstance(status, int) else 0
 
 
@@ -56,7 +57,8 @@ def _is_disk(error: BaseException) -> bool:
 
 def is_fault(error: BaseException) -> bool:
     """Whether an error is the machine's or its storage's, whatever that is, and not the program's."""
-    if isinstance(error, OSError | MachineError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+    parts = type(error).__module__.split(".")
+    if isinstance(error, OSError | MachineError) or _STORAGE_MODULES & {parts[0], ".".join(parts[:2])}:
         return True
     of_ray = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "ray.exceptions"}
     return "RayError" in of_ray and "RayTaskError" not in of_ray  # that is whatever a task raised
