@@ -170,18 +170,8 @@ def honours_conditions(control: Storage) -> bool:
     Raises: MachineError if it does not answer."""
     if (noted := noted_conditions(control)) is not None:
         return noted
-    name = f"probe-{uuid.uuid4().hex}"
     with outages(control):
-        try:
-            version = put(control, name, b"1", IfNoneMatch="*")
-            refuses = _is_refused(control, name, IfNoneMatch="*") and _is_refused(control, name, IfMatch='"0"')
-            honoured = refuses and not _is_refused(control, name, IfMatch=version)
-        except OSError as error:
-            if http_status(error) not in _UNKNOWN:
-                raise
-            put(control, name, b"1")  # refused, too, where it is not the condition that was (credentials that ran out)
-            honoured = False
-        control.remove(name)
+        honoured = any(_try_conditions(control) for _ in range(2))  # once more, as a 400 may be of something else
         answer = (json.dumps({"honoured": honoured}) + "\n").encode()
         if not honoured:
             if noted_conditions(control) is None:
@@ -190,6 +180,21 @@ def honours_conditions(control: Storage) -> bool:
             control.write(CONDITIONS_FILE, answer)  # what was there could not be read
     noted = noted_conditions(control)  # of several who find out at the same time one answers for all
     return honoured if noted is None else noted
+
+
+def _try_conditions(control: Storage) -> bool:
+    """Whether conditions that do not hold are refused, and those that hold are not."""
+    name = f"probe-{uuid.uuid4().hex}"
+    try:
+        version = put(control, name, b"1", IfNoneMatch="*")
+        refuses = _is_refused(control, name, IfNoneMatch="*") and _is_refused(control, name, IfMatch='"0"')
+        return refuses and not _is_refused(control, name, IfMatch=version)
+    except OSError as error:
+        if http_status(error) not in _UNKNOWN:
+            raise
+        return False
+    finally:
+        control.remove(name)
 
 
 def noted_conditions(control: Storage) -> bool | None:
