@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant
         with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
             asked = config.to_tokenize(blocks.url)
             if not _are_made(asked):
-                manifest = tokenize(asked, listener).blocks.manifest
+                manifest = tokenize(asked, listener, tenant=tenant).blocks.manifest
                 if bad := manifest["bad_rows"]:
                     log.warning(
                         "%s rows left out, as they are wrong; the first: %s", bad, manifest["first_bad_rows"][0]

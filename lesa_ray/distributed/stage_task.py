@@ -76,7 +76,7 @@ def _run(settings: Settings, listener: Listener) -> dict[str, Any]:
     if isinstance(settings, TokenizeConfig):
         from lesa_ray.distributed.tokenize import tokenize
 
-        blocks = tokenize(settings, listener).blocks
+        blocks = tokenize(settings, listener, tenant=Guarded()).blocks
         return {"train_tokens": blocks.train.tokens, "heldout_rows": blocks.heldout.rows, "digest": blocks.digest}
     if isinstance(settings, FinetuneConfig):
         from lesa_ray.distributed.finetune import finetune

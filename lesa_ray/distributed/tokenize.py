@@ -18,7 +18,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -27,15 +27,17 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
+from lesa_ray.checkpoint.mark import LEASE_DIR
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault, reaching
 from lesa_ray.training import layout, pieces, sources, tokens
-from lesa_ray.training.block_folder import STOP, abandon, claim, finish, finished_pieces, out_state, prepare
+from lesa_ray.training.block_folder import STOP, Run, abandon, claim, finish, finished_pieces, out_state, prepare
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.layout import Layout, Written
 from lesa_ray.training.pieces import Job, PieceRecord
@@ -60,9 +62,10 @@ class Tokenized:
     """An interrupted run was taken up."""
 
 
-def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokenized:
+def tokenize(config: TokenizeConfig, listener: Listener | None = None, *, tenant: Tenant | None = None) -> Tokenized:
     """Make token blocks of text or conversations.
 
+    tenant: who may work at OUT, if the caller has seen to it; by default this call does.
     Raises: UserError for wrong input, with nothing left behind; KeptError for rows that are wrong, found when others
     were done: those stay; MachineError for a fault. After both the same call goes on."""
     listener = listener or Silent()
@@ -74,6 +77,18 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
     run = prepare(config)
     with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(storage, run)
+    if state == "done":
+        storage.remove_tree(WORK_DIR)
+        return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
+    with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
+        return _work(config, run, listener, tenant, begin)
+
+
+def _work(config: TokenizeConfig, run: Run, listener: Listener, tenant: Tenant, begin: float) -> Tokenized:
+    """The token blocks, at an OUT where nobody else works."""
+    storage = Storage(config.out)
+    with reaching(f"OUT {config.out}", "cannot be written"):
+        state = out_state(storage, run)  # as whoever was at work there until now left it
     if state == "done":
         storage.remove_tree(WORK_DIR)
         return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
@@ -98,7 +113,9 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None) -> Tokeni
     except KeptError:
         raise
     except UserError:
-        abandon(storage)
+        with suppress(MachineError):  # someone else's to go on with by now
+            tenant.confirm()
+            abandon(storage)
         raise
     except Exception as error:
         if is_fault(error):

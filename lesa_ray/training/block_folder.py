@@ -20,7 +20,7 @@ from itertools import chain, islice
 from typing import Any, Literal
 
 from lesa_ray import __version__
-from lesa_ray.checkpoint.mark import mark, marked_by, read_mark
+from lesa_ray.checkpoint.mark import is_free, mark, marked_by, read_mark
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
@@ -142,7 +142,7 @@ def check_out(data: str, out: str) -> None:
 
 def out_state(storage: Storage, run: Run) -> State:
     """What OUT is to this run: fresh, resume or done. Raises: UserError if it holds anything else."""
-    if storage.is_empty():
+    if is_free(storage):
         return "fresh"
     where = f"OUT {run.config.out}"
     manifest = read_manifest(storage)

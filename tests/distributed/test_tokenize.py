@@ -26,6 +26,7 @@ from lesa_ray.config import load_settings
 from lesa_ray.distributed import tokenize as module
 from lesa_ray.distributed.tokenize import Tokenized, tokenize
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.runner import Silent
 from lesa_ray.report.data import token_lines
 from lesa_ray.training import layout, sources, tokens
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -317,6 +318,22 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
         patch.setattr(module, "_TRIES", 1)
         with pytest.raises(MachineError, match="no space left on the device"):
             list(module._run_all(job, full, range(1)))
+
+
+def test_who_comes_second_harms_nothing_of_whom_is_at_work(
+    corpus: tuple[str, list[str]], gpt2: str, tmp_path: Path, run: Callable[..., Tokenized]
+) -> None:
+    """Both would write the same; but one that gives up removes all of it."""
+
+    class Visited(Silent):
+        def phase(self, name: str, total: float) -> None:
+            if name in ("tokenising", "writing rows"):
+                with pytest.raises(MachineError, match=rf"OUT .*: process {os.getpid()} on .* is at work on it"):
+                    run(f"{corpus[0]}/a*", gpt2)
+
+    assert not run(f"{corpus[0]}/a*", gpt2, Visited()).resumed
+    assert not (tmp_path / "out/.lesa-ray").exists()
+    assert run(f"{corpus[0]}/a*", gpt2).reused
 
 
 @pytest.mark.parametrize(
