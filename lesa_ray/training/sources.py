@@ -8,8 +8,8 @@ Decides
 - Folders are searched to the bottom, linked ones too, hidden files left out; the order is that of the sources, then of
   the paths. What says something of a data set (README.md, LICENSE.txt, …) is no part of it: it is left out where rows
   lie beside or below it, unless it is named itself. Files of unknown kinds are left out, too; all these are counted.
-- A name that is no path here is one of the hub. Its revision is pinned when a run begins, and each task streams its
-  shards, so nothing is kept on disk.
+- A name that is no path here is one of the hub, `name@revision` (a commit, tag or branch) a certain one. Its commit is
+  pinned when a run begins, and each task streams its shards, so nothing is kept on disk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 _PACKINGS = frozenset({"gz", "zst", "bz2", "xz", "lz4", "zip"})
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,15 @@ def _hub_source(name: str, config: str | None, split: str, revision: str | None)
             "`lesa-ray[data]`"
         ) from None
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    repository, _, asked = name.partition("@")
     try:
-        revision = revision or HfApi().dataset_info(name).sha or "main"
-        return Source(name, 0, revision, name, shards=open_dataset(name, config, split, revision).num_shards)
+        revision = revision or HfApi().dataset_info(repository, revision=asked or None).sha or asked or "main"
+        shards = open_dataset(repository, config, split, revision).num_shards
+        return Source(repository, 0, revision, name, shards=shards)
+    except RevisionNotFoundError as error:
+        raise UserError(f"DATA {name}: the dataset {repository} has no revision {asked}") from error
     except (RepositoryNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(f"DATA {name}: there is no such file or folder, and no such dataset on the hub") from error
     except ValueError as error:  # no such configuration or split: the message lists those there are

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.caching import ReadAheadCache
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 from s3fs import S3FileSystem
 from s3fs.core import S3File
 
@@ -363,13 +367,39 @@ def test_the_share_held_out_is_about_what_was_asked() -> None:
 
 
 def test_a_hub_dataset_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UserError, match=r"^DATA org/name: there is no such file or folder; for a dataset .*lesa-ray\[data"
     ):
         find("org/name")
+
+
+@pytest.mark.parametrize(("name", "asked"), [("org/name", None), ("org/name@v1.0", "v1.0")])
+def test_a_hub_dataset_is_that_of_the_revision_asked_for(
+    name: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose commit is noted, so that a branch that moves, or `main`, is another input."""
+    library = SimpleNamespace(exceptions=SimpleNamespace(DatasetNotFoundError=KeyError))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    commits = {None: "c0ffee", "v1.0": "1abe1"}
+    opened: list[tuple[object, ...]] = []
+    answer: Any = SimpleNamespace(headers={}, request=None, status_code=404)
+
+    def info(_: object, repository: str, revision: str | None) -> SimpleNamespace:
+        if revision not in commits:
+            raise RevisionNotFoundError("404", response=answer)
+        return SimpleNamespace(sha=commits[revision])
+
+    def opens(*given: object) -> SimpleNamespace:
+        opened.append(given)
+        return SimpleNamespace(num_shards=3)
+
+    monkeypatch.setattr(HfApi, "dataset_info", info)
+    monkeypatch.setattr("lesa_ray.training.sources.open_dataset", opens)
+    assert find(name) == [Source("org/name", 0, commits[asked], name, shards=3)]
+    assert opened == [("org/name", None, "train", commits[asked])]
+    with pytest.raises(UserError, match=r"^DATA org/name@v2: the dataset org/name has no revision v2$"):
+        find("org/name@v2")
 
 
 def test_rows_of_a_dataset_are_read_by_shard(tmp_path: Path) -> None:
