@@ -67,6 +67,25 @@ def data_identity(names: Sequence[str], dataset_config: str | None = None, datas
     return [[source.name.rsplit("/", 1)[-1], source.nbytes, source.mark, source.shards] for source in found]
 
 
+def pinned(data: str | tuple[str, ...], found: Sequence[Any]) -> str | tuple[str, ...]:
+    """Data as a stage is given them: data sets of the hub at the commits that identify them, as there may be newer ones
+    by the time it begins. found: what `data_identity` said of them."""
+    commits: dict[str, set[str]] = {}
+    for name, _, mark, shards in found:
+        if shards:
+            commits.setdefault(name, set()).add(mark)
+
+    def is_place(name: str) -> bool:
+        return "://" in name or name.startswith("/")
+
+    def at_commit(name: str) -> str:
+        repository = name.partition("@")[0]
+        marks = set() if is_place(name) else commits.get(repository.rsplit("/", 1)[-1], set())
+        return f"{repository}@{min(marks)}" if len(marks) == 1 else name
+
+    return at_commit(data) if isinstance(data, str) else tuple(map(at_commit, data))
+
+
 def _blocks_digest(name: str) -> str | None:
     """The digest of token blocks; None if it is something else."""
     if any(sign in name for sign in "*?[") or name.startswith(("http://", "https://")):

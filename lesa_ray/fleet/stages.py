@@ -19,7 +19,7 @@ from lesa_ray.expansion.auto import AUTO
 from lesa_ray.expansion.method import check_settings
 from lesa_ray.expansion.registry import METHODS, get_method
 from lesa_ray.faults import explain
-from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_identity, tokenizer_identity
+from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_identity, pinned, tokenizer_identity
 from lesa_ray.fleet.settings import Amount, absolute
 from lesa_ray.store.identity import Identity, code_version
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -257,14 +257,16 @@ class StageBuilder:
         """The stages with their identities."""
         stages: dict[str, Stage] = {}
         for draft in self._drafts:
-            identity, problem, wrong = None, None, False
+            identity, problem, wrong, given = None, None, False, draft.given
             try:
                 inputs = {name: _identified(value, stages) for name, value in draft.inputs.items()}
                 identity = Identity(draft.kind, inputs, draft.settings, code_version())
+                if isinstance(inputs.get("data"), list):
+                    given = {**given, "data": pinned(given["data"], inputs["data"])}
             except _Problem as error:
                 problem, wrong = str(error), error.wrong
             needs = tuple(dict.fromkeys(ref.stage for value in draft.given.values() for ref in _refs(value)))
-            stage = Stage(draft.kind, draft.label, draft.given, needs, identity, problem, wrong, draft.resources)
+            stage = Stage(draft.kind, draft.label, given, needs, identity, problem, wrong, draft.resources)
             stages[stage.id] = stage
         return list(stages.values())
 

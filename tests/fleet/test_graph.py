@@ -15,6 +15,8 @@ from lesa_ray.fleet import inputs
 from lesa_ray.fleet.graph import build
 from lesa_ray.fleet.settings import FleetConfig
 from lesa_ray.fleet.stages import CONFIGS, Stage
+from lesa_ray.training import sources
+from lesa_ray.training.sources import Source
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
 from tests import families
 from tests.training import styles
@@ -193,3 +195,22 @@ def test_wrong_settings_are_named_before_anything_runs(change: Change, says: str
         build(validated(FleetConfig, wrong, "file"), "file")
     assert says in str(error.value)
     assert str(error.value).startswith("file: ")
+
+
+def test_a_stage_reads_the_commit_that_identifies_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of the hub may have a newer one when the stage begins."""
+    commits = {"org/talk": "c0ffee", "org/text": "1abe1"}
+
+    def find(names: Sequence[str], *_: object) -> list[Source]:
+        return [Source(name, 0, commits[name], name, shards=3) for name in names]
+
+    monkeypatch.setattr(sources, "find_sources", find)
+    family = {"name": "llama", "checkpoint": str(models / "llama"), "data": ["org/text", "org/talk"]}
+    stages = {"tokenize": {"seq_len": 32}, "finetune": {**TRAIN, "data": "org/talk"}, "evaluate": None}
+    found = made(models, families=[family], stages=stages)
+    given = {
+        name: stage.settings("out", {"tokenize/llama": "t", "finetune/llama": "f"}) for name, stage in found.items()
+    }
+    assert given["tokenize/llama"].model_dump()["data"] == ("org/text@1abe1", "org/talk@c0ffee")
+    assert given["finetune/llama"].model_dump()["data"] == "org/talk@c0ffee"
+    assert given["evaluate/llama"].model_dump()["data"] == ("t",)
