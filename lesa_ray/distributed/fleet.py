@@ -241,6 +241,8 @@ class _Fleet:
             running = self._running.pop(reference)
             try:
                 self._end(running, result_of(reference, running.stage.id))
+                with contextlib.suppress(MachineError, OSError):  # then the file stays
+                    self._store.settle(running.lease)
             except UserError as error:
                 self._fail(running, str(error), again=False)
             except Exception as error:

@@ -147,6 +147,11 @@ class Store:
         write_record(self.folder(place), record)
         self.control.remove(_begun(place))
 
+    def settle(self, lease: Lease) -> None:
+        """Let go of the lease of a stage that is finished. Its file goes: who takes it from now on finds the record."""
+        lease.release()
+        self.leases.forget(lease.name)
+
     def forget(self, place: str) -> None:
         """Remove what is noted of an unfinished stage."""
         self.control.remove(_begun(place))

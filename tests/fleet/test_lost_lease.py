@@ -52,3 +52,4 @@ def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(models: Path,
     assert ".lesa-ray/run.json" in during
     assert "config.json" not in during
     assert store.record(outcome.place) is not None
+    assert not lease.exists()  # nobody will want it any more

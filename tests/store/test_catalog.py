@@ -21,7 +21,7 @@ from lesa_ray.store import catalog, garbage
 from lesa_ray.store.catalog import Store, find_run, open_store
 from lesa_ray.store.garbage import find_garbage, remove
 from lesa_ray.store.identity import Identity
-from lesa_ray.store.record import RECORD_FILE, describe_files, make_record
+from lesa_ray.store.record import RECORD_FILE, describe_files, make_record, walk
 
 STAGE = Identity("expand", {"base": "b"}, {"method": "lesa", "factor": 1.5}, "0.1.0")
 
@@ -120,6 +120,17 @@ def test_no_place_outside_the_store_is_opened(place: str) -> None:
         open_store(place)
     os.makedirs(f"{place}/expand")
     open_store(place)
+
+
+@pytest.mark.timeout(60)
+def test_the_lease_of_a_finished_stage_leaves_no_file(place: str) -> None:
+    store = Store(place, term=30)
+    lease = store.lease(STAGE, "me")
+    assert lease is not None
+    make(store, STAGE)
+    store.settle(lease)
+    assert store.worker(STAGE) is None
+    assert not [name for name in walk(store.control.within("leases")) if name != ".lock"]
 
 
 @pytest.mark.timeout(90)
