@@ -9,8 +9,9 @@ cosine          of x and y; 1 − cosine is the layer's block influence (ShortGP
 
 each a mean over tokens (`analysis.stream` takes them). The last layer is included, the final norm is not.
 
-The model is loaded whole on one device, as `evaluate` does: one that does not fit there cannot be measured here, and
-its weights can still be analysed without `--data`. Memory beside it: one batch's stream and two writes of one layer.
+The model is loaded as `evaluate` does it: whole on one device, or over the GPUs of `--gpus-per-task`. One that does not
+fit there cannot be measured here, and its weights can still be analysed without `--data`. Memory beside it: one batch's
+stream and two writes of one layer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lesa_ray.analysis.stream import Watch
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.checkpoints import (
     Bounds,
-    choose_device,
+    input_device,
     load_model,
     load_tokenizer,
     local_folder,
@@ -38,6 +39,7 @@ from lesa_ray.evaluation.checkpoints import (
 from lesa_ray.evaluation.data import TextData, block_rows, open_data, text_rows
 from lesa_ray.evaluation.measure import Job, make_job
 from lesa_ray.evaluation.perplexity import Row, vocabulary_of
+from lesa_ray.evaluation.placement import choose_devices, place
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.gpu import is_full
 from lesa_ray.training.model import layers_of
@@ -57,6 +59,7 @@ def prepare_residual(config: AnalyzeConfig) -> tuple[Job, Bounds]:
         window=config.window,
         dtype=config.dtype,
         device=config.device,
+        gpus_per_task=config.gpus_per_task,
     )
     bounds = read_bounds(config.base)
     return make_job(settings, open_data(settings), [bounds]), bounds
@@ -71,11 +74,12 @@ def measure_residual(
     """
     name, data = f"checkpoint {bounds.name}", job.data
     assert data is not None
-    device = choose_device(job.config.device)
+    devices = choose_devices(job.config.device, job.config.gpus_per_task)
+    placed = place(bounds, job.config.dtype, 1, 1, devices)  # the pass ends before the logits
     progress("loading the model", 0.0)
     try:
         with local_folder(bounds.name, bounds.url) as (folder, _):
-            model = load_model(folder, job.config.dtype, name=name).to(device)
+            model = load_model(folder, job.config.dtype, name=name, device=devices[0], placed=placed)
             if isinstance(data, TextData):
                 rows = text_rows(data, load_tokenizer(bounds.name, folder), None)
             else:
@@ -89,8 +93,8 @@ def measure_residual(
         if not is_full(error):
             raise
         raise UserError(
-            f"{name}: does not fit into the GPU's memory; give a shorter --window, --dtype bfloat16 or --device cpu, "
-            "or leave out --data: its weights are analysed without it"
+            f"{name}: does not fit into the GPU's memory; give a shorter --window, --dtype bfloat16, --device cpu or "
+            f"--gpus-per-task {len(devices) + 1}, or leave out --data: its weights are analysed without it"
         ) from error
 
 
@@ -122,8 +126,8 @@ def contributions(
             real = np.zeros(table.shape, np.bool_)
             for place, ids in enumerate(batch):
                 table[place, : len(ids)], real[place, : len(ids)] = ids, True
-            watch.real = torch.from_numpy(real).to(model.device)
-            model.base_model(input_ids=torch.from_numpy(table).to(model.device), use_cache=False)
+            watch.real = torch.from_numpy(real).to(input_device(model))
+            model.base_model(input_ids=torch.from_numpy(table).to(input_device(model)), use_cache=False)
             seen += int(real.sum())
             progress(f"forward pass, {seen:,} tokens", min(seen / most, 1.0))
     finally:

@@ -94,10 +94,11 @@ class Watch:
             assert layer.before is not None
             assert self.real is not None
             after = output if isinstance(output, Tensor) else output[0]
-            real, shape = self.real, layer.before.shape  # some experts write (batch · tokens, width): Llama 4
+            shape = layer.before.shape  # some experts write (batch · tokens, width): Llama 4
+            real = self.real.to(after.device)  # over several GPUs the stream enters from the one before
             _add(
                 layer.sums,
-                layer.before[real],
+                layer.before.to(after.device)[real],
                 after[real],
                 {what: write.reshape(shape)[real] for what, write in layer.writes.items()},
             )

@@ -24,6 +24,7 @@ from lesa_ray.evaluation.data import BlockData, TextData, open_data
 from lesa_ray.evaluation.harness import resolve_tasks
 from lesa_ray.evaluation.measure import Job, Outcome, make_job, measure
 from lesa_ray.evaluation.paired import difference
+from lesa_ray.evaluation.placement import require_accelerate
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Listener, Silent
 
@@ -49,6 +50,7 @@ def evaluate(
     listener.phase("reading the headers", 0)
     with ThreadPoolExecutor(8) as pool:
         bounds = list(pool.map(read_bounds, config.checkpoints))
+    require_accelerate(config.gpus_per_task)
     config = config.model_copy(update={"tasks": resolve_tasks(config.tasks)})
     job = make_job(config, open_data(config), bounds)
     if use_ray is None:
@@ -114,7 +116,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
                     index,
                     f"evaluate {bound.name}",
                     *(job, bound, share, str(index), board),
-                    **share.options(_weights(bound, job.config) + _INTERPRETER_BYTES),
+                    **share.options(bound.weights(job.config.dtype) + _INTERPRETER_BYTES),
                 )
             while tasks:
                 for index, outcome in tasks.ended():
@@ -127,11 +129,6 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     finally:
         ray.kill(board)
     return [outcomes[index] for index in range(len(names))]
-
-
-def _weights(bound: Bounds, config: EvaluateConfig) -> int:
-    """Bytes of a checkpoint's weights as they are computed with."""
-    return bound.nbytes if config.dtype is None else bound.parameters * (4 if config.dtype == "float32" else 2)
 
 
 def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any) -> Outcome:

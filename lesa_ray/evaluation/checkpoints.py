@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +50,28 @@ class Bounds:
     positions: int | None
     parameters: int
     nbytes: int
-    """Of its weights; both 0 where that is not known before they are fetched (a repo id)."""
+    """Of its weights as stored; both 0 where that is not known before they are fetched (a repo id)."""
     has_tokenizer: bool | None
     """None where that is not known yet."""
+    config: Any
+    """As transformers reads its config.json."""
+
+    @property
+    def is_quantized(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def dtype_of(self, dtype: DtypeName | None) -> torch.dtype:
+        """What it is computed in if `dtype` is asked for: by default what config.json says, else as stored."""
+        if dtype is not None:
+            named: torch.dtype = getattr(torch, dtype)
+            return named
+        if isinstance(own := self.config.dtype, torch.dtype):
+            return own
+        return torch.bfloat16 if 0 < self.nbytes < 3 * self.parameters else torch.float32
+
+    def weights(self, dtype: DtypeName | None) -> int:
+        """Bytes of its weights as they are computed with; 0 where that is not known yet."""
+        return self.nbytes if self.is_quantized else self.parameters * self.dtype_of(dtype).itemsize
 
 
 def read_bounds(name: str) -> Bounds:
@@ -60,22 +79,27 @@ def read_bounds(name: str) -> Bounds:
     model that transformers knows."""
     url = resolve_base(name, f"checkpoint {name}")
     if url.startswith("hf://"):
-        config = _text_config(name, _read_config(name, _fetch(name, url, ["config.json"])))
-        return Bounds(name, url, int(config.vocab_size), longest_window(config), 0, 0, None)
+        config = _parsed(name, _read_config(name, _fetch(name, url, ["config.json"])))
+        text = config.get_text_config()
+        return Bounds(name, url, int(text.vocab_size), longest_window(text), 0, 0, None, config)
     checkpoint = open_checkpoint(url, f"checkpoint {name}")
-    config = _text_config(name, checkpoint.config)
+    config = _parsed(name, checkpoint.config)
+    text = config.get_text_config()
     has_tokenizer = any(_TOKENIZER_FILES.search(file) for file in checkpoint.files)
-    vocab_size, positions = int(config.vocab_size), longest_window(config)
-    return Bounds(name, url, vocab_size, positions, checkpoint.parameters, checkpoint.nbytes, has_tokenizer)
+    vocab_size, positions = int(text.vocab_size), longest_window(text)
+    return Bounds(name, url, vocab_size, positions, checkpoint.parameters, checkpoint.nbytes, has_tokenizer, config)
 
 
-def _text_config(name: str, raw: dict[str, Any]) -> Any:
+def _parsed(name: str, raw: dict[str, Any]) -> Any:
+    """The configuration, as transformers has it for its family."""
     register()
     family = raw.get("model_type")
     if family not in CONFIG_MAPPING:
         raise UserError(f"checkpoint {name}: transformers does not know the family {family!r} of its config.json")
     try:
-        return CONFIG_MAPPING[family].from_dict(decoded(raw)).get_text_config()
+        config = CONFIG_MAPPING[family].from_dict(decoded(raw))
+        config.get_text_config()
+        return config
     except Exception as error:  # each family validates in its own way
         raise UserError(f"checkpoint {name}: config.json: transformers refuses it ({explain(error)[:200]})") from error
 
@@ -158,9 +182,17 @@ def no_tokenizer(name: str) -> UserError:
     )
 
 
-def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = None) -> PreTrainedModel:
+def load_model(
+    checkpoint: str,
+    dtype: DtypeName | None,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    placed: Mapping[str, int | str] | str | None = None,
+) -> PreTrainedModel:
     """The model of a folder or repo id, ready to evaluate. `name`: what errors call it.
 
+    device: where all of it goes; or placed, as `evaluation.placement` says, which part goes where.
     Raises: UserError also where weights are missing, which would be random, and where it sees what it predicts."""
     name = name or checkpoint
     register()
@@ -168,7 +200,11 @@ def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = N
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+            checkpoint,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            trust_remote_code=False,
+            **({} if placed is None else {"device_map": placed}),
         )
     except Exception as error:  # shapes that differ, files that are not there: each surfaces in its own way
         if isinstance(error, MemoryError) or is_full(error):
@@ -181,6 +217,8 @@ def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = N
         names = sorted(info["missing_keys"])
         raise UserError(f"{name}: {len(names)} tensors are missing, the first {names[0]}")
     ready: PreTrainedModel = model.eval()
+    if placed is None:
+        ready = ready.to(device)
     if not is_causal(ready):
         raise UserError(
             f"{name}: its predictions depend on the tokens they are to predict ({type(model).__name__}, an encoder?), "
@@ -193,12 +231,18 @@ def load_model(checkpoint: str, dtype: DtypeName | None, *, name: str | None = N
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether a token leaves what the model computes before it unchanged, but for rounding."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(6).remainder(vocabulary).repeat(2, 1).to(model.device)  # (2, 6)
+    ids = torch.arange(6).remainder(vocabulary).repeat(2, 1).to(input_device(model))  # (2, 6)
     ids[1, -1] = (ids[1, -1] + 1) % vocabulary
     one, two = model(input_ids=ids, use_cache=False).logits.float()[:, :-1]  # (5, vocabulary) each
     scale = float(one.std())
     # NaN is not for this check to judge
     return not bool((one - two).abs().max() > 0.05 * scale)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where its token ids belong: a model over several GPUs begins with its embedding."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
 
 
 def choose_device(device: str | None = None) -> str:

@@ -1,6 +1,6 @@
 """Measure one checkpoint: fetch it, load it once, score the data, run the tasks.
 
-    the tasks' data ▸ copy, if behind a URL ▸ tokenizer ▸ model onto its device ▸ windows of the data ▸ tasks
+    the tasks' data ▸ room on the GPU ▸ copy, if behind a URL ▸ tokenizer ▸ model ▸ windows of the data ▸ tasks
 
 It runs in a plain process; `lesa_ray/distributed/evaluate.py` runs it for several checkpoints at once.
 """
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.checkpoints import (
     Bounds,
-    choose_device,
     load_model,
     load_tokenizer,
     local_folder,
@@ -28,6 +27,7 @@ from lesa_ray.evaluation.checkpoints import (
 from lesa_ray.evaluation.data import BlockData, TextData, block_rows, text_rows
 from lesa_ray.evaluation.paired import ratio
 from lesa_ray.evaluation.perplexity import LONGEST_WINDOW, Scores, exp, fitting_batch, score
+from lesa_ray.evaluation.placement import choose_devices, place
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import own_peak_memory
 from lesa_ray.faults import explain, is_fault
@@ -84,29 +84,32 @@ def make_job(config: EvaluateConfig, data: TextData | BlockData | None, bounds: 
 def measure(job: Job, bound: Bounds, progress: Progress = lambda phase, share: None) -> Outcome:
     """All figures of one checkpoint. Raises: UserError naming it; MachineError."""
     begin = time.monotonic()
-    device = choose_device(job.config.device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    devices = choose_devices(job.config.device, job.config.gpus_per_task)
+    on_gpu = devices[0] != "cpu"
+    for device in devices if on_gpu else ():
+        torch.cuda.reset_peak_memory_stats(device)
     try:
-        record, scores = _figures(job, bound, device, progress)
+        record, scores = _figures(job, bound, devices, progress)
     except (UserError, MachineError):
         raise
     except Exception as error:
         if is_full(error):
             raise UserError(
                 f"checkpoint {bound.name}: does not fit into the GPU's memory with this batch; give a smaller "
-                "--batch-size, a shorter --window or --dtype bfloat16"
+                f"--batch-size, a shorter --window, --dtype bfloat16 or --gpus-per-task {len(devices) + 1}"
             ) from error
         if is_fault(error):
             raise MachineError(f"checkpoint {bound.name}: {explain(error)[:300]}") from error
         raise
     record |= {"seconds": time.monotonic() - begin, "peak_memory": own_peak_memory()}
-    if device == "cuda":
-        record["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
+    if on_gpu:  # of several the fullest
+        record["peak_gpu_memory"] = max(torch.cuda.max_memory_allocated(device) for device in devices)
     return Outcome(record, scores)
 
 
-def _figures(job: Job, bound: Bounds, device: str, progress: Progress) -> tuple[dict[str, Any], Scores | None]:
+def _figures(
+    job: Job, bound: Bounds, devices: tuple[str, ...], progress: Progress
+) -> tuple[dict[str, Any], Scores | None]:
     config, checkpoint, scores = job.config, bound.name, None
     tasks: list[Any] = []
     if config.tasks:
@@ -114,18 +117,21 @@ def _figures(job: Job, bound: Bounds, device: str, progress: Progress) -> tuple[
 
         progress("reading the tasks", 0.0)
         tasks = load_tasks(config.tasks)
+    # how long a task's questions are is not known before
+    window, batch_size = (job.window, config.batch_size) if job.data is not None else (1, 1)
+    placed = place(bound, config.dtype, window, batch_size, devices)
     progress("fetching" if "://" in bound.url else "loading", 0.0)
     with local_folder(checkpoint, bound.url) as (folder, digests):
         tokenizer = load_tokenizer(checkpoint, folder) if tasks or isinstance(job.data, TextData) else None
         progress("loading", 0.0)
-        model = load_model(folder, config.dtype, name=f"checkpoint {checkpoint}").to(device)
+        model = load_model(folder, config.dtype, name=f"checkpoint {checkpoint}", device=devices[0], placed=placed)
         record: dict[str, Any] = {
             "checkpoint": checkpoint,
             "digests": digests,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "layers": model.config.get_text_config().num_hidden_layers,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "device": _called(devices),
         }
         share = 1.0
         if job.data is not None:
@@ -141,6 +147,13 @@ def _figures(job: Job, bound: Bounds, device: str, progress: Progress) -> tuple[
                 checkpoint, model, tokenizer, tasks, config, lambda n: progress(f"tasks, {n:,} answers", done)
             )
     return record, scores
+
+
+def _called(devices: tuple[str, ...]) -> str:
+    if devices[0] == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(devices[0])
+    return name if len(devices) == 1 else f"{len(devices)} × {name}"
 
 
 def _perplexity(

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
-from lesa_ray.evaluation.checkpoints import choose_device, load_model
+from lesa_ray.evaluation.checkpoints import choose_device, input_device, load_model
 from lesa_ray.training.tokens import UNSCORED
 
 LONGEST_WINDOW = 2048  # default where the model allows more: the usual window of published WikiText figures
@@ -142,7 +142,7 @@ def perplexity(
     `progress` is called with the windows done and their number. Raises: UserError if the checkpoint cannot be loaded
     whole or does not fit the ids.
     """
-    model = load_model(checkpoint, dtype).to(choose_device(device))
+    model = load_model(checkpoint, dtype, device=choose_device(device))
     if len(ids) < 2:
         raise UserError(f"{len(ids)} token ids: at least 2 are needed, one to predict from and one to predict")
     positions = longest_window(model.config.get_text_config())
@@ -215,8 +215,13 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 def fitting_batch(model: PreTrainedModel, window: int) -> int:
     """How many windows keep their logits within bounds, at least one."""
-    one: int = window * vocabulary_of(model) * model.dtype.itemsize
-    return max(1, min(_LARGEST_BATCH, _LOGIT_BYTES[model.device.type == "cuda"] // one))
+    on_gpu = input_device(model).type == "cuda"
+    return windows_at_once(vocabulary_of(model), model.dtype.itemsize, window, on_gpu=on_gpu)
+
+
+def windows_at_once(vocabulary: int, itemsize: int, window: int, *, on_gpu: bool) -> int:
+    """The same for a model that is not there yet. itemsize: bytes of an element that it computes with."""
+    return max(1, min(_LARGEST_BATCH, _LOGIT_BYTES[on_gpu] // (window * vocabulary * itemsize)))
 
 
 @dataclass(frozen=True)
@@ -261,17 +266,19 @@ def _losses(model: PreTrainedModel, batch: list[_Piece]) -> NDArray[np.float64]:
     """For each piece the sum of its losses, in nats: (len(batch),)."""
     length = max(len(piece.targets) for piece in batch)
 
-    def padded(rows: list[NDArray[np.int64]], value: int) -> torch.Tensor:  # (B, T)
+    def padded(rows: list[NDArray[np.int64]], value: int) -> NDArray[np.int64]:  # (B, T)
         table = np.full((len(rows), length), value, np.int64)
         for line, row in zip(table, rows, strict=True):
             line[: len(row)] = row
-        return torch.from_numpy(table).to(model.device)
+        return table
 
     inputs, targets = padded([p.inputs for p in batch], 0), padded([p.targets for p in batch], UNSCORED)
-    kept = length - int((targets != UNSCORED).any(0).nonzero()[0])  # positions from the first scored one on
+    kept = length - int((targets != UNSCORED).any(0).argmax())  # positions from the first scored one on
     fewer = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=inputs, use_cache=False, **fewer).logits[:, -kept:].flatten(0, 1)  # (B·kept, vocabulary)
-    wanted = targets[:, -kept:].flatten()
+    logits = model(input_ids=torch.from_numpy(inputs).to(input_device(model)), use_cache=False, **fewer).logits
+    logits = logits[:, -kept:].flatten(0, 1)  # (B·kept, vocabulary)
+    # over several GPUs the device of the logits is not always that of the inputs
+    wanted = torch.from_numpy(targets[:, -kept:].flatten()).to(logits.device)
     step = max(1, _LOSS_BYTES // (4 * logits.shape[1]))
     losses = torch.cat(
         [

@@ -45,7 +45,8 @@ class EvaluateConfig(Settings):
     out: str | None = None
     """Where the report goes as JSON: a `.json` file or a folder, local or a URL. By default nowhere."""
     gpus_per_task: Gpus | None = None
-    """GPUs one checkpoint asks Ray for. By default one where the cluster has GPUs, else none."""
+    """GPUs for one checkpoint, asked of Ray where it runs; over more than one its model is spread, layer by layer. By
+    default one where there are GPUs, else none."""
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPU cores for one checkpoint. By default the cluster's, divided among the checkpoints."""
 

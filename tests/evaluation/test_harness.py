@@ -14,6 +14,7 @@ import pytest
 
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation import harness
+from lesa_ray.evaluation import measure as measure_module
 from lesa_ray.evaluation.checkpoints import read_bounds
 from lesa_ray.evaluation.data import open_data
 from lesa_ray.evaluation.measure import make_job, measure
@@ -123,6 +124,16 @@ def test_multiple_choice_agrees_with_a_loop_by_hand(checkpoint: str, folder: Pat
     assert found["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
     assert found["metrics"]["acc"]["higher_is_better"] is True
     assert found["fewshot"] == 0
+
+
+@installed
+@pytest.mark.timeout(120)
+def test_a_model_in_parts_answers_the_same(checkpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind accelerate's hooks, as over several GPUs; here over the CPU and the disk."""
+    whole = run(checkpoint, folder / "rolling.yaml")
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "cpu", "model.norm": "disk"}
+    monkeypatch.setattr(measure_module, "place", lambda *args: parts | {"lm_head": "disk"})
+    assert run(checkpoint, folder / "rolling.yaml")["tasks"] == whole["tasks"]
 
 
 @installed
