@@ -20,7 +20,7 @@ from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, w
 from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.ending import INTERRUPTED, ending
-from lesa_ray.errors import NotWritten, UserError
+from lesa_ray.errors import UserError, WithReport
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.interrupt import sigterm_interrupts
 from lesa_ray.job_folder import check_kept
@@ -250,10 +250,10 @@ def evaluate(
         listener.phase("starting", 0)  # importing transformers takes seconds
         from lesa_ray.distributed.evaluate import evaluate as run
 
-        refused: NotWritten | None = None
+        refused: WithReport | None = None
         try:
             report = run(settings, listener=listener)
-        except NotWritten as error:
+        except WithReport as error:
             report, refused = error.report, error
     if as_json:
         print_json(report)

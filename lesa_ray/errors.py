@@ -29,9 +29,21 @@ class MachineError(RuntimeError):
     """A fault of the machine: exit code 1, the same command resumes."""
 
 
-class NotWritten(MachineError):
-    """Figures were made and could not be written: `report`, so that they are not lost."""
+class WithReport(Exception):
+    """Figures were made before something failed: `report`, so that they are not lost."""
 
     def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.report = dict(report or {})
+
+
+class NotWritten(WithReport, MachineError):
+    """The figures could not be written."""
+
+
+class SomeWrong(WithReport, UserError):
+    """Of several things that were to be measured one cannot be; the others were, and their figures are written."""
+
+
+class SomeFailed(WithReport, MachineError):
+    """The same where the machine failed for one of them."""

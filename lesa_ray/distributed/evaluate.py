@@ -2,7 +2,8 @@
 
     headers of all checkpoints, files of the data, names of the tasks ▸ a Ray task each ▸ differences ▸ report
 
-Whatever is wrong and can be seen in headers is found before anything is loaded. One checkpoint on data alone is
+Whatever is wrong and can be seen in headers is found before anything is loaded. What is found later, in one checkpoint,
+stops no other: the report has what was measured, and the error in place of the rest. One checkpoint on data alone is
 measured in this process, since starting Ray would cost more, unless RAY_ADDRESS names a cluster. Tasks always run in a
 process of Ray's: lm-evaluation-harness prints to standard output as it pleases, where `--json` belongs.
 """
@@ -12,13 +13,16 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray import __version__
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.report_file import try_place, write_report
+from lesa_ray.errors import MachineError, SomeFailed, SomeWrong, UserError
 from lesa_ray.evaluation.checkpoints import Bounds, read_bounds
 from lesa_ray.evaluation.data import BlockData, TextData, open_data
 from lesa_ray.evaluation.harness import resolve_tasks
@@ -31,6 +35,8 @@ from lesa_ray.expansion.runner import Listener, Silent
 if TYPE_CHECKING:
     from lesa_ray.distributed.cluster import Share
 
+End = Outcome | UserError | MachineError
+"""What became of a checkpoint."""
 FORMAT = 1
 FILE = "evaluation.json"
 _TELL_SECONDS = 0.5
@@ -43,7 +49,8 @@ def evaluate(
     """Measure every checkpoint of `config`; the report as JSON values, which `config.out` gets too.
 
     use_ray: None decides by the number of checkpoints, tasks and RAY_ADDRESS.
-    Raises: UserError for wrong input, naming the checkpoint or the data; MachineError for a fault,
+    Raises: UserError for wrong input, naming the checkpoint or the data; MachineError for a fault; SomeWrong or
+    SomeFailed, with the report, which `config.out` has then too, if that is so of some checkpoints and not of others;
     NotWritten if the report was made but `config.out` does not take it."""
     listener, begin = listener or Silent(), time.monotonic()
     place = None if config.out is None else _place(config.out)
@@ -57,12 +64,19 @@ def evaluate(
         use_ray = len(bounds) > 1 or bool(config.tasks) or bool(os.environ.get("RAY_ADDRESS"))
     if use_ray:
         listener.phase("starting Ray", 0)
-        outcomes = _side_by_side(job, bounds, listener)
+        ends = _side_by_side(job, bounds, listener)
     else:
-        outcomes = _in_turn(job, bounds, listener)
-    report = _report(job, outcomes, time.monotonic() - begin)
+        ends = _in_turn(job, bounds, listener)
+    errors = [end for end in ends if not isinstance(end, Outcome)]
+    if len(errors) == len(ends):
+        raise errors[0]
+    report = _report(job, ends, time.monotonic() - begin)
     if place is not None:
         write_report(report, *place)
+    if errors:
+        kind = SomeWrong if isinstance(errors[0], UserError) else SomeFailed
+        rest = f" (and {len(errors) - 1} more that could not be measured)" if len(errors) > 1 else ""
+        raise kind(f"{errors[0]}{rest}", report) from errors[0]
     return report
 
 
@@ -74,21 +88,28 @@ def _place(out: str) -> tuple[Storage, str]:
     return try_place(out, folder or ("/" if out.startswith("/") else ".")), name
 
 
-def _in_turn(job: Job, bounds: list[Bounds], listener: Listener) -> list[Outcome]:
+def _in_turn(job: Job, bounds: list[Bounds], listener: Listener) -> list[End]:
     """One checkpoint after another in this process."""
     listener.phase(_title(job.config.checkpoints), len(bounds))
-    outcomes: list[Outcome] = []
+    ends: list[End] = []
     for bound in bounds:
 
         def progress(phase: str, share: float, bound: Bounds = bound) -> None:
-            listener.progress(len(outcomes) + share, f"{bound.name}: {phase}")
+            listener.progress(len(ends) + share, f"{bound.name}: {phase}")
 
-        outcomes.append(measure(job, bound, progress))
-    return outcomes
+        ends.append(_end_of(partial(measure, job, bound, progress)))
+    return ends
 
 
-def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Outcome]:
-    """One Ray task for each checkpoint; the first to fail stops the others."""
+def _end_of(outcome: Callable[[], Outcome]) -> End:
+    try:
+        return outcome()
+    except (UserError, MachineError) as error:
+        return error
+
+
+def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[End]:
+    """One Ray task for each checkpoint."""
     import ray
 
     from lesa_ray.distributed.cluster import share_of_task
@@ -108,7 +129,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
     )
     listener.phase(_title(names), len(names))
     board, health = new_board(), Health(job.config.out or names[0], "evaluate")
-    outcomes: dict[int, Outcome] = {}
+    ends: dict[int, End] = {}
     try:
         with Tasks[int](_task) as tasks:
             for index, bound in enumerate(bounds):
@@ -119,16 +140,16 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[Ou
                     **share.options(bound.weights(job.config.dtype) + _INTERPRETER_BYTES),
                 )
             while tasks:
-                for index, outcome in tasks.ended():
-                    outcomes[index] = outcome
+                for index, outcome in tasks.ends():
+                    ends[index] = _end_of(outcome)
                     health.task_ended()
                 state = on_board(board) or {}
-                shares = [1.0 if i in outcomes else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
+                shares = [1.0 if i in ends else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
                 busy = [f"{names[i]}: {state[str(i)][0]}" for i in tasks if str(i) in state]
                 listener.progress(sum(shares), ", ".join(busy[:2]))
     finally:
         ray.kill(board)
-    return [outcomes[index] for index in range(len(names))]
+    return [ends[index] for index in range(len(names))]
 
 
 def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any) -> Outcome:
@@ -150,13 +171,16 @@ def _title(names: tuple[str, ...]) -> str:
     return f"measuring {names[0]}" if len(names) == 1 else f"measuring {len(names)} checkpoints"
 
 
-def _report(job: Job, outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    first = outcomes[0]
-    records = []
-    for outcome in outcomes:
-        record = dict(outcome.record)
-        if outcome is not first and outcome.scores is not None and first.scores is not None:
-            record["difference"] = difference(outcome.scores, first.scores, first.record["checkpoint"])
+def _report(job: Job, ends: list[End], seconds: float) -> dict[str, Any]:
+    first = ends[0]
+    records: list[dict[str, Any]] = []
+    for name, end in zip(job.config.checkpoints, ends, strict=True):
+        if not isinstance(end, Outcome):
+            records.append({"checkpoint": name, "error": " ".join(str(end).split())})
+            continue
+        record = dict(end.record)
+        if end is not first and isinstance(first, Outcome) and end.scores is not None and first.scores is not None:
+            record["difference"] = difference(end.scores, first.scores, first.record["checkpoint"])
         records.append(record)
     return {
         "format": FORMAT,

@@ -10,6 +10,7 @@ would see to it by itself only if the number of GPUs were part of the function's
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -65,11 +66,9 @@ class Tasks(Generic[Key]):
 
     def ended(self) -> Iterator[tuple[Key, Any]]:
         """Tasks that have ended, with their results; none where none does for half a second. Raises: as `result_of`."""
-        done, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
-        for reference in done:
-            key, name = self._running.pop(reference)
+        for key, end in self.ends():
             try:
-                result = result_of(reference, name)
+                result = end()
             except UserError:
                 raise
             except Exception as error:
@@ -82,6 +81,13 @@ class Tasks(Generic[Key]):
                 yield key, result
         if self.fault is not None and not self._running:
             raise self.fault
+
+    def ends(self) -> Iterator[tuple[Key, Callable[[], Any]]]:
+        """The same for who goes on when one fails: with a call that gives the result, or raises as `result_of`."""
+        done, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
+        for reference in done:
+            key, name = self._running.pop(reference)
+            yield key, partial(result_of, reference, name)
 
     def _cancel_waiting(self, begun: Collection[Key] | None) -> None:
         for reference, (key, _) in self._running.items():

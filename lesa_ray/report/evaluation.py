@@ -22,17 +22,23 @@ def evaluation_table(report: dict[str, Any]) -> Group:
         parts += [_losses(report), Text(_caption(report), style="dim")]
     if any(record.get("tasks") for record in report["checkpoints"]):
         parts.append(_tasks(report))
+    parts += [Text(f"not measured: {one['error']}") for one in report["checkpoints"] if "error" in one]
     return Group(*parts)
 
 
+def measured(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the checkpoints that could be measured."""
+    return [record for record in report["checkpoints"] if "error" not in record]
+
+
 def _losses(report: dict[str, Any]) -> Table:
-    records = report["checkpoints"]
+    records = measured(report)
     table = Table(
         title=f"Loss on {_data_name(report)}", title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     table.add_column("checkpoint", overflow="fold", min_width=12)
     in_bytes = any(record["bits_per_byte"] is not None for record in records)
-    paired = len(records) > 1
+    paired = any("difference" in record for record in records)
     for name in ("tokens", "loss", "perplexity", *(["bits/byte"] if in_bytes else [])):
         table.add_column(name, justify="right", no_wrap=True)
     if paired:
@@ -93,7 +99,7 @@ def _caption(report: dict[str, Any]) -> str:
 
 
 def _tasks(report: dict[str, Any]) -> Table:
-    records = report["checkpoints"]
+    records = measured(report)
     title = "Tasks (lm-evaluation-harness), value ± standard error"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("task", "metric", "examples", "shots"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.evaluate import evaluate
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import MachineError, SomeWrong, UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.report.evaluation import evaluation_table
 from tests.evaluation import tiny
@@ -150,14 +150,31 @@ def test_what_headers_show_is_found_before_anything_is_loaded(folder: Path, tmp_
 
 
 @pytest.mark.timeout(120)
-def test_a_checkpoint_that_fails_ends_it_all_in_one_line(folder: Path, tmp_path: Path, local_ray: None) -> None:
+def test_a_checkpoint_that_fails_stops_no_other(folder: Path, tmp_path: Path, local_ray: None) -> None:
     broken = Path(shutil.copytree(folder / "two", tmp_path / "broken"))
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][3] = math.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"^checkpoint .*broken: its loss is not a number .*; try --dtype float32$"):
-        evaluate(config(folder, "one", str(broken), out=str(tmp_path / "report")))
-    assert not (tmp_path / "report").exists()
+    says = r"^checkpoint .*broken: its loss is not a number .*; try --dtype float32"
+    for names in (("one", str(broken), "two"), (str(broken), "one", "two")):
+        out = tmp_path / f"report-{names.index(str(broken))}"
+        with pytest.raises(SomeWrong, match=f"{says}$") as error:
+            evaluate(config(folder, *names, out=str(out)))
+        report = error.value.report
+        assert report == json.loads((out / "evaluation.json").read_text())
+        failed = names.index(str(broken))
+        assert report["checkpoints"][failed] == {"checkpoint": str(broken), "error": str(error.value)}
+        assert [("loss" in one, "difference" in one) for one in report["checkpoints"]] == [
+            (place != failed, place == 2 and failed != 0) for place in range(3)
+        ]
+        assert shown(report).count(f"{report['checkpoints'][2]['loss']:.4f}") == 1
+        assert "not measured: checkpoint" in shown(report)
+    for use_ray in (True, False):
+        with pytest.raises(UserError, match=f"{says}$"):
+            evaluate(config(folder, str(broken), str(broken), out=str(tmp_path / "none")), use_ray=use_ray)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SomeWrong, match=rf"{says} \(and 1 more that could not be measured\)$"):
+        evaluate(config(folder, "one", str(broken), str(broken)), use_ray=False)
     for settings, kind, says in (
         (
             {"cpus_per_task": 64},
