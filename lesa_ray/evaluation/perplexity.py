@@ -215,13 +215,8 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 def fitting_batch(model: PreTrainedModel, window: int) -> int:
     """How many windows keep their logits within bounds, at least one."""
-    on_gpu = input_device(model).type == "cuda"
-    return windows_at_once(vocabulary_of(model), model.dtype.itemsize, window, on_gpu=on_gpu)
-
-
-def windows_at_once(vocabulary: int, itemsize: int, window: int, *, on_gpu: bool) -> int:
-    """The same for a model that is not there yet. itemsize: bytes of an element that it computes with."""
-    return max(1, min(_LARGEST_BATCH, _LOGIT_BYTES[on_gpu] // (window * vocabulary * itemsize)))
+    one: int = window * vocabulary_of(model) * model.dtype.itemsize
+    return max(1, min(_LARGEST_BATCH, _LOGIT_BYTES[input_device(model).type == "cuda"] // one))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Decides
 - It is told from headers and config.json, before a weight is fetched. What is counted is what is certain: the weights
-  in the type they are computed with, CUDA's own memory, and the logits of one batch. A forward pass takes more, so what
-  passes here may still find a GPU full, but what is refused here could not have run.
+  in the type they are computed with, CUDA's own memory, and the logits of one window, or of as many as `--batch-size`
+  says. A forward pass takes more, so what passes here may still find a GPU full, but what is refused could not run.
 - Over several GPUs of one process a model goes layer by layer, as accelerate spreads it: each layer whole on one GPU, a
   batch from GPU to GPU, one of them at work at a time. That is for memory and not for speed. Nothing is offloaded to
   main memory or disk: one more GPU is asked for instead.
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.checkpoints import Bounds, choose_device
-from lesa_ray.evaluation.perplexity import windows_at_once
 from lesa_ray.gpu import CONTEXT_BYTES, allowed_memory
 
 DeviceMap = dict[str, int | str] | str
@@ -61,15 +60,13 @@ def place(
 ) -> DeviceMap | None:
     """Where the model's parts go; None if all go to one device.
 
-    window, batch_size: of a forward pass; None for as many as fit the bound on logits. Raises: UserError if it cannot
-    fit, with the number of GPUs that would do."""
+    window, batch_size: of a forward pass. Raises: UserError if it cannot fit, with the number of GPUs that would do."""
     if devices[0] == "cpu":
         return None
-    itemsize = 4 if bound.dtype_of(dtype) == torch.float32 else 2
-    batch = batch_size or windows_at_once(bound.vocab_size, itemsize, window, on_gpu=True)
+    logits = (batch_size or 1) * window * bound.vocab_size * bound.dtype_of(dtype).itemsize
     totals = [torch.cuda.get_device_properties(one).total_memory for one in devices]
     memory = [min(allowed_memory(one), total - CONTEXT_BYTES) for one, total in zip(devices, totals, strict=True)]
-    return plan(bound, dtype, batch * window * bound.vocab_size * itemsize, memory)
+    return plan(bound, dtype, logits, memory)
 
 
 def plan(bound: Bounds, dtype: DtypeName | None, logits: int, memory: list[int]) -> DeviceMap | None:
@@ -126,9 +123,10 @@ def _too_large(bound: Bounds, weights: int, logits: int, memory: list[int], mode
     count = max(math.ceil(weights / room), len(memory) + 1) if room > 0 else 0
     if model is not None:
         count = next((n for n in range(count, _MOST_GPUS + 1) if _spread(model, [room] * n)), 0)
-    has = f"{len(memory)} GPU{'s' if len(memory) > 1 else ''} of {max(memory) / 1e9:.1f} GB"
+    one = len(memory) == 1
+    has = f"{'given is' if one else 'given are'} {len(memory)} GPU{'' if one else 's'} of {max(memory) / 1e9:.1f} GB"
     more = f"--gpus-per-task {count}, " if count else ""
     return UserError(
-        f"checkpoint {bound.name}: its weights take {weights / 1e9:.1f} GB, and a batch's logits {logits / 1e9:.1f} GB "
-        f"on a GPU; there is room for {has}; give {more}a smaller --batch-size, --dtype bfloat16 or --device cpu"
+        f"checkpoint {bound.name}: its weights take {weights / 1e9:.1f} GB, and logits {logits / 1e9:.1f} GB on a GPU; "
+        f"{has}; give {more}a smaller --batch-size or --window, --dtype bfloat16 or --device cpu"
     )

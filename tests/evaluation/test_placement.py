@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,13 +59,26 @@ def test_what_cannot_fit_is_told_from_headers() -> None:
             UserError, match=r"^checkpoint big: its weights take 138.0 GB, .* 1 GPU of 80.0 GB"
         ) as error:
             plan(bound, None, 2 * GB, [80 * GB])
-        assert "give --gpus-per-task 2, a smaller --batch-size" in str(error.value)
+        assert "give --gpus-per-task 2, a smaller --batch-size or --window" in str(error.value)
     with pytest.raises(UserError, match=r"take 275.9 GB.*--gpus-per-task 4"):
         plan(large(), "float32", 2 * GB, [80 * GB])
     with pytest.raises(UserError, match=r"give a smaller --batch-size"):  # no number of GPUs would do
         plan(large(), None, 81 * GB, [80 * GB])
     assert large(dtype="float32").weights(None) == 2 * large().weights(None)  # config.json says what it is computed in
     assert large(dtype=None).weights(None) == large().nbytes
+
+
+def test_a_gpu_has_to_hold_a_window_or_the_batch_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140 * GB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    bound = large()  # a window of 4,096 has 0.26 GB of logits
+    assert placement.place(bound, None, 4096, None, ("cuda",)) is None
+    with pytest.raises(UserError, match=r"logits 2.1 GB on a GPU"):
+        placement.place(bound, None, 4096, 8, ("cuda",))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)  # --gpus-per-task 0.5
+    with pytest.raises(UserError, match=r"1 GPU of 70.0 GB; give --gpus-per-task 2"):
+        placement.place(bound, None, 4096, None, ("cuda",))
+    assert placement.place(bound, "float32", 4096, 64, ("cpu",)) is None
 
 
 @spread
@@ -77,7 +91,7 @@ def test_layers_go_whole_and_evenly() -> None:
         assert sorted(set(found.values())) == list(range(count))
         assert max(layers.count(gpu) for gpu in range(count)) <= most
     # 138 GB would go into 2 × 69.6, but not whole layers: the number of GPUs into which they go is looked for
-    with pytest.raises(UserError, match=r"room for 2 GPUs of 71.6 GB; give --gpus-per-task 3"):
+    with pytest.raises(UserError, match=r"given are 2 GPUs of 71.6 GB; give --gpus-per-task 3"):
         plan(large(), None, 2 * GB, [int(71.6 * GB)] * 2)
 
 
