@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from lesa_ray.config import DtypeName, LesaSettings, Seed, Settings, Several
 from lesa_ray.evaluation.settings import DeviceName, SplitName
-from lesa_ray.machines import OneGpu
+from lesa_ray.machines import Gpus
 from lesa_ray.sizes import Bytes
 
 _OF_DATA = ("tokens", "split", "text_column", "window", "dtype")
@@ -49,9 +49,9 @@ class AnalyzeConfig(Settings):
     memory_budget: Bytes | None = None
     """Host memory of one weight type's work, in bytes or with a unit. By default four fifths of what is free.
     What does not fit goes to a file, as `expand`'s does (LESA_RAY_SCRATCH)."""
-    gpus_per_task: OneGpu | None = None
-    """On a cluster, the GPU or the part of one that a weight type asks Ray for. By default one where there are some,
-    else none."""
+    gpus_per_task: Gpus | None = None
+    """GPUs for the forward pass, over which the model is spread; on a cluster also the GPU, or the part of one, that a
+    weight type asks Ray for, one at most. By default one where there are some, else none."""
     cpus_per_task: int | None = Field(default=None, ge=1)
     """On a cluster, CPU cores for one weight type. By default the cluster's, divided among the types."""
 

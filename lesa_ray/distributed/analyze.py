@@ -200,18 +200,27 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     listener.phase("starting Ray", 0)
     start_ray()
     config = work.subject.config
-    share = share_of_task(
-        "a piece",
-        len(pieces),
-        device=config.device,
-        gpus=config.gpus_per_task,
-        cpus=config.cpus_per_task,
-        tell=lambda text: listener.phase(text, 0),
-    )
+
+    def share_of(gpus: float | None) -> Share:
+        return share_of_task(
+            "a piece",
+            len(pieces),
+            device=config.device,
+            gpus=gpus,
+            cpus=config.cpus_per_task,
+            tell=lambda text: listener.phase(text, 0),
+        )
+
+    wanted = config.gpus_per_task
+    one = share_of(wanted if wanted is None else min(wanted, 1))
+    shares = dict.fromkeys(pieces, one)
+    if _RESIDUAL in shares and wanted is not None and wanted > 1:
+        shares[_RESIDUAL] = share_of(wanted)  # its model is spread over them
     listener.phase(_title(work), len(pieces))
     shared = ray.put(work)
     with Tasks[str](_task) as tasks:
         for piece in pieces:
+            share = shares[piece]
             tasks.start(piece, f"analyze {piece}", shared, piece, share, **share.options(_memory(work, piece)))
         while tasks:
             for piece, result in tasks.ended():

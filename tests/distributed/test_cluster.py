@@ -148,18 +148,15 @@ def test_cores_are_those_of_machines_with_the_gpus(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("gpus", [1.5, 2, -1])
 def test_what_computes_on_one_gpu_asks_for_no_more(gpus: float) -> None:
-    for make in (
-        lambda: ExpandConfig(base="b", out="o", gpus_per_task=gpus),
-        lambda: AnalyzeConfig(base="b", gpus_per_task=gpus),
-    ):
-        with pytest.raises(ValidationError, match="computes on one GPU" if gpus > 0 else "greater than or equal to 0"):
-            make()
+    with pytest.raises(ValidationError, match="computes on one GPU" if gpus > 0 else "greater than or equal to 0"):
+        ExpandConfig(base="b", out="o", gpus_per_task=gpus)
 
 
 @pytest.mark.parametrize("gpus", [1.5, 2.25, -1])
 def test_gpus_as_ray_gives_them(gpus: float) -> None:
     for make in (
         lambda: EvaluateConfig(checkpoints=("c",), data=("d",), gpus_per_task=gpus),
+        lambda: AnalyzeConfig(base="b", gpus_per_task=gpus),
         lambda: TrainConfig(checkpoint="c", data="d", out="o", gpus_per_worker=gpus),
     ):
         with pytest.raises(ValidationError, match="whole number" if gpus > 0 else "greater than or equal to 0"):
