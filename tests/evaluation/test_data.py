@@ -79,7 +79,7 @@ def test_rows_of_text_blocks(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(start, start + 12))} for start in range(130)]
     data = opened(blocks(str(tmp_path / "blocks"), "text", 12, rows))
     assert isinstance(data, BlockData)
-    assert (data.total, data.vocab_size, data.kind) == (130, 262, "text")
+    assert (data.total, data.largest_id, data.kind) == (130, 261, "text")
     found = list(block_rows(data, None))
     assert [row.ids.tolist() for row in found] == [row["input_ids"] for row in rows]
     assert [row.done for row in found] == list(range(1, 131))

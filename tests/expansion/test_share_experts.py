@@ -11,7 +11,7 @@ import torch
 
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.expansion.prepare import prepare
-from lesa_ray.lesa.fit import Fit, fit_each, fit_weight_type
+from lesa_ray.lesa.fit import Fit, fit_each
 from tests import families
 from tests.lesa.test_fit import QUICK
 
@@ -96,9 +96,7 @@ def test_the_shared_predictor_learns_from_all_members() -> None:
     (shared,) = fit_each([Fit([lambda i, e=e: e[i] for e in experts], lambda *_: None, 0)], 3, [], settings)
     assert shared.held_out is not None
     assert shared.held_out["predictor"].r2 == pytest.approx(1, abs=0.02)
-    alone = fit_weight_type(
-        lambda i: experts[0][i], 3, [], lambda *_: None, settings, 0, variants=[lambda i: experts[1][i]]
-    )
+    (alone,) = fit_each([Fit([lambda i, e=e: e[i] for e in experts[:2]], lambda *_: None, 0)], 3, [], settings)
     assert alone.held_out is not None
     assert alone.held_out["predictor"].r2 < 0.8
 
