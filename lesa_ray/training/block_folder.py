@@ -165,7 +165,7 @@ def out_state(storage: Storage, run: Run) -> State:
 
 def claim(storage: Storage, run: Run) -> None:
     """Mark OUT as this run's, and put the tokenizer where every task finds it."""
-    mark(storage, run.work, revisions={source.name: source.mark for source in run.sources if source.shards})
+    mark(storage, run.work, revisions={source.given: source.mark for source in run.sources if source.shards})
     storage.remove(STOP)
     for name, data in run.tokenizer.items():
         storage.write(f"{TOKENIZER_DIR}/{name}", data)

@@ -124,7 +124,8 @@ def find_sources(
         if not sources:
             raise UserError(f"DATA {name}: there is no such file or folder")
         for source in sources:
-            found.setdefault(source.name, source)
+            if found.setdefault(source.name, source).mark != source.mark and source.shards:
+                raise UserError(f"DATA {name}: is given as {found[source.name].given}, too; give one revision of it")
     if unread is not None:
         unread |= left_out - found.keys()
     return list(found.values())
