@@ -116,7 +116,8 @@ def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
     no_secrets(store.storage, log)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
 def test_a_node_is_lost_while_lesa_works(
     ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) 
     assert again["rows"] == content["rows"], "a second time all is read"
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_runs_of_the_study_on_ray(local_ray: None, data: str, tmp_path: Path) -> None:
     """Two side by side, led by tasks; then, as they are done, in turn."""
