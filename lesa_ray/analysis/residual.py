@@ -124,8 +124,8 @@ def contributions(
                 )
             table = np.zeros((len(batch), max(map(len, batch))), np.int64)  # a causal model does not see what follows
             real = np.zeros(table.shape, np.bool_)
-            for place, ids in enumerate(batch):
-                table[place, : len(ids)], real[place, : len(ids)] = ids, True
+            for line, ids in enumerate(batch):
+                table[line, : len(ids)], real[line, : len(ids)] = ids, True
             watch.real = torch.from_numpy(real).to(input_device(model))
             model.base_model(input_ids=torch.from_numpy(table).to(input_device(model)), use_cache=False)
             seen += int(real.sum())

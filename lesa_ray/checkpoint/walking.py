@@ -35,7 +35,7 @@ def matching_files(fs: Any, pattern: str, *, local: bool) -> dict[str, dict[str,
     files: dict[str, dict[str, Any] | None] = {}
     folders: set[str] = set()
     for path in sorted(path.rstrip("/") for path in entries):  # a folder before what is in it
-        if (not hidden_too and _hidden(path[below:])) or (folders and any(one in folders for one in _above(path))):
+        if (not hidden_too and _hidden(path[below:])) or (folders and any(one in folders for one in above(path))):
             continue
         if os.path.isdir(path) if local else entries.get(path, {}).get("type") != "file":
             folders.add(path)
@@ -55,7 +55,8 @@ def file_info(fs: Any, path: str, where: str) -> dict[str, Any]:
     return info
 
 
-def _above(path: str) -> Iterator[str]:
+def above(path: str) -> Iterator[str]:
+    """The folders that a path lies in, the innermost first."""
     while path := path.rpartition("/")[0]:
         yield path
 

@@ -11,15 +11,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.mark import LEASE_DIR
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address
-from lesa_ray.distributed.tenancy import Tenant, tenancy
+from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import MachineError, RoomError, UserError
 from lesa_ray.expansion.out import (
     abandon,
@@ -118,23 +119,16 @@ def _work(
             finish(expansion, manifest, model_card(expansion, manifest))
     except RoomError:
         if not any(finished_record(expansion.job, unit, config.out) for unit in expansion.units):
-            _abandon(expansion, tenant)
+            remove_if_mine(tenant, partial(abandon, expansion))
         raise
     except UserError:
-        _abandon(expansion, tenant)
+        remove_if_mine(tenant, partial(abandon, expansion))
         raise
     except Exception as error:
         if is_fault(error):
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return _expanded(expansion, manifest, begin, runner, resumed=resumed)
-
-
-def _abandon(expansion: Expansion, tenant: Tenant) -> None:
-    """Remove what is at OUT, unless that is someone else's to go on with by now."""
-    with suppress(MachineError):
-        tenant.confirm()
-        abandon(expansion)
 
 
 @contextmanager

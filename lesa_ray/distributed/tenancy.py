@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from lesa_ray.checkpoint.storage import Storage
@@ -68,6 +68,13 @@ class Tenancy:
                 f"OUT {self._out}: {lease} is at work on it; wait for it, or end it: the same command then goes on"
             )
         return lease
+
+
+def remove_if_mine(tenant: Tenant, remove: Callable[[], None]) -> None:
+    """Remove what is at an OUT, unless that is someone else's to go on with by now."""
+    with contextlib.suppress(MachineError):
+        tenant.confirm()
+        remove()
 
 
 @contextlib.contextmanager

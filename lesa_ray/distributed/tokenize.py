@@ -18,7 +18,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
-from lesa_ray.distributed.tenancy import Tenant, tenancy
+from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault, reaching
@@ -78,8 +78,7 @@ def tokenize(config: TokenizeConfig, listener: Listener | None = None, *, tenant
     with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(storage, run)
     if state == "done":
-        storage.remove_tree(WORK_DIR)
-        return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
+        return _reused(storage, begin)
     with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
         return _work(config, run, listener, tenant, begin)
 
@@ -90,8 +89,7 @@ def _work(config: TokenizeConfig, run: Run, listener: Listener, tenant: Tenant, 
     with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(storage, run)  # as whoever was at work there until now left it
     if state == "done":
-        storage.remove_tree(WORK_DIR)
-        return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=True, resumed=False)
+        return _reused(storage, begin)
     job = Job(config, files_digest(run.tokenizer), tokens.rows_per_group(config.seq_len), layout.GROUPS_PER_FILE)
     with reaching(f"OUT {config.out}", "cannot be written"):
         claim(storage, run)
@@ -113,15 +111,19 @@ def _work(config: TokenizeConfig, run: Run, listener: Listener, tenant: Tenant, 
     except KeptError:
         raise
     except UserError:
-        with suppress(MachineError):  # someone else's to go on with by now
-            tenant.confirm()
-            abandon(storage)
+        remove_if_mine(tenant, partial(abandon, storage))
         raise
     except Exception as error:
         if is_fault(error):
             raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
         raise
     return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=False, resumed=state == "resume")
+
+
+def _reused(storage: Storage, begin: float) -> Tokenized:
+    """What a run that was finished before gives."""
+    storage.remove_tree(WORK_DIR)
+    return Tokenized(open_blocks(storage.url), time.monotonic() - begin, reused=True, resumed=False)
 
 
 @contextmanager

@@ -73,15 +73,18 @@ def plan(bound: Bounds, dtype: DtypeName | None, logits: int, memory: list[int])
     """The same for GPUs of so many bytes each, and so many bytes of logits."""
     room = [max(0, one - logits) for one in memory]
     weights = bound.weights(dtype)
+    model = None
     if not weights and not bound.is_quantized:  # a repo id: its config.json says as much
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in _empty(bound, dtype).parameters())
+        model = _empty(bound, dtype)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if weights > sum(room):
         raise _too_large(bound, weights, logits, memory)
     if len(room) == 1:
         return None
     if bound.is_quantized:
         return "auto"  # its sizes are the quantizer's to know
-    model = _empty(bound, dtype)
+    if model is None:
+        model = _empty(bound, dtype)
     if not model._no_split_modules:
         raise UserError(
             f"checkpoint {bound.name}: transformers does not know where a {type(model).__name__} may be split, so it "

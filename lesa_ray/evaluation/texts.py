@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lesa_ray.errors import UserError
 from lesa_ray.training.documents import read_fragments
-from lesa_ray.training.sources import Source, deal, file_sources
+from lesa_ray.training.sources import Source, deal, each_once, file_sources
 
 LONGEST = 1_000_000
 """Characters after which a document is cut: a tokenizer needs about 100 bytes for a character of one call."""
@@ -33,18 +33,15 @@ def find_files(names: Sequence[str], unread: set[str] | None = None) -> list[Sou
 
     Raises: UserError naming what is not there, cannot be read, or holds no text; MachineError if its store does not
     answer."""
-    found: dict[str, Source] = {}
-    left_out: set[str] = set()
-    for name in names:
+
+    def files_of(name: str, left_out: set[str]) -> list[Source]:
         where = f"--data {name}"
         files = file_sources(name, where, unread=left_out)
         if not files:
             raise UserError(f"{where}: there is no such file or folder")
-        for file in files:
-            found.setdefault(file.name, file)
-    if unread is not None:
-        unread |= left_out - found.keys()
-    return list(found.values())
+        return files
+
+    return each_once(names, files_of, unread)
 
 
 def read_documents(files: Sequence[Source], column: str) -> Iterator[Document]:

@@ -18,12 +18,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from lesa_ray.checkpoint.search import find_files
+from lesa_ray.checkpoint.walking import above
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 
@@ -115,15 +116,29 @@ def find_sources(
 
     Raises: UserError naming what is not there, cannot be read or holds no data; MachineError if the hub does not
     answer."""
-    found: dict[str, Source] = {}
-    left_out: set[str] = set()
-    for name in names:
+
+    def sources_of(name: str, left_out: set[str]) -> list[Source]:
         sources = file_sources(name, f"DATA {name}", kinds, left_out)
         if not sources and _HUB_NAME.match(name) and not name.endswith(KINDS):
             sources = [_hub_source(name, dataset_config, dataset_split, (revisions or {}).get(name))]
         if not sources:
             raise UserError(f"DATA {name}: there is no such file or folder")
-        for source in sources:
+        return sources
+
+    return each_once(names, sources_of, unread)
+
+
+def each_once(
+    names: Sequence[str], sources_of: Callable[[str, set[str]], list[Source]], unread: set[str] | None
+) -> list[Source]:
+    """The sources behind names, each once, in their order.
+
+    sources_of: those behind a name; adds files that it leaves out to a set. unread: files that are left out behind
+    every name are added to it. Raises: as `sources_of`; UserError for a dataset at two revisions."""
+    found: dict[str, Source] = {}
+    left_out: set[str] = set()
+    for name in names:
+        for source in sources_of(name, left_out):
             if found.setdefault(source.name, source).mark != source.mark and source.shards:
                 raise UserError(f"DATA {name}: is given as {found[source.name].given}, too; give one revision of it")
     if unread is not None:
@@ -135,18 +150,13 @@ def file_sources(name: str, where: str, kinds: Sequence[str] = KINDS, unread: se
     """The files behind a name; none if there is nothing. where: as messages call it. unread: files left out are added
     to it. Raises: as `find_files`."""
     files = find_files(name, kinds, where, unread)
-    above = {folder for url in files if url.endswith(ROWS) for folder in _above(url)}
-    about = {url for url in files if _ABOUT.fullmatch(url.rsplit("/", 1)[-1]) and url.rpartition("/")[0] in above}
+    with_rows = {folder for url in files if url.endswith(ROWS) for folder in above(url)}
+    about = {url for url in files if _ABOUT.fullmatch(url.rsplit("/", 1)[-1]) and url.rpartition("/")[0] in with_rows}
     if unread is not None:
         unread |= about
     return [
         Source(url, int(info.get("size") or 0), _mark(info), name) for url, info in files.items() if url not in about
     ]
-
-
-def _above(url: str) -> Iterator[str]:
-    while url := url.rpartition("/")[0]:
-        yield url
 
 
 def count_endings(names: Iterable[str]) -> dict[str, int]:

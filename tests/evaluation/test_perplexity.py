@@ -16,14 +16,13 @@ from transformers import (
     BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.checkpoints import load_model
 from lesa_ray.evaluation.perplexity import Perplexity, Row, perplexity, plan_windows, score
+from tests.evaluation import tiny
 from tests.evaluation.tiny import token_losses
 
 VOCABULARY = 50
@@ -32,21 +31,8 @@ IDS = np.random.default_rng(0).integers(0, VOCABULARY, 60)  # (60,)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose predictions are far from uniform, so that a wrong context shows."""
     folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=24,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.checkpoint(folder, with_tokenizer=False, vocab_size=VOCABULARY, max_position_embeddings=24)
     return folder
 
 

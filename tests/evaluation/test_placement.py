@@ -128,17 +128,8 @@ def two_gpus(mode: FakeTensorMode, *, logits_return: bool) -> PreTrainedModel:
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_module
 
-    config = LlamaConfig(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(tiny.llama(num_hidden_layers=4)).eval()
     found = placement._spread(model, [85_000, 85_000])
     assert found is not None
     placed = {name: f"cpu:{gpu}" for name, gpu in found.items()}

@@ -41,7 +41,7 @@ def tokenizer(*, begins: bool = True, merges: bool = False) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
-def checkpoint(folder: Path, *, seed: int = 0, with_tokenizer: bool = True, merges: bool = False, **config: Any) -> str:
+def llama(**changed: Any) -> LlamaConfig:
     """A tiny Llama whose predictions are far from uniform, so that a wrong context shows."""
     settings = {
         "vocab_size": VOCABULARY,
@@ -53,10 +53,15 @@ def checkpoint(folder: Path, *, seed: int = 0, with_tokenizer: bool = True, merg
         "max_position_embeddings": POSITIONS,
         "initializer_range": 0.4,
         "tie_word_embeddings": False,
-        **config,
+        **changed,
     }
+    return LlamaConfig(**settings)
+
+
+def checkpoint(folder: Path, *, seed: int = 0, with_tokenizer: bool = True, merges: bool = False, **config: Any) -> str:
+    """That Llama with random weights, and a tokenizer."""
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    LlamaForCausalLM(llama(**config)).save_pretrained(folder)
     if with_tokenizer:
         tokenizer(merges=merges).save_pretrained(folder)
     return str(folder)
