@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import torch
 
 from lesa_ray import ExpandConfig, Expanded, expand
 from lesa_ray.expansion.runner import InlineRunner
@@ -26,11 +27,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest) -> None:
     """Tests marked `gpu` are skipped without one."""
-    if request.node.get_closest_marker("gpu"):
-        import torch
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """As many threads after a test as before: units of work set them for their process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -113,4 +119,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ.clear()
     os.environ.update(saved)
     server.terminate()
-    server.wait(timeout=10)
+    try:
+        server.wait(timeout=60)
+    finally:
+        server.kill()

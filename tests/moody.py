@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import threading
 from collections.abc import Callable
 from email.message import Message
@@ -44,7 +45,8 @@ class Moody:
         self.server.server_close()
         for connection in list(self._open):
             connection.close_connection = True
-            connection.connection.close()
+            with contextlib.suppress(OSError):
+                connection.connection.shutdown(socket.SHUT_RDWR)  # closed, it would live on in the stream that reads it
 
     def come_back(self) -> None:
         """At the same address."""

@@ -296,7 +296,7 @@ def test_a_hub_id_without_network(tmp_path: Path) -> None:
     """The hub's address is one where nothing listens: refused at once, as without a network."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     command = [str(LESA_RAY), "expand", "some-org/some-model", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=360, check=False)
     assert done.returncode == 2, done.stderr
     assert "BASE some-org/some-model: cannot be listed" in done.stderr.splitlines()[-1]
     assert "network" in done.stderr.splitlines()[-1]

@@ -11,7 +11,7 @@ from pipelines.benchmark.fresh import Run
 from pipelines.benchmark.layers import Weights
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_each_part_is_measured_and_what_does_not_end_is_a_lower_bound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    torch.set_num_threads(1)  # as `run_unit` leaves it: sums of other threads differ in their last bits
     raw = miniature(full, layers=_LAYERS)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     base, out = os.path.join(folder, "base"), os.path.join(folder, "out")

@@ -128,10 +128,11 @@ class Leases:
 
         holder: what others are told of who has it. process: whose it is as long as it lives, on the same machine.
         Raises: MachineError if the store does not answer."""
+        register = self._register  # what is found out about the store is no part of the lease's time
         begin, told = time.monotonic(), {"holder": holder, "process": process, "owner": uuid.uuid4().hex}
-        if self._register is None:
+        if register is None:
             return self._claim(name, told, begin)
-        return self._swap_in(self._register, name, told, begin)
+        return self._swap_in(register, name, told, begin)
 
     def outlive(self, name: str, holder: str, waiting: Callable[[str], None]) -> Lease | str:
         """The lease `name`, at once or when its holder turns out to be dead; else who has it, and lives.

@@ -35,6 +35,9 @@ _REFUSED = frozenset({404, 409, 412})
 """Gone; another write is under way; not what it was."""
 _UNKNOWN = frozenset({400, 405, 501})
 """As servers answer that know of conditional writes but make none."""
+_LOCK_SECONDS = 20.0
+"""One lock is of all leases of a folder, held for a write: a process that is suspended within must not stop the others
+without a word."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,12 @@ class LocalRegister:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self._storage.path(".lock"), "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path, deadline = self._storage.path(".lock"), time.monotonic() + _LOCK_SECONDS
+        with open(path, "ab") as file:
+            while not _lock(file.fileno()):
+                if time.monotonic() > deadline:
+                    raise MachineError(f"{path}: locked by a process that is suspended, or waits for its disk")
+                time.sleep(0.01)
             yield
 
     def _now(self) -> float:
@@ -243,6 +250,14 @@ def outages(storage: Storage) -> Iterator[None]:
         if isinstance(error, MachineError) or not is_outage(error):
             raise
         raise MachineError(f"{storage.url}: the store does not answer ({type(error).__name__})") from error
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _digest(data: bytes) -> str:

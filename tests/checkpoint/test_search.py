@@ -16,7 +16,7 @@ from lesa_ray.checkpoint.search import find_files
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 NAMES = ("a.txt", "b.parquet/_SUCCESS", "b.parquet/part-0.parquet", "b.parquet/.part-0.parquet.crc", "c/d.txt", "e.csv")
 HIDDEN = (".f.txt", ".g/h.txt", "c/.i.txt")
 

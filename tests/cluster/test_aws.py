@@ -108,7 +108,7 @@ def test_ray_s_aws_provider_takes_it(tmp_path: Path) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, str(script), str(LAUNCHER)], capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, str(script), str(LAUNCHER)], capture_output=True, text=True, timeout=300, check=False,
         env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,7 +19,7 @@ def check(*scripts: Path) -> None:
     found = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
     if found is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([found, *map(str, scripts)], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([found, *map(str, scripts)], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from lesa_ray import ExpandConfig, expand
 from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.store.catalog import Store
 from tests.comparison.test_compare_runs import settings_of
+from tests.waiting import until
 
 BIN = Path(sys.executable).parent
 SECRET = "sesame-4711-open"
@@ -69,13 +71,13 @@ def head() -> Iterator[tuple[str, Path, str]]:
         finally:
             server.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
             try:
-                server.wait(timeout=60)
+                server.wait(timeout=180)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(server.pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_job_from_another_folder(
     head: tuple[str, Path, str], bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,17 +91,21 @@ def test_a_job_from_another_folder(
     def submit(config: str) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / "lesa-ray"), "submit", "--address", url, "--", "python", "-m", "pipelines.expand"]
         return subprocess.run(
-            [*command, "--config", config], env=environment, capture_output=True, text=True, timeout=90, check=False
+            [*command, "--config", config], env=environment, capture_output=True, text=True, timeout=270, check=False
         )
 
     done = submit("good.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{out}: " in done.stdout
     assert re.search(rf"^\d\d:\d\d:\d\d expand {out}: writing the checkpoint$", done.stdout, re.MULTILINE)
-    with urllib.request.urlopen(metrics, timeout=10) as answer:
-        told = answer.read().decode()
-    for name in ("tasks", "bytes"):
-        assert re.search(rf'^ray_lesa_ray_{name}_total{{.*run="{out}".*stage="expand".*}} [1-9]', told, re.MULTILINE)
+
+    def counted(name: str) -> object:
+        with urllib.request.urlopen(metrics, timeout=30) as answer:
+            told = answer.read().decode()
+        return re.search(rf'^ray_lesa_ray_{name}_total{{.*run="{out}".*stage="expand".*}} [1-9]', told, re.MULTILINE)
+
+    for name in ("tasks", "bytes"):  # a node serves them a little after they were counted
+        until(partial(counted, name))
     expand(ExpandConfig(base=base, out=str(tmp_path / "here"), method="avg-deus"), runner=InlineRunner())
     for file in (tmp_path / "here").glob("model*"):
         assert (out / file.name).read_bytes() == file.read_bytes()
@@ -130,7 +136,7 @@ def test_comparisons_fleets_and_benchmarks_are_jobs_too(
     def submit(*words: str, code: int = 0) -> str:
         command = [str(BIN / "lesa-ray"), "submit", "--address", url, "--", "python", "-m", *words]
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 

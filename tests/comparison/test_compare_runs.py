@@ -66,7 +66,7 @@ def arms(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {arm["name"]: arm for arm in content["arms"]}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("local_ray")
 def test_a_comparison_arms_that_join_and_one_that_fails(
     compare: Callable[..., tuple[int, Any, str]], tmp_path: Path

@@ -76,7 +76,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, loca
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(840)
 def test_from_instruction_data_to_a_checkpoint_that_answers(
     run: Run, base: str, data: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -126,7 +126,7 @@ def test_from_instruction_data_to_a_checkpoint_that_answers(
     assert not (tmp_path / "more").exists()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_wrong_input_is_one_line_and_leaves_nothing(
     run: Run, base: str, data: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -166,7 +166,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_a_run_goes_on_with_its_token_blocks_whatever_becomes_of_the_conversations(
     base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, local_ray: None
 ) -> None:

@@ -88,7 +88,7 @@ def growing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
     finally:
         head.terminate()  # takes its raylets along
         try:
-            head.wait(timeout=60)
+            head.wait(timeout=180)
         finally:
             head.kill()
             _end_rest(scratch)
@@ -111,12 +111,12 @@ def test_machines_come_for_units_and_for_workers(
     """The workers come first: v1 does not know make-believe machines again when they have come, holds them for yet to
     come, and orders none beside them."""
     done = subprocess.run(
-        [sys.executable, "-c", NO_MORE_GPUS], env=growing, capture_output=True, text=True, timeout=180, check=False
+        [sys.executable, "-c", NO_MORE_GPUS], env=growing, capture_output=True, text=True, timeout=540, check=False
     )
     given, fault = [line for line in done.stdout.splitlines() if line.startswith(("GIVEN", "FAULT"))]
     assert given == "GIVEN Resources(fewest=2, most=2, cpus=1, gpus=1.0)"
     assert "workers 3 of 1 GPU and 1 CPU each: the cluster can give 2 after 2 s of waiting" in fault
     command = [BIN / "lesa-ray", "expand", bases("llama"), tmp_path / "out", "--method", "lesa", "--gpus-per-task", "1"]
-    done = subprocess.run(command, env=growing, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=growing, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "config.json").exists()

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,23 +32,30 @@ try:
     from lesa_ray.distributed.ray_runner import start_ray
 
     assert start_ray() is False
-    print("FOUND", json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote(), timeout=60)))
+    print("FOUND", json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote(), timeout=180)))
     ray.shutdown()
 finally:
     cluster.shutdown()
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.fixture
+def apart() -> Iterator[str]:
+    """Where a Ray leaves its address, so that no other process takes it for its own; short: its sockets lie below."""
+    with tempfile.TemporaryDirectory(prefix="lrs-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+@pytest.mark.timeout(360)
 @pytest.mark.parametrize("submitted", [False, True])
-def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool) -> None:
+def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool, apart: str) -> None:
     """submitted: as a job whose own runtime environment names some of it already."""
     job = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "MINE": "1"}}, "metadata": {}}
     more = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)} if submitted else {}
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "HF_", "RAY_"))}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(more)], env=clean, capture_output=True, text=True, timeout=110,
-        check=False,
+        [sys.executable, "-c", SCRIPT, json.dumps(more)], env={**clean, "RAY_TMPDIR": apart}, capture_output=True,
+        text=True, timeout=330, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.split("FOUND", 1)[1].splitlines()[0])
@@ -57,19 +65,19 @@ def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool) -
     assert found.get("MINE") == ("1" if submitted else None)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 @pytest.mark.usefixtures("local_ray")
-def test_a_ray_embedded_in_another_process_is_left_alone() -> None:
+def test_a_ray_embedded_in_another_process_is_left_alone(apart: str) -> None:
     script = "from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray())"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": "/tmp/lesa-ray-test"}, capture_output=True,
-        text=True, timeout=110, check=False,
+        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": apart}, capture_output=True,
+        text=True, timeout=330, check=False,
     )  # fmt: skip
     assert "EMBEDDED True" in done.stdout, done.stderr[-2000:]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str], tmp_path: Path) -> None:
     """Ray would print a stack, and abort what takes longer than three seconds to end."""
     command = [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(tmp_path / "out"), "--factor", "1.5"]
@@ -82,7 +90,7 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str]
             assert line, said
             said += line
         running.terminate()
-        _, rest = running.communicate(timeout=60)
+        _, rest = running.communicate(timeout=180)
     assert running.returncode == 130, rest
     assert rest.strip().splitlines()[-1] == "lesa-ray: interrupted; the same command goes on from here"
     assert "SIGTERM" not in rest

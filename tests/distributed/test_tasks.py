@@ -17,7 +17,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.faults import is_fault
 from tests.waiting import until
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
 
 def started(tasks: Tasks[str], folder: Path, failure: Exception) -> None:

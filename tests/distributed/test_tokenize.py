@@ -34,7 +34,7 @@ from lesa_ray.training.tokens import Split, open_blocks
 from tests.end_to_end.test_s3_faults import Moody
 from tests.training import styles
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.timeout(360), pytest.mark.usefixtures("local_ray")]
 SEQ, GROUP_TOKENS, GROUPS, PIECE = 64, 64 * 10, 3, 6000
 WORDS = ["café", "add", "left", "right", "return", "naïve", "ten\n", "\n    people", "come – "]
 
@@ -197,7 +197,7 @@ def elsewhere(
     }
     units = [str(unit) for unit in (GROUP_TOKENS, GROUPS, PIECE)]
     jobs = [config.model_dump_json() for config in configs.values()]
-    done = subprocess.run([sys.executable, "-c", _ONE_CPU, *units, *jobs], timeout=100, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _ONE_CPU, *units, *jobs], timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return root, configs
 

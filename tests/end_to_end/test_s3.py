@@ -32,7 +32,7 @@ def test_lesa_from_s3_to_s3_equals_the_local_run(
     out = f"{s3}/out/lesa"
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     command = [LESA_RAY, "expand", remote_base, out, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["layers"] == 8
     storage = Storage(out)

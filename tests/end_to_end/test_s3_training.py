@@ -52,7 +52,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(words: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=environment(**more), capture_output=True, text=True, timeout=220, check=False)
+    return subprocess.run(words, env=environment(**more), capture_output=True, text=True, timeout=660, check=False)
 
 
 def curve(out: str) -> list[dict[str, float]]:
@@ -116,7 +116,7 @@ def moody(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moody]:
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(1440)
 def test_a_store_that_goes_away_in_the_middle_comes_back_and_is_moody_ever_after(
     s3: str, reference: str, remote: tuple[str, str], moody: Moody, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

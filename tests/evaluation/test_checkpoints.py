@@ -24,7 +24,7 @@ def hold(told: Any) -> None:
         time.sleep(100)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_the_copy_of_a_killed_process_is_removed_before_the_next(
     tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

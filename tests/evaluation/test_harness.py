@@ -108,7 +108,7 @@ def choice_scores(checkpoint: str, question: str, choices: list[str]) -> list[tu
 
 
 @installed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_multiple_choice_agrees_with_a_loop_by_hand(checkpoint: str, folder: Path) -> None:
     found = run(checkpoint, folder / "choice.yaml")["tasks"]["tiny_choice"]
     right, right_norm = [], []
@@ -127,7 +127,7 @@ def test_multiple_choice_agrees_with_a_loop_by_hand(checkpoint: str, folder: Pat
 
 
 @installed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_a_model_in_parts_answers_the_same(checkpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind accelerate's hooks, as over several GPUs; here over the CPU and the disk."""
     whole = run(checkpoint, folder / "rolling.yaml")
@@ -137,7 +137,7 @@ def test_a_model_in_parts_answers_the_same(checkpoint: str, folder: Path, monkey
 
 
 @installed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_perplexity_of_the_harness_is_ours(checkpoint: str, folder: Path) -> None:
     record = run(checkpoint, folder / "rolling.yaml", data=str(folder / "texts.jsonl"))
     found = {name: one["value"] for name, one in record["tasks"]["tiny_rolling"]["metrics"].items()}
@@ -156,7 +156,7 @@ def test_perplexity_of_the_harness_is_ours(checkpoint: str, folder: Path) -> Non
 
 
 @installed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_groups_limits_shots_and_windows(checkpoint: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group from a file finds its tasks beside it; the harness's own 14,000 files, which it might name, are left out
     here, as reading them takes 8 s."""
@@ -202,7 +202,7 @@ def test_task_files_that_cannot_be_used(task: str, says: str, checkpoint: str, t
 
 
 @installed
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_names_and_patterns_of_the_harness() -> None:
     assert harness.resolve_tasks(["arc_easy", "arc_eas*", "piqa"]) == ("arc_easy", "piqa")
     with pytest.raises(UserError, match="--tasks no_such_task: lm-evaluation-harness knows no such task"):

@@ -42,7 +42,7 @@ class RayCluster:
         return ended(self.start(*words, **environment))
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, Any, str]:
+def ended(process: subprocess.Popen[str], timeout: float = 720) -> tuple[int, Any, str]:
     """Wait for a command: exit code, what it printed as JSON, its log."""
     try:
         out, err = process.communicate(timeout=timeout)

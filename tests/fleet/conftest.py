@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,11 +56,10 @@ def ray_cluster(s3: str) -> Iterator[RayCluster]:
         assert line, "the cluster's host ended"
     yield RayCluster(line.split()[1], environment, host)
     host.stdin.close()
-    try:
-        host.wait(timeout=30)
-    finally:
-        host.kill()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        host.wait(timeout=60)
+    host.kill()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

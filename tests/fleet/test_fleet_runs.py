@@ -57,7 +57,7 @@ def hows(outcomes: list[dict[str, Any]]) -> set[str]:
     return {one["how"] for one in outcomes}
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(840)
 def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
     ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_node_is_lost_while_lesa_works(
     ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path
 ) -> None:
@@ -132,7 +132,7 @@ def test_a_node_is_lost_while_lesa_works(
     ray_cluster.kill_a_node()
     assert len(learnt) < 7  # weight types
     assert "config.json" not in " ".join(walk(store.storage))
-    code, outcomes, log = ended(fleet, timeout=150)
+    code, outcomes, log = ended(fleet, timeout=450)
     assert code == 0, log
     assert hows(outcomes) == {"made"}
     config = ExpandConfig.model_validate(
@@ -208,7 +208,7 @@ def losses_undisturbed(out: str, given: dict[str, Any]) -> Losses:
     return losses(out)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_chain_of_stages_while_a_node_is_lost_and_the_store_fails_now_and_then(
     ray_cluster: RayCluster, s3: str, models: Path, put: Put, tmp_path: Path, moody: Moody
 ) -> None:
@@ -235,7 +235,7 @@ def test_a_chain_of_stages_while_a_node_is_lost_and_the_store_fails_now_and_then
         if "pretrain/llama-solar-x1.4: starting 1 worker" in line:
             ray_cluster.kill_a_node()
             break
-    code, outcomes, rest = ended(fleet, timeout=360)
+    code, outcomes, rest = ended(fleet, timeout=1080)
     log += rest
     assert code == 1, log  # of the family that has no checkpoint, and of no other
     assert {one["how"] for one in outcomes if "gone" in one["id"]} == {"failed"}

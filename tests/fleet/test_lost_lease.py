@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import pytest
 from lesa_ray.distributed.fleet import run_fleet
 from lesa_ray.fleet.graph import build
 from lesa_ray.fleet.settings import FleetConfig
+from lesa_ray.store import lease as store_lease
 from lesa_ray.store.catalog import Store, lease_name
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(450)
 @pytest.mark.usefixtures("local_ray")
-def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(models: Path, tmp_path: Path) -> None:
+def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_lease, "_RENEWALS", 12)  # each second
     config = FleetConfig.model_validate(
         {
-            "name": "f", "store": str(tmp_path / "store"), "lease": 4,
+            "name": "f", "store": str(tmp_path / "store"), "lease": 12,
             "families": [{"name": "llama", "checkpoint": str(models / "llama")}],
             "stages": {"expand": {"lesa": {"epochs": 400}}},  # seconds: long enough to miss the lease
         }
@@ -37,7 +42,9 @@ def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(models: Path,
     def say(_: str, text: str) -> None:
         if "making" in text and not any("making" in one for one in said):
             thief = {"holder": "a thief", "owner": "t", "term": 5, "released": False, "nonce": "n"}
-            lease.write_text(json.dumps(thief))
+            with (lease.parent / ".lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # as who takes it over does: a renewal may be under way
+                lease.write_text(json.dumps(thief))
         if text.startswith(("under way, a thief", "begins: was interrupted")):
             seen.append(files())
         said.append(text)

@@ -161,7 +161,7 @@ def test_it_loads_in_a_fresh_process_that_has_only_the_folder(
     pairs = [name for pair in folders.items() for name in pair]
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(ids.tolist()), *pairs],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=360, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for folder, left in folders.items():

@@ -76,7 +76,7 @@ def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) 
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_runs_of_the_study_on_ray(local_ray: None, data: str, tmp_path: Path) -> None:
     """Two side by side, led by tasks; then, as they are done, in turn."""
     config = settings(out=str(tmp_path / "study"), data=data, seeds=[0])

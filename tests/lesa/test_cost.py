@@ -278,7 +278,7 @@ from tests.lesa.test_cost import measure_growth
 measure_growth({route!r}, {predictor!r})
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True,
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     grown, told = map(int, done.stdout.split())
@@ -316,4 +316,4 @@ def _resident(what: str) -> int:
 
 def test_the_model_imports_no_torch():
     script = "import sys; import lesa_ray.lesa.rates; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", script], timeout=180, check=True)

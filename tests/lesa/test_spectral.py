@@ -41,14 +41,14 @@ def test_full_rank_is_the_svd(route, dtype, shape):
     assert parts.coefficients.shape == (1, shape[0], len(s), shape[2])
     np.testing.assert_allclose(parts.sigma.numpy(), s, rtol=0, atol=min(precision, 1e-6) * s[0])
     left = parts.left.double().numpy()
-    np.testing.assert_allclose(left.T @ left, np.eye(len(s)), atol=precision)
+    np.testing.assert_allclose(left.T @ left, np.eye(len(s)), atol=4 * precision)
     for k in (1, 5, len(s)):
         np.testing.assert_allclose(left[:, :k] @ left[:, :k].T, u[:, :k] @ u[:, :k].T, atol=span)
     for i, layer in enumerate(layers):
         rebuilt = parts.compose(parts.coefficients[0, i]).double().numpy()
         np.testing.assert_allclose(rebuilt, layer.double().numpy(), atol=precision * s[0])
     rows = parts.coefficients[0].double().numpy().transpose(1, 0, 2).reshape(len(s), -1)
-    np.testing.assert_allclose(rows @ rows.T, np.eye(len(s)), atol=span)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(len(s)), atol=5 * span)
     assert parts.captured == pytest.approx(1, abs=1e-6)
 
 

@@ -50,7 +50,7 @@ def test_the_code_s_version_is_that_of_the_code_that_runs(tmp_path: Path) -> Non
     first.write_text(first.read_text().replace(f'"{lesa_ray.__version__}"', '"9.8.7"'))
     asked = "from lesa_ray.store.identity import code_version; print(code_version())"
     done = subprocess.run(
-        [sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.stdout == "9.8.7\n", done.stderr
 

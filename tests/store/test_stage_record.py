@@ -37,7 +37,7 @@ def filled(url: str) -> tuple[Storage, Record]:
     return storage, record
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_every_file_is_in_the_record_and_every_change_is_found(place: str) -> None:
     storage, record = filled(place)
     assert record["files"] == {

@@ -57,7 +57,7 @@ def filled(storage: Storage) -> None:
     storage.write("config.json", b"{}")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_a_record_is_of_the_whole_folder(s3: str, lagging: Lagging) -> None:
     storage = Storage(f"{s3}/lagging/whole")
     filled(storage)
@@ -69,7 +69,7 @@ def test_a_record_is_of_the_whole_folder(s3: str, lagging: Lagging) -> None:
         describe_files(storage)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_what_is_finished_is_found_and_verified(s3: str, lagging: Lagging) -> None:
     store = Store(f"{s3}/lagging/store")
     place = STAGE.place("x")

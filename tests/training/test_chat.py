@@ -18,7 +18,7 @@ from lesa_ray.training.documents import Row, read_rows
 from lesa_ray.training.sources import deal, find_sources
 from tests.training import styles
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 SYSTEM = {"role": "system", "content": "Be brief."}
 ONE = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes, the café"}]
 TWO = [*ONE, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "no\n\nreason"}]

@@ -27,7 +27,7 @@ from lesa_ray.training.documents import Fragment, cut, is_heldout, read_fragment
 from lesa_ray.training.sources import ROWS, Part, Piece, Source, count_endings, deal, find_sources
 from tests.moody import Moody
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 NO_DATASET = (None, "train")
 
 

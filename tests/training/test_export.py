@@ -272,7 +272,7 @@ def test_a_state_that_several_workers_wrote(tmp_path: Path) -> None:
     trained = changed(base, in_new_layers)
     torch.save(trained, tmp_path / "trained.pt")
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)]) for rank in range(3)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    assert [worker.wait(timeout=360) for worker in workers] == [0, 0, 0]
     assert len(list((tmp_path / "state").glob("*.distcp"))) == 3
     run(base, str(tmp_path / "state"), str(tmp_path / "out"))
     assert_exported(tmp_path / "out", base, trained)
@@ -316,7 +316,7 @@ def test_a_killed_export_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, base, state, str(out)]
     root = Path(__file__).parents[2]
-    assert subprocess.run(command, timeout=120, check=False, cwd=root).returncode == -signal.SIGKILL
+    assert subprocess.run(command, timeout=360, check=False, cwd=root).returncode == -signal.SIGKILL
     kept = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
     assert len(kept) == 2
     assert not (out / "config.json").exists()

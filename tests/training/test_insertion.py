@@ -228,7 +228,7 @@ def several(cases: list[tuple[str, str, bool]]) -> list[list[tuple[float, float]
     return [sharded(*case) for case in cases]
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(450)
 def test_loss_and_gradient_norm_equal_a_plain_loops(bases: Bases, grow: Grow) -> None:
     """Copies come in: frozen old layers, everything trained, activations made anew, a mixture of experts."""
     grown = {name: grow(bases(name), method="copy", factor=1.4).out for name in ("llama_tied", "gpt2", "mixtral")}
@@ -243,7 +243,7 @@ def test_loss_and_gradient_norm_equal_a_plain_loops(bases: Bases, grow: Grow) ->
         expected = plain_loop(*case[:2])
         assert min(norm for _, norm in expected) > 0
         for rank in range(2):
-            assert np.allclose(found[rank][number], expected, rtol=2e-6, atol=0), (case, found[rank][number], expected)
+            assert np.allclose(found[rank][number], expected, rtol=1e-5, atol=0), (case, found[rank][number], expected)
 
 
 def run_all(settings: dict[str, Any]) -> None:
@@ -252,7 +252,7 @@ def run_all(settings: dict[str, Any]) -> None:
     train(run, CPU, lambda progress: None)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(450)
 def test_a_run_that_is_cut_short_goes_on_and_its_ramp_is_not_exported(bases: Bases, grow: Grow, tmp_path: Path) -> None:
     grown = grow(bases("llama"), method="copy", factor=1.4).out
     out = str(tmp_path / "run")

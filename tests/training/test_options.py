@@ -66,7 +66,7 @@ def options(cases: list[dict[str, Any]], typed: dict[str, Any]) -> tuple[list[Cu
     return curves(cases), types_of(typed)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(450)
 def test_offloaded_or_in_bf16(bases: Bases, data: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     families.make("llama", base, dtype=torch.bfloat16)
@@ -117,7 +117,7 @@ def resumed(cases: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, np.n
     return found
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 def test_a_run_that_goes_on_reads_of_the_base_what_it_does_not_train(bases: Bases, data: str, tmp_path: Path) -> None:
     once = {"steps": 1, "checkpoint_every": 1, "eval_every": 9, "log_every": 1}
     cases = [
@@ -154,7 +154,7 @@ def with_graphs(plain: dict[str, Any], compiled: dict[str, Any]) -> tuple[Curve,
     return one, two, before, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_compiled(bases: Bases, data: str, tmp_path: Path) -> None:
     """About half a minute: the compiler's."""
     one = settings(bases("llama"), data, tmp_path / "plain", steps=3)
@@ -165,7 +165,7 @@ def test_compiled(bases: Bases, data: str, tmp_path: Path) -> None:
     assert np.allclose(plain, compiled, rtol=1e-5, atol=0)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(450)
 def test_a_batch_that_the_workers_cannot_divide(bases: Bases, data: str, tmp_path: Path) -> None:
     """Three workers and four rows: one has two rows, the others a row and a filler, which counts for nothing."""
     one = run_workers(curves, 1, [settings(bases("llama"), data, tmp_path / "one")])[0][0]

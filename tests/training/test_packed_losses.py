@@ -112,15 +112,15 @@ def one_by_one(base: str) -> tuple[float, torch.Tensor]:
     return total.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(720)
 def test_a_packed_batch_gives_the_loss_and_gradient_of_each_conversation_alone(bases: Bases) -> None:
     folders = [bases(name) for name in FAMILIES]
     one, two = (run_workers(by_trainer, workers, folders) for workers in (1, 2))
     for number, base in enumerate(folders):
         loss, gradient = one_by_one(base)
         for found_loss, found in (one[0][number], two[0][number], two[1][number]):
-            assert found_loss == pytest.approx(loss, rel=1e-6), base
-            assert float((found - gradient).norm() / gradient.norm()) < 1e-6, base
+            assert found_loss == pytest.approx(loss, rel=5e-6), base
+            assert float((found - gradient).norm() / gradient.norm()) < 5e-6, base
 
 
 def losses_of_the_second(base: str, modes: list[dict[str, Any]]) -> list[list[float]]:
@@ -145,7 +145,7 @@ def losses_of_the_second(base: str, modes: list[dict[str, Any]]) -> list[list[fl
     return found
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(720)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_neighbours_do_not_count_in_any_mode_of_training(name: str, bases: Bases) -> None:
     modes = [{}, {"bf16": True}, {"activation_checkpointing": True}]
@@ -153,7 +153,7 @@ def test_neighbours_do_not_count_in_any_mode_of_training(name: str, bases: Bases
         modes += [{"bf16": True, "activation_checkpointing": True, "compile": True}]
     (found,) = run_workers(losses_of_the_second, 1, bases(name), modes)
     for mode, values in zip(modes, found, strict=True):
-        assert values == [pytest.approx(values[0], rel=1e-6)] * 3, mode
+        assert values == [pytest.approx(values[0], rel=5e-6)] * 3, mode
 
 
 @pytest.mark.parametrize("name", [name for name in families.FAMILIES if name != "bert"])
@@ -170,7 +170,7 @@ def wide(family: str, **settings: Any) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(360)
 @pytest.mark.parametrize(
     "content",
     [

@@ -14,7 +14,7 @@ from lesa_ray.training.documents import fragments
 from lesa_ray.training.packing import Encoder, encode, fill_rows, hide, pack_examples
 from tests.training import styles
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], longest: int = 10_000) -> list[int]:

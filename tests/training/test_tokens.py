@@ -18,7 +18,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.training import tokens
 from lesa_ray.training.tokens import COLUMNS, Kind, content_digest, open_blocks, rows_per_group, write_rows
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 SEQ, GROUP = 6, 4
 Columns = dict[str, np.ndarray]
 

@@ -20,7 +20,7 @@ HEAVY = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers
          "lesa_ray.training.worker", "lesa_ray.training.finish"]  # fmt: skip
 
 
-def run_workers(function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 240) -> list[Any]:
+def run_workers(function: Callable[..., Any], workers: int, *arguments: Any, timeout: float = 720) -> list[Any]:
     """`function(*arguments)` in each of `workers` processes; their results by rank."""
     with tempfile.TemporaryDirectory() as scratch:
         multiprocessing.set_forkserver_preload(HEAVY)
