@@ -50,7 +50,7 @@ METHODS = ("lesa", "llama-pro", "solar", "avg-deus", "opt-deus")
 """Those that were published."""
 TRAINED_ON = ("lesa", "llama-pro")
 SAME = 1e-6  # nats: losses closer than this are called equal; sums in another order differ by about 1e-7
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def architecture(vocab_size: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.estimate import Estimate
@@ -75,5 +76,6 @@ def totals(need: Estimate) -> Table:
     table.add_row("through storage", f"{size(need.read_bytes)} read, {size(need.written_bytes)} written")
     gpu = f", {size(need.device_memory)} of a GPU" if need.device_memory else ""
     table.add_row("memory", f"largest process {size(need.memory)}, a node {size(need.node_memory)}{gpu}")
-    table.add_row("fits", "yes" if need.short_of is None else f"[bold red]no[/]: {need.short_of}")
+    short = need.short_of
+    table.add_row("fits", "yes" if short is None else Text.assemble(("no", "bold red"), f": {short}"))
     return table

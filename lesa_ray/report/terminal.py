@@ -22,7 +22,7 @@ from lesa_ray.expansion.plan import New, Old, Plan
 from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.sizes import size
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False)  # a name with [brackets] or :colons: stays as it is
 if not console.is_terminal:
     console.width = 140  # a log file wraps nothing
 _CELL = 9
@@ -72,9 +72,9 @@ def show_expansion(expansion: Expansion) -> None:
     """What the base is, the plan, and the size of the result."""
     show_base(expansion)
     job = expansion.job
+    paper = f" ({job.method.paper})" if job.method.paper else ""
     console.print(
-        f"\n[bold]{job.method.name}[/]: {job.plan.base_layers} → {job.plan.layers} layers"
-        + (f" ({job.method.paper})" if job.method.paper else "")
+        Text.assemble("\n", (job.method.name, "bold"), f": {job.plan.base_layers} → {job.plan.layers} layers{paper}")
     )
     if expansion.chosen is not None:
         console.print(f"chosen by auto: {expansion.chosen}", highlight=False)
@@ -108,9 +108,11 @@ def show_base(expansion: Expansion) -> None:
     checkpoint, anatomy = expansion.checkpoint, expansion.job.anatomy
     tied = "tied" if checkpoint.config.get("tie_word_embeddings") else "untied"
     console.print(
-        f"[bold]{checkpoint.base}[/]: {anatomy.family}, {anatomy.layers} layers, "
-        f"{count(checkpoint.parameters)} parameters, {size(checkpoint.nbytes)} in {len(checkpoint.shards)} file(s), "
-        f"{tied} embeddings",
+        Text.assemble(
+            (checkpoint.base, "bold"),
+            f": {anatomy.family}, {anatomy.layers} layers, {count(checkpoint.parameters)} parameters, "
+            f"{size(checkpoint.nbytes)} in {len(checkpoint.shards)} file(s), {tied} embeddings",
+        ),
         soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 2), header_style="dim")
@@ -251,11 +253,11 @@ def progress_lines(label: str) -> Iterator[ProgressLines]:
     """Progress on standard error while the block runs. label: the stage and the run, for logs."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield ProgressLines(progress, label)

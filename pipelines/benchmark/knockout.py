@@ -169,7 +169,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"--arms {unknown[0]}: unknown; use some of {'; '.join(ARMS)}")
     arms = {name: ARMS[name] for name in names}
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140  # a log file wraps nothing
     scores = knock_out(given.base, layers, arms, console)

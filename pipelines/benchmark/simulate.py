@@ -47,7 +47,7 @@ from lesa_ray.report.terminal import duration
 from lesa_ray.sizes import size
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-console = Console(width=160)
+console = Console(width=160, markup=False, emoji=False)
 
 
 class Model(Settings):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +12,14 @@ import pytest
 from rich.console import Console
 
 from lesa_ray import ExpandConfig, Expanded
+from lesa_ray.expansion.cluster_spec import ClusterSpec
+from lesa_ray.expansion.estimate import estimate
 from lesa_ray.expansion.plan import after_groups, between
 from lesa_ray.expansion.prepare import prepare
+from lesa_ray.fleet.state import Outcome
 from lesa_ray.report import terminal
+from lesa_ray.report.estimate import show_estimate
+from lesa_ray.report.fleet import outcome_table
 from lesa_ray.sizes import size
 
 Bases = Callable[[str], str]
@@ -22,7 +29,7 @@ Grow = Callable[..., Expanded]
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
     """A terminal of 100 columns whose text can be exported."""
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=100, markup=False, file=open("/dev/null", "w"))  # noqa: SIM115
     monkeypatch.setattr(terminal, "console", console)
     return console
 
@@ -59,6 +66,42 @@ def test_inspect_shows_what_the_checkpoint_is(bases: Bases, screen: Console, tmp
         assert words in text
     for words in ("5 → 8 layers", "+ 3|4", "lower neighbour's"):
         assert words in text
+
+
+BRACKETS = "lesa [top]/x[/b] :cat: [/]"
+
+
+def test_a_base_of_any_name_is_shown_as_it_is_called(
+    bases: Bases, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = tmp_path / BRACKETS
+    base.parent.mkdir(parents=True)
+    base.symlink_to(bases("llama"))
+    expansion = prepare(ExpandConfig(base=str(base), out=str(tmp_path / "out")))
+    small = ClusterSpec(cpus_per_node=2, memory_per_node="1MB")
+    terminal.show_expansion(expansion)
+    show_estimate(estimate(expansion, small))
+    text = capsys.readouterr().err
+    assert f"{base}: llama, 5 layers" in text
+    assert "lesa: 5 → 8 layers" in text
+    assert re.search(r"fits +no: ", text)
+    assert "bold" not in text
+
+
+def test_a_fault_of_any_wording_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [Outcome("pretrain/a", "failed", f"cannot read {BRACKETS}")]
+    terminal.console.print(outcome_table(outcomes), highlight=False)
+    assert f"cannot read {BRACKETS}" in capsys.readouterr().err
+
+
+def test_progress_shows_a_name_of_any_wording(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = io.StringIO()
+    monkeypatch.setattr(terminal, "console", Console(force_terminal=True, width=160, file=seen))
+    with terminal.progress_lines("expand out") as listener:
+        listener.phase(f"reading {BRACKETS}", 2)
+        listener.progress(1, f"piece {BRACKETS}")
+    assert f"reading {BRACKETS}" in seen.getvalue()
+    assert f"piece {BRACKETS}" in seen.getvalue()
 
 
 def test_the_fit_table_shows_every_weight_type_beside_its_yardsticks(bases: Bases, grow: Grow, screen: Console) -> None:
