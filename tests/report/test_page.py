@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -497,6 +498,20 @@ def test_a_new_report_takes_the_place_of_an_old_one(
     there = {path.name for path in (tmp_path / "out/figures").iterdir()}
     assert there == {Path(name).name for name in told["figures"]} | {"mine.png"}
     assert "residual.png" not in there
+
+
+def test_names_of_any_letters_are_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Dollar signs are no formula; a letter that DejaVu Sans lacks is in a font beside it; one no font has is told."""
+    content = samples.bare_analysis(layers=2, new_layers=(), checkpoint="a $_$ \U0001d7d5 \U0010fff0")
+    content["types"] = {"mlp.a$_$b.weight": next(iter(content["types"].values()))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        written = write_report([samples.write(tmp_path / "toy", "analysis.json", content)], str(tmp_path / "out"))
+    assert ">a$_$b<" in (tmp_path / "out/report.html").read_text()
+    assert not caplog.records
+    (told,) = [sentence for sentence in written.missing if "no font here has" in sentence]
+    assert "\U0010fff0" in told
+    assert "\U0001d7d5" not in told
 
 
 def test_the_page_of_an_analysis_alone() -> None:

@@ -22,6 +22,7 @@ from lesa_ray.report.page.render import GENERATOR, render
 from lesa_ray.report.page.schema import Analysis
 from lesa_ray.report.page.sections import make_sections
 from lesa_ray.report.page.sources import Material, gather, parsed
+from lesa_ray.report.page.words import some
 
 PAGE_FILE, FIGURES = "report.html", "figures"
 
@@ -50,9 +51,13 @@ def write_report(runs: Sequence[str], out: str) -> Written:
         earlier = _earlier_figures(storage)
     command = f"lesa-ray report {shlex.join(runs)} --out {shlex.quote(out)}"
     sections, missing = make_sections(material, command)
+    images, lacking = {}, set()
+    for figure in (figure for section in sections for figure in section.figures):
+        images[f"{FIGURES}/{figure.name}.png"], letters = png(figure)
+        lacking |= {*letters}
+    if lacking:
+        missing.append(f"Letters of the images, not of this page: no font here has {some(sorted(lacking), 12)}.")
     page = render(material, sections, missing, images=True).encode()
-    figures = [figure for section in sections for figure in section.figures]
-    images = {f"{FIGURES}/{figure.name}.png": png(figure) for figure in figures}
     with reaching(where, "cannot be written"):
         for name, content in images.items():
             storage.write(name, content)

@@ -15,23 +15,28 @@ Costs about 0.15 s a panel for the SVG and as much for the PNG.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.report.page.fonts import FAMILY, families
 from lesa_ray.report.page.palette import AXIS, BACKGROUND, GRID, INK, LIGHT, MUTED, Stroke
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 WIDTH, HEIGHT = 3.6, 2.7
 _COLUMNS = 3
 _PNG_DPI = 160
 _STYLE: Any = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
+    "font.family": FAMILY,
     "font.size": 8.5,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -50,6 +55,7 @@ _STYLE: Any = {
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "text.color": INK,
+    "text.parse_math": False,  # a name may have dollar signs
     "xtick.color": AXIS,
     "ytick.color": AXIS,
     "xtick.labelcolor": MUTED,
@@ -117,9 +123,23 @@ def svgs(figure: Figure) -> list[str]:
     return [_inline(_svg(panel), f"{figure.name}-{i}", _label(figure, panel)) for i, panel in enumerate(figure.panels)]
 
 
-def png(figure: Figure) -> bytes:
-    """All panels with title and legend on white, as a PNG of 160 pixels an inch."""
-    from matplotlib import rc_context
+def png(figure: Figure) -> tuple[bytes, str]:
+    """All panels with title and legend on white, as a PNG of 160 pixels an inch; letters that no font here has."""
+    from matplotlib.text import Text
+
+    with _styled():
+        canvas = _canvas(figure)
+    chosen, lacking = families("".join(text.get_text() for text in canvas.findobj(Text)))
+    with _styled({"font.family": chosen}):
+        if len(chosen) > 1:
+            canvas = _canvas(figure)
+        out = io.BytesIO()
+        canvas.savefig(out, format="png", dpi=_PNG_DPI, facecolor=BACKGROUND["light"])
+    return out.getvalue(), lacking
+
+
+def _canvas(figure: Figure) -> Canvas:
+    """The panels in a grid, the title above and the legend below."""
     from matplotlib.figure import Figure as Canvas
 
     columns = 2 if len(figure.panels) == 4 else min(_COLUMNS, len(figure.panels))
@@ -127,23 +147,36 @@ def png(figure: Figure) -> bytes:
     width = max(panel.width for panel in figure.panels) * columns
     keys = math.ceil(len(figure.legend) / _legend_columns(figure.legend, width)) if figure.legend else 0
     height = max(panel.height for panel in figure.panels) * rows + 0.35 + 0.2 * keys
-    with rc_context(_STYLE):
-        canvas = Canvas(figsize=(width, height), layout="constrained")
-        canvas.suptitle(_wrapped(figure.title, int(width * 10)), x=0.01, ha="left")
-        grid = canvas.subplots(rows, columns, squeeze=False).flatten().tolist()
-        for panel, axes in zip(figure.panels, grid, strict=False):
-            _draw(panel, axes)
-        for axes in grid[len(figure.panels) :]:
-            axes.set_visible(False)
-        if figure.legend:
-            canvas.legend(
-                handles=[_handle(entry) for entry in figure.legend],
-                loc="outside lower left",
-                ncols=_legend_columns(figure.legend, width),
-            )
-        out = io.BytesIO()
-        canvas.savefig(out, format="png", dpi=_PNG_DPI, facecolor=BACKGROUND["light"])
-    return out.getvalue()
+    canvas = Canvas(figsize=(width, height), layout="constrained")
+    canvas.suptitle(_wrapped(figure.title, int(width * 10)), x=0.01, ha="left")
+    grid = canvas.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for panel, axes in zip(figure.panels, grid, strict=False):
+        _draw(panel, axes)
+    for axes in grid[len(figure.panels) :]:
+        axes.set_visible(False)
+    if figure.legend:
+        canvas.legend(
+            handles=[_handle(entry) for entry in figure.legend],
+            loc="outside lower left",
+            ncols=_legend_columns(figure.legend, width),
+        )
+    return canvas
+
+
+@contextmanager
+def _styled(more: Any = None) -> Iterator[None]:
+    """matplotlib with the page's style, and silent about letters (`png` tells which are lacking) and their weight."""
+    from matplotlib import rc_context
+
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    with rc_context({**_STYLE, **(more or {})}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def plot_line(axes: Axes, x: Sequence[float], y: Sequence[float], stroke: Stroke, **more: Any) -> None:
@@ -238,11 +271,10 @@ def _draw(panel: Panel, axes: Axes) -> None:
 
 
 def _svg(panel: Panel) -> str:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
     from matplotlib.layout_engine import TightLayoutEngine  # measures text once, the constrained one twice
 
-    with rc_context({**_STYLE, "svg.hashsalt": "lesa-ray"}):
+    with _styled({"svg.hashsalt": "lesa-ray"}):
         canvas = Canvas(figsize=(panel.width, panel.height), layout=TightLayoutEngine(pad=0.4))
         _draw(panel, canvas.add_subplot())
         out = io.StringIO()
