@@ -21,9 +21,10 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.report.page import build as build_module
 from lesa_ray.report.page.build import analysis_page, write_report
 from lesa_ray.report.page.compared import views, with_untrained
-from lesa_ray.report.page.figure import Figure, svgs
+from lesa_ray.report.page.curves import reached_figure, saving_figure
+from lesa_ray.report.page.figure import Figure, Panel, svgs
 from lesa_ray.report.page.measures import orderliness
-from lesa_ray.report.page.ranking import verdict
+from lesa_ray.report.page.ranking import final_figure, verdict
 from lesa_ray.report.page.render import render
 from lesa_ray.report.page.schema import Comparison
 from lesa_ray.report.page.sections import make_sections
@@ -287,6 +288,59 @@ def test_the_untrained_base_is_a_control(tmp_path: Path) -> None:
     content["base"]["loss"] = None
     text, _, _ = sections_of(samples.write(tmp_path / "none", "comparison.json", content))
     assert "The untrained base's loss is not known: no control here trains the base." in text
+
+
+def drawn(panel: Panel) -> Any:
+    """The panel's axes, laid out."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
+    with rc_context({"font.size": 8.5, "ytick.labelsize": 8}):
+        canvas = Canvas(figsize=(panel.width, panel.height), layout="tight")
+        axes = canvas.add_subplot()
+        panel.draw(axes)
+        canvas.canvas.draw()
+    return axes
+
+
+def test_names_of_rows_do_not_overlap() -> None:
+    content = samples.comparison(seeds=(0, 1))
+    for number, one in enumerate(content["arms"]):
+        one["name"] = f"aligned-lesa uniform predictor=ridge ridge={number}.0 no zero-init"
+    parsed = Comparison.model_validate(content)
+    arms = with_untrained(parsed)
+    figures = [final_figure(parsed, arms), saving_figure(parsed, arms), reached_figure(parsed, arms)]
+    for panel in [panel for figure in figures if figure for panel in figure.panels]:
+        boxes = [label.get_window_extent() for label in drawn(panel).get_yticklabels()]
+        assert all(above.y0 >= below.y1 for above, below in itertools.pairwise(boxes))
+    assert figures[1] is not None
+    lines = re.findall(r">([^<]+)</text>", svgs(figures[1])[0])
+    assert any(line.startswith("% of what aligned-lesa") for line in lines)
+    assert max(map(len, lines)) <= 46  # as wide as the panel
+
+
+def test_an_arm_far_off_is_at_the_edge_of_what_shows_the_others() -> None:
+    content = samples.comparison()
+    for trial, loss in zip(content["arms"][1]["runs"], (2.65, 14.0, 13.0), strict=True):
+        trial["final_loss"] = loss
+    parsed = Comparison.model_validate(content)
+    figure = final_figure(parsed, with_untrained(parsed))
+    assert figure is not None
+    runs, differences = figure.panels
+    low, high = drawn(runs).get_xlim()
+    assert 2.63 < low < 2.64
+    assert 2.67 < high < 2.68
+    assert drawn(differences).get_xlim()[1] < 0.03
+    of_runs, of_differences = svgs(figure)
+    assert ">9.883<" in of_runs
+    assert "the mean is beyond" in of_runs
+    assert ">+7.227<" in of_differences
+    content["arms"] = content["arms"][:2]
+    content["base"]["loss"] = None
+    parsed = Comparison.model_validate(content)
+    two = final_figure(parsed, with_untrained(parsed))
+    assert two is not None
+    assert drawn(two.panels[0]).get_xlim()[1] > 14  # of two, none is the one that is far off
 
 
 def test_missing_pieces_are_said(tmp_path: Path) -> None:

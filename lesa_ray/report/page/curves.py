@@ -262,7 +262,7 @@ def _saving_panel(
         axes.set_xlim(0, 100 * edge)
         axes.set_xlabel(f"% of what {reference} spent on its whole run")
 
-    return Panel("", draw, width=4.6, height=rows_height(len(others)) + 0.1)
+    return Panel("", draw, width=4.6, height=rows_height([view.name for view in others]) + 0.1)
 
 
 def reached_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
@@ -330,4 +330,4 @@ def _reached_panel(title: str, row: dict[str, list[float | None]], shown: list[A
         short_ticks(axes)
         axes.set_xlabel("tokens trained on")
 
-    return Panel(title, draw, height=rows_height(len(shown)) + 0.15)
+    return Panel(title, draw, height=rows_height([view.name for view in shown], wrap=16) + 0.15)

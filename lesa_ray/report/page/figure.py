@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 3.6, 2.7
 _COLUMNS = 3
 _PNG_DPI = 160
+_LINE = 0.137
+"""Inches from a line of a tick's label to the next."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": FAMILY,
@@ -203,16 +205,27 @@ def plot_marks(axes: Axes, x: Sequence[float], y: Sequence[float], stroke: Strok
 
 
 def rows_axis(axes: Axes, labels: Sequence[str], wrap: int = 18) -> None:
-    """The y axis as named rows, the first one on top."""
-    axes.set_yticks(range(len(labels)), [_wrapped(label, wrap) for label in labels], multialignment="right")
+    """The y axis as named rows, the first one on top. wrap: characters of a line, half as many more for long names."""
+    axes.set_yticks(range(len(labels)), _row_names(labels, wrap), multialignment="right")
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 
 
-def rows_height(rows: int) -> float:
-    """Inches of a panel with that many named rows."""
-    return 0.75 + 0.34 * rows
+def rows_height(labels: Sequence[str], wrap: int = 18) -> float:
+    """Inches of a panel with these named rows: as far apart as the longest name has lines."""
+    lines = max((name.count("\n") + 1 for name in _row_names(labels, wrap)), default=1)
+    return 0.75 + max(0.34, _LINE * lines + 0.1) * len(labels)
+
+
+def _row_names(labels: Sequence[str], wrap: int) -> list[str]:
+    """The labels in lines no longer than it takes to have three of them, if that can be."""
+    names: list[str] = []
+    for width in range(wrap, wrap * 3 // 2 + 1):
+        names = [_wrapped(label, width) for label in labels]
+        if all(name.count("\n") < 3 for name in names):
+            break
+    return names
 
 
 def layer_axis(axes: Axes, layers: int, label: str = "layer (0 is next to the embedding)") -> None:
@@ -268,6 +281,8 @@ def _draw(panel: Panel, axes: Axes) -> None:
     panel.draw(axes)
     if panel.title:
         axes.set_title(_wrapped(panel.title, int(panel.width * 10)))
+    lines = axes.get_xlabel().splitlines()
+    axes.set_xlabel("\n".join(_wrapped(line, int(panel.width * 10)) for line in lines))
 
 
 def _svg(panel: Panel) -> str:

@@ -107,8 +107,10 @@ def _cell(value: float | None) -> str:
 
 
 def _fit_panel(types: list[str], scores: dict[str, Scores], key: str) -> Panel:
+    names = [short_type(t) for t in types]
+
     def draw(axes: Axes) -> None:
-        rows_axis(axes, [short_type(t) for t in types], wrap=16)
+        rows_axis(axes, names, wrap=16)
         axes.grid(axis="y", visible=False)
         for at, t in enumerate(types):
             for number, (rival, stroke) in enumerate(_STROKES.items()):
@@ -126,7 +128,7 @@ def _fit_panel(types: list[str], scores: dict[str, Scores], key: str) -> Panel:
         axes.set_xlabel("R² (1 perfect, 0 as predicting zero)" if key == "r2" else "cosine to the true layer")
         axes.locator_params(axis="x", nbins=5)
 
-    return Panel("error" if key == "r2" else "direction", draw, height=rows_height(len(types)))
+    return Panel("error" if key == "r2" else "direction", draw, height=rows_height(names, wrap=16))
 
 
 def matched_figure(analysis: Analysis, label: str, name: str, how: str) -> Figure | None:
@@ -157,7 +159,7 @@ def matched_figure(analysis: Analysis, label: str, name: str, how: str) -> Figur
         f"How near candidates come to a true layer once neurons and heads are matched: {label}",
         _matched_words([found[t] for t in types], kinds),
         how,
-        (Panel("", draw, width=4.6, height=rows_height(len(types)) + 0.2),),
+        (Panel("", draw, width=4.6, height=rows_height([short_type(t) for t in types]) + 0.2),),
         (
             *(Entry(_CANDIDATES.get(kind, kind), strokes[kind], line=False) for kind in kinds),
             Entry("a random layer, matched alike", Stroke(MUTED, "D"), line=False, filled=False),
@@ -229,7 +231,7 @@ def ratios_figure(expansions: Sequence[Expansion]) -> Figure | None:
         "Norm of predicted weights beside their neighbours'",
         f"The predicted matrices have {low:.2f} to {high:.2f} times the norm of their neighbours; {tail}.",
         how_expand(first),
-        (Panel("", draw, width=4.2, height=rows_height(len(types))),),
+        (Panel("", draw, width=4.2, height=rows_height([short_type(t) for t in types])),),
         tuple(Entry(label, strokes[label], line=False) for label in labels),
     )
 

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 _NARROW = 0.01
 """Least width of an axis of losses, in nats."""
+_FAR = 10
+"""An arm that is so many times as far from the best as all before it is beyond the axis, which would else show it and
+nothing more."""
 _BASE_LINE = Stroke(MUTED, "o", (4, 2))
 
 
@@ -186,7 +189,10 @@ def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
         "Held-out loss at the end of training",
         see,
         how_compare(comparison),
-        (_rows_panel("held-out loss (nats a token)", rows, None), *_differences(arms, [view for view, _ in rows])),
+        (
+            _rows_panel("held-out loss (nats a token)", rows, None, framed=True),
+            *_differences(arms, [view for view, _ in rows]),
+        ),
         _rows_legend(None, rows),
         Table(
             ("arm", "mean", "standard deviation", "seeds"),
@@ -210,7 +216,7 @@ def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
     means = [abs(one.mean) for one in found.values() if one is not None]
     if not means or max(means) == 0:
         return []
-    limit = 1.6 * max(means)
+    limit = 1.6 * _framed([0.0, *means])
 
     def draw(axes: Axes) -> None:
         rows_axis(axes, [view.name for view in rows])
@@ -221,20 +227,23 @@ def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
             one = found.get(view.name)
             if one is None:
                 continue
-            if one.half is not None:
-                ends = [one.mean - one.half, one.mean + one.half]
-                axes.plot(ends, [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
-                for end, marker in zip(ends, "<>", strict=True):
-                    if abs(end) > limit:
-                        more = "; ◂ ▸: goes on"
-                        beyond = math.copysign(limit, end)
-                        axes.plot([beyond], [at], marker, color=view.stroke.colour, markersize=5, clip_on=False)
-            plot_marks(axes, [one.mean], [at], view.stroke, filled=one.clear, markersize=6)
+            ends = [one.mean - (one.half or 0.0), one.mean + (one.half or 0.0)]
+            axes.plot(ends, [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
+            for end, marker in zip(ends, "<>", strict=True):
+                if abs(end) > limit:
+                    more = "; ◂ ▸: goes on"
+                    if abs(one.mean) <= limit or end * one.mean < 0:
+                        edge = math.copysign(limit, end)
+                        axes.plot([edge], [at], marker, color=view.stroke.colour, markersize=5, clip_on=False)
+            if abs(one.mean) > limit:
+                _beyond(axes, math.copysign(limit, one.mean), at, signed(one.mean, 3), view.stroke, filled=one.clear)
+            else:
+                plot_marks(axes, [one.mean], [at], view.stroke, filled=one.clear, markersize=6)
         axes.set_xlim(-limit, limit)
         axes.set_xlabel(f"difference of final losses, 95 % interval\n(filled: leaves out 0{more})")
         axes.locator_params(axis="x", nbins=5)
 
-    return [Panel(f"against {to.called}", draw, width=4.6, height=rows_height(len(rows)) + 0.15)]
+    return [Panel(f"against {to.called}", draw, width=4.6, height=rows_height([view.name for view in rows]) + 0.15)]
 
 
 def before_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
@@ -276,8 +285,41 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _rows_panel(label: str, rows: list[tuple[ArmView, list[float]]], base: float | None) -> Panel:
-    """A row an arm: its runs as open markers, their mean as a filled one with a bar from the least to the largest."""
+def _framed(distances: list[float]) -> float:
+    """Of distances to the best, the largest that an axis has room for; half of the arms at least."""
+    found = sorted(distances)
+    for at in range(max(2, math.ceil(len(found) / 2)), len(found)):
+        if found[at] > _FAR * max(found[at - 1], _NARROW / 2):
+            return found[at - 1]
+    return found[-1]
+
+
+def _beyond(axes: Axes, edge: float, at: int, value: str, stroke: Stroke, *, filled: bool = True) -> None:
+    """What lies beyond an edge of the axis: a mark there, and its value beside it."""
+    right = edge > 0
+    mark = Stroke(stroke.colour, ">" if right else "<")
+    plot_marks(axes, [edge], [at], mark, filled=filled, markersize=6, clip_on=False)
+    axes.annotate(
+        value,
+        (edge, at),
+        xytext=(-6 if right else 6, 2),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="bottom",
+        color=INK,
+        fontsize=7.5,
+    )
+
+
+def _rows_panel(
+    label: str, rows: list[tuple[ArmView, list[float]]], base: float | None, *, framed: bool = False
+) -> Panel:
+    """A row an arm: its runs as open markers, their mean as a filled one with a bar from the least to the largest.
+
+    framed: the axis is that of the arms near the best, and the others are at its edge."""
+    means = [_mean(values) for _, values in rows]
+    reach = min(means) + _framed([mean - min(means) for mean in means]) if framed else math.inf
+    cut = max(means) > reach
 
     def draw(axes: Axes) -> None:
         rows_axis(axes, [view.name for view, _ in rows])
@@ -286,17 +328,25 @@ def _rows_panel(label: str, rows: list[tuple[ArmView, list[float]]], base: float
             if len(values) > 1:
                 axes.plot([min(values), max(values)], [at, at], color=view.stroke.colour, linewidth=2.4, alpha=0.45)
                 plot_marks(axes, values, [at] * len(values), view.stroke, filled=False, markersize=4)
-            plot_marks(axes, [_mean(values)], [at], view.stroke, markersize=7)
+            if means[at] <= reach:
+                plot_marks(axes, [means[at]], [at], view.stroke, markersize=7)
         if base is not None:
             axes.axvline(base, color=_BASE_LINE.colour, dashes=_BASE_LINE.dashes, linewidth=1.2, zorder=1)
-        axes.set_xlabel(label)
+        axes.set_xlabel(f"{label}\n(▸: the mean is beyond)" if cut else label)
         axes.margins(x=0.08)
+        if cut:
+            low = min(min(values) for _, values in rows)
+            high = max(max(values) for (_, values), mean in zip(rows, means, strict=True) if mean <= reach)
+            axes.set_xlim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         low, high = axes.get_xlim()
         if high - low < _NARROW:  # what is alike should look alike
             axes.set_xlim((low + high - _NARROW) / 2, (low + high + _NARROW) / 2)
         axes.locator_params(axis="x", nbins=5)
+        for at, (view, _) in enumerate(rows):
+            if means[at] > reach:
+                _beyond(axes, axes.get_xlim()[1], at, f"{means[at]:.3f}", view.stroke)
 
-    return Panel("each run", draw, width=4.6, height=rows_height(len(rows)))
+    return Panel("each run", draw, width=4.6, height=rows_height([view.name for view, _ in rows]) + 0.15 * cut)
 
 
 def _rows_legend(base: float | None, rows: list[tuple[ArmView, list[float]]]) -> tuple[Entry, ...]:

@@ -141,7 +141,7 @@ def _task_panel(
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(label)
 
-    return Panel(name, draw, height=rows_height(len(shown)))
+    return Panel(name, draw, height=rows_height([view.name for view in shown], wrap=16))
 
 
 def published_for(comparison: Comparison, arms: list[ArmView]) -> list[Published]:
@@ -244,4 +244,4 @@ def _published_panel(table: Published, number: int, ours: dict[str, float]) -> P
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(table.columns[number])
 
-    return Panel(table.title, draw, height=rows_height(len(rows)) + 0.25)
+    return Panel(table.title, draw, height=rows_height([method for method, _ in rows]) + 0.25)
