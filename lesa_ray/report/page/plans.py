@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lesa_ray.config import LesaSettings
+from lesa_ray.config import ExpandConfig
+from lesa_ray.report.page.commands import command
 from lesa_ray.report.page.figure import Entry, Figure, Panel
 from lesa_ray.report.page.palette import AXIS, INK, MUTED, NEW, ON_FILL, SERIES, Stroke
-from lesa_ray.report.page.sources import Expansion, short_name
+from lesa_ray.report.page.sources import Expansion
 from lesa_ray.report.page.words import plural, some
 
 if TYPE_CHECKING:
@@ -57,22 +58,13 @@ def plan_figure(expansions: Sequence[Expansion]) -> Figure | None:
 
 def how_expand(expansion: Expansion) -> str:
     """The command that makes the expansion again, with the settings that are not the defaults."""
-    settings = expansion.manifest.get("identity", {}).get("settings", {})
-    base = short_name(expansion.manifest["base"])
-    flags = [f"--method {expansion.manifest['method']}"]
-    for name in ("factor", "layers", "position", "vectors", "recipe", "seed"):
-        value = settings.get(name)
-        if value not in (None, "paper") and (name, value) != ("seed", 0):
-            flags.append(f"--{name} {value}")
-    if settings.get("new_width"):
-        flags.append(f"--new-width {','.join(f'{width:g}' for width in settings['new_width'])}")
-    if settings.get("zero_init") is not None:
-        flags.append("--zero-init" if settings["zero_init"] else "--no-zero-init")
-    defaults = LesaSettings().model_dump(mode="json")
-    own = {name: value for name, value in (settings.get("lesa") or {}).items() if value != defaults.get(name, value)}
-    if own and "lesa" in expansion.manifest["method"]:
-        flags.append(f"--config FILE, with lesa: {own} in FILE")
-    return f"lesa-ray expand {base} {expansion.label.replace(' ', '-')} {' '.join(flags)}"
+    manifest = expansion.manifest
+    words = ["lesa-ray", "expand", manifest["base"], expansion.label.replace(" ", "-"), "--method", manifest["method"]]
+    settings = manifest.get("identity", {}).get("settings", {})
+    if str(settings.get("position")).endswith("-important"):
+        settings = {**settings, "importance": "ANALYSIS"}
+    unused = () if "lesa" in manifest["method"] else ("lesa",)
+    return command(words, ExpandConfig, settings, {"base", "out", "method", *unused})
 
 
 def _distinct_plans(expansions: Sequence[Expansion]) -> list[tuple[list[str], Expansion]]:

@@ -184,6 +184,7 @@ class Analysis(_Read):
     hidden_size: int | None = None
     new_layers: list[int] = Field(default_factory=list)
     created_with: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
     types: dict[str, TypeFigures] = Field(default_factory=dict)
     fit: dict[str, dict[str, Any]] | None = None
     fit_missing: str | None = None

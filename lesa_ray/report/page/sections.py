@@ -226,10 +226,10 @@ def _analysis(label: str, analysis: Analysis, suffix: str, missing: list[str]) -
         scores,
         name=f"analysis-fit{suffix}",
         of=f"{label}, old layers" if analysis.new_layers else label,
-        how=f"{how} --fit",
+        how=how,
         held_out=held_out,
     )
-    matched = fit.matched_figure(analysis, label, f"matched{suffix}", f"{how} --match")
+    matched = fit.matched_figure(analysis, label, f"matched{suffix}", how)
     made = (
         ("norms", weights.norms_figure(analysis, label, f"norms{suffix}")),
         ("singular spectra", spectra.spectra_figure(analysis, label, f"spectra{suffix}")),

@@ -44,13 +44,15 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run. rows: of metrics.jsonl. settings: what a person would compare two runs by."""
+    """A training run. rows: of metrics.jsonl. settings: what a person would compare two runs by; config: all of them.
+    result: empty until it has ended."""
 
     label: str
     url: str
     rows: list[dict[str, Any]]
     settings: dict[str, Any]
     result: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -152,7 +154,7 @@ def _training(folder: str, storage: Storage, content: bytes) -> Training:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     run, result = (_object(storage, name) for name in (_RUN_FILE, _RESULT_FILE))
-    return Training(short_name(folder), folder, rows, run.get("summary", {}), result)
+    return Training(short_name(folder), folder, rows, run.get("summary", {}), result, run.get("config", {}))
 
 
 def _object(storage: Storage, name: str) -> dict[str, Any]:

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lesa_ray.report.page.commands import command
 from lesa_ray.report.page.figure import Entry, Figure, Panel, plot_line, short_ticks
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.sources import Training
 from lesa_ray.report.page.words import big, listed, signed
+from lesa_ray.training.train_settings import OPERATIONAL, FinetuneConfig, TrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _POINTS = 600
-"""Steps drawn of one run: more cannot be seen, and would make the page heavy."""
+"""Points drawn of one run: more cannot be seen, and would make the page heavy."""
+_CONVERSATIONS = "/training/data"
+"""Where fine-tuning puts token blocks of its own."""
 
 
 def training_figure(trainings: Sequence[Training]) -> Figure | None:
-    """Two panels: the loss of each step (a running mean) and the held-out loss, against tokens."""
+    """Two panels: the held-out loss and that of the training rows, against tokens."""
     heldout = {run.label: _heldout(run) for run in trainings}
-    losses = {run.label: _losses(run) for run in trainings}
+    size = max(1, -(-max(len(run.rows) for run in trainings) // _POINTS)) if trainings else 1
+    losses = {run.label: _losses(run, size) for run in trainings}
     shown = [run for run in trainings if heldout[run.label][0] or losses[run.label][0]]
     if not shown:
         return None
@@ -28,19 +33,20 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
     said = []
     for run in shown:
         ys = heldout[run.label][1]
-        if len(ys) > 1:
+        if len(ys) > 1 and _no_number_from(run, "heldout_loss") is None:
             said.append(f"{run.label} {ys[0]:.4f} → {ys[-1]:.4f} ({signed(ys[-1] - ys[0])})")
     see = (
         f"Held-out loss from the first evaluation to the last: {listed(said)}."
         if said
         else ("The held-out loss was not measured twice, so what training changed is not known.")
     )
-    see += "".join(f" {text}" for run in shown if (text := _insertion_words(run)))
+    see += "".join(f" {text}" for run in shown for text in (*_ending_words(run), _insertion_words(run)) if text)
     panels = []
     if any(heldout[run.label][0] for run in shown):
         panels.append(_panel("held-out rows", {r.label: heldout[r.label] for r in shown}, strokes, marks=True))
     if any(losses[run.label][0] for run in shown):
-        panels.append(_panel("training rows, running mean", {r.label: losses[r.label] for r in shown}, strokes))
+        title = "training rows" if size == 1 else f"training rows, means of {size} steps"
+        panels.append(_panel(title, {r.label: losses[r.label] for r in shown}, strokes))
     return Figure(
         "training",
         "Loss during training",
@@ -49,6 +55,27 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
         tuple(panels),
         tuple(Entry(run.label, strokes[run.label]) for run in shown),
     )
+
+
+def _ending_words(run: Training) -> list[str]:
+    """What a run lacks at its end, a sentence each."""
+    said = []
+    steps, last = run.settings.get("steps"), max((row["step"] for row in run.rows), default=0)
+    if not run.result and isinstance(steps, int) and last < steps:
+        said.append(f"{run.label} has not ended: it stopped, or is, at step {last:,} of {steps:,}.")
+    for key, name in (("heldout_loss", "held-out loss"), ("loss", "loss")):
+        if (step := _no_number_from(run, key)) is not None:
+            said.append(f"From step {step:,} the {name} of {run.label} is not a number.")
+    return said
+
+
+def _no_number_from(run: Training, key: str) -> int | None:
+    """The step after which a loss is no number any more; None if the last one is."""
+    at = None
+    for row in run.rows:
+        if key in row:
+            at = (row["step"] if at is None else at) if row[key] is None else None
+    return at
 
 
 def _insertion_words(run: Training) -> str | None:
@@ -64,15 +91,13 @@ def _insertion_words(run: Training) -> str | None:
 
 
 def how_train(run: Training) -> str:
-    """The command that makes the run again, in short."""
-    from lesa_ray.report.page.sources import short_name
-
-    settings = run.settings
-    checkpoint = short_name(str(settings.get("checkpoint") or "CKPT"))
-    data = short_name(str(settings.get("data") or "BLOCKS"))
-    steps = f" --steps {settings['steps']}" if settings.get("steps") else ""
-    seed = f" --seed {settings['seed']}" if settings.get("seed") else ""
-    return f"lesa-ray pretrain {checkpoint} --data {data} --out {run.label.replace(' ', '-')}{steps}{seed}"
+    """The command that makes the run again, of the token blocks that it was trained on."""
+    settings = {"data": "BLOCKS", **(run.config or run.settings), "out": run.label.replace(" ", "-")}
+    tuned = str(settings["data"]).endswith(_CONVERSATIONS)
+    checkpoint = settings.get("checkpoint") or ("" if settings.get("architecture") else "CKPT")
+    words = ["lesa-ray", "finetune" if tuned else "pretrain", *([checkpoint] if checkpoint else [])]
+    of_itself = {"checkpoint", *OPERATIONAL} - {"out"}
+    return command(words, FinetuneConfig if tuned else TrainConfig, settings, of_itself)
 
 
 def _tokens(run: Training) -> dict[int, float]:
@@ -94,10 +119,9 @@ def _heldout(run: Training) -> tuple[list[float], list[float]]:
     return _series(run, "heldout_loss")
 
 
-def _losses(run: Training) -> tuple[list[float], list[float]]:
-    """The loss of the steps, as means over so many that `_POINTS` remain."""
+def _losses(run: Training, size: int) -> tuple[list[float], list[float]]:
+    """The loss of the steps, as means over `size` of them."""
     x, y = _series(run, "loss")
-    size = max(1, -(-len(x) // _POINTS), len(x) // 60)
     starts = range(0, len(x), size)
     return [x[min(s + size, len(x)) - 1] for s in starts], [sum(y[s : s + size]) / len(y[s : s + size]) for s in starts]
 
@@ -112,7 +136,7 @@ def _panel(
             stroke = strokes[label]
             every = max(1, len(x) // 8)
             few = marks or len(x) == 1
-            more = {"marker": stroke.marker, "markevery": (0, every), "markersize": 4} if few else {"linewidth": 1.3}
+            more = {"marker": stroke.marker, "markevery": (0, every), "markersize": 4} if few else {"linewidth": 0.9}
             plot_line(axes, x, y, stroke, **more)
         axes.set_xlim(left=0)
         axes.margins(y=0.08)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.report.page.commands import command
 from lesa_ray.report.page.figure import (
     Entry,
     Figure,
@@ -21,7 +23,6 @@ from lesa_ray.report.page.figure import (
 from lesa_ray.report.page.measures import known
 from lesa_ray.report.page.palette import MARKERS, NEW, RAMP, SERIES, Stroke
 from lesa_ray.report.page.schema import Analysis, TypeFigures
-from lesa_ray.report.page.sources import short_name
 from lesa_ray.report.page.words import short_type, some
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST_TYPES = 12
 """Panels of a figure; experts make hundreds of types. The first ones are shown, and the page says so."""
+_WHERE = ("device", "memory_budget", "gpus_per_task", "cpus_per_task")
+"""Settings of the machine, not of what is measured."""
 _OLD, _NEW = Stroke(SERIES[0], "o"), Stroke(NEW, "D")
 OLD_ENTRY, NEW_ENTRY = Entry("old layer", _OLD, line=False), Entry("new layer", _NEW, line=False, filled=False)
 PANEL_HEIGHT = 2.35
@@ -56,8 +59,9 @@ def type_strokes(types: Sequence[str]) -> dict[str, Stroke]:
 
 def how_analyze(analysis: Analysis) -> str:
     """The command that measures it again."""
-    data = f" --data {short_name(analysis.residual.data)}" if analysis.residual and analysis.residual.data else ""
-    return f"lesa-ray analyze {analysis.checkpoint}{data} --out FOLDER"
+    data = [analysis.residual.data] if analysis.residual and analysis.residual.data else []
+    settings = {"data": data, **analysis.settings, "out": "FOLDER"}
+    return command(["lesa-ray", "analyze", analysis.checkpoint], AnalyzeConfig, settings, {"base", "page", *_WHERE})
 
 
 def norms_figure(analysis: Analysis, label: str, name: str) -> Figure | None:
