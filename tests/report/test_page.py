@@ -26,7 +26,8 @@ from lesa_ray.report.page.figure import Figure, Panel, svgs
 from lesa_ray.report.page.measures import orderliness
 from lesa_ray.report.page.ranking import final_figure, verdict
 from lesa_ray.report.page.render import render
-from lesa_ray.report.page.schema import Comparison
+from lesa_ray.report.page.residual import pair_up
+from lesa_ray.report.page.schema import Analysis, Comparison
 from lesa_ray.report.page.sections import make_sections
 from lesa_ray.report.page.sources import Training, gather
 from lesa_ray.report.page.tasks import published_lines
@@ -261,6 +262,24 @@ def test_layers_that_come_in_slowly_are_named_where_their_losses_stand(tmp_path:
         assert says in figure.see
 
 
+def test_a_run_that_did_not_end_well_is_told_from_one_that_did() -> None:
+    """Every step is drawn, a spike too."""
+    steps = [{"step": s, "loss": 9.0 if s == 33 else 3.0 - s / 100, "tokens": 10.0 * s} for s in range(1, 101)]
+    rows = [{"step": 0, "heldout_loss": 3.0}, *steps, {"step": 50, "heldout_loss": 2.5}]
+    ended, result = [*rows, {"step": 100, "heldout_loss": 2.0}], {"steps": 100}
+    lost = [*rows, {"step": 75, "heldout_loss": None}, {"step": 100, "heldout_loss": None}]
+    for known, done, says in (
+        (ended, result, ["run 3.0000 → 2.0000 (−1.0000)."]),
+        (rows[:41], {}, ["run has not ended: it stopped, or is, at step 40 of 100."]),
+        (lost, result, ["not known. From step 75 the held-out loss of run is not a number."]),
+        (ended, {}, ["run 3.0000 → 2.0000 (−1.0000)."]),  # all but its checkpoint is there
+    ):
+        figure = training_figure([Training("run", "run", known, {"steps": 100}, done)])
+        assert figure is not None
+        assert all(figure.see.endswith(one) for one in says), figure.see
+        assert drawn(figure.panels[1]).get_ylim()[1] > (9 if len(known) > 50 else 2)
+
+
 def test_arms_within_the_spread_are_not_told_apart(tmp_path: Path) -> None:
     content = samples.comparison()
     for seed, loss in enumerate((2.635, 2.641, 2.66)):
@@ -341,6 +360,17 @@ def test_an_arm_far_off_is_at_the_edge_of_what_shows_the_others() -> None:
     two = final_figure(parsed, with_untrained(parsed))
     assert two is not None
     assert drawn(two.panels[0]).get_xlim()[1] > 14  # of two, none is the one that is far off
+
+
+def test_before_and_after_are_of_one_architecture_and_one_text() -> None:
+    before = samples.bare_analysis(checkpoint="grown")
+    same = Analysis.model_validate(before | {"checkpoint": "trained"})
+    others = [before | change for change in ({"family": "mistral"}, {"hidden_size": 64}, {"new_layers": [2]})]
+    others += [before | {"residual": before["residual"] | change} for change in ({"data": "other"}, {"tokens": 9})]
+    analyses = [Analysis.model_validate(one) for one in (before, *others)]
+    pairs = pair_up([("grown", analyses[0]), *((str(at), one) for at, one in enumerate(analyses[1:])), ("t", same)])
+    assert (pairs[0].label, pairs[0].after_label) == ("grown", "t")
+    assert [pair.after for pair in pairs[1:]] == [None] * len(others)
 
 
 def test_missing_pieces_are_said(tmp_path: Path) -> None:

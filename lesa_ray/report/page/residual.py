@@ -1,7 +1,7 @@
 """What each layer adds to the residual stream, before and after training where both were analysed.
 
-Two analyses belong together if they have the same layers and the same new ones: the one given first is drawn open, the
-other filled.
+Two analyses belong together if they are of the same architecture with the same new layers, on the same text: the one
+given first is drawn open, the other filled.
 Block influence is 1 − cosine(in, out) of a layer, averaged over tokens (ShortGPT, arXiv 2403.03853).
 """
 
@@ -32,7 +32,8 @@ _OLD, _NEW = Stroke(SERIES[0], "o"), Stroke(NEW, "D")
 
 @dataclass(frozen=True)
 class Pair:
-    """An analysis with residual figures, and another of the same layers after training, if there is one."""
+    """An analysis with residual figures, and another of the same layers on the same text after training, if there is
+    one."""
 
     label: str
     before: Analysis
@@ -41,19 +42,25 @@ class Pair:
 
 
 def pair_up(analyses: Sequence[tuple[str, Analysis]]) -> list[Pair]:
-    """Each analysis that has residual figures once, with the next one of the same layers."""
+    """Each analysis that has residual figures once, with the next one of the same layers on the same text."""
     left = [(label, one) for label, one in analyses if one.residual is not None and one.residual.layers]
     pairs = []
     while left:
         label, first = left.pop(0)
-        key = (first.layers, first.new_layers)
-        at = next((i for i, (_, one) in enumerate(left) if (one.layers, one.new_layers) == key), None)
+        at = next((i for i, (_, one) in enumerate(left) if _alike(one) == _alike(first)), None)
         if at is None:
             pairs.append(Pair(label, first))
         else:
             name, second = left.pop(at)
             pairs.append(Pair(label, first, second, name))
     return pairs
+
+
+def _alike(analysis: Analysis) -> tuple[object, ...]:
+    """What two analyses have in common if they may be of one model before and after training."""
+    assert analysis.residual is not None
+    read = (analysis.residual.data, analysis.residual.tokens)
+    return (analysis.family, analysis.hidden_size, analysis.layers, analysis.new_layers, *read)
 
 
 def residual_figure(pair: Pair, name: str) -> Figure | None:
