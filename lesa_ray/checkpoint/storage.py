@@ -312,8 +312,14 @@ def read_file(place: str, where: str) -> bytes:
     """A small file, a path or a URL. where: what messages call it. Raises: UserError if it cannot be read;
     MachineError."""
     storage, name = split_place(place)
-    with reaching(where):
-        return storage.read(name)
+    of_local = {"hint": "give a file that you may read"} if storage.is_local else {}
+    with reaching(where, **of_local):
+        try:
+            return storage.read(name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if storage.is_local:
+                raise UserError(f"{where}: there is no such file") from error
+            raise
 
 
 def protocols(fs: Any) -> tuple[str, ...]:

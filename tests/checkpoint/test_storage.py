@@ -204,8 +204,11 @@ def test_a_small_file_by_its_whole_name(place: Place, tmp_path: Path, monkeypatc
     storage = place("folder")
     storage.write("a.yaml", b"x: 1")
     assert read_file(f"{storage.url}/a.yaml", "config") == b"x: 1"
-    with pytest.raises(UserError, match=r"^config b: cannot be read \(FileNotFoundError"):
+    missing = "there is no such file$" if storage.is_local else r"cannot be read \(FileNotFoundError.*check the address"
+    with pytest.raises(UserError, match=f"^config b: {missing}"):
         read_file(f"{storage.url}/b.yaml", "config b")
+    with pytest.raises(UserError, match=r"^config a: cannot be read \(IsADirectoryError.*; give a file that you may"):
+        read_file(str(tmp_path), "config a")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("here")
     assert read_file("a.yaml", "config") == b"here"

@@ -133,7 +133,7 @@ def test_an_analysis_of_other_weights_of_the_same_names(bases: Bases, analysis: 
         ({"position": "top", "importance": "FILE"}, "alone"),
         ({"importance": "FILE"}, "alone"),
         ({"position": "least-important", "importance": "FILE", "layers": 10}, "chooses among the 4 gaps"),
-        ({"position": "least-important", "importance": "nowhere.json"}, "cannot be read"),
+        ({"position": "least-important", "importance": "nowhere.json"}, "there is no such file"),
         ({"position": "least-important", "importance": "BROKEN"}, "is not JSON"),
     ],
 )
