@@ -258,13 +258,12 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def short_ticks(axes: Axes, which: str = "x") -> None:
-    """Ticks of an axis as short numbers."""
+def short_ticks(axes: Axes) -> None:
+    """Ticks of the x axis as short numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(nbins=5))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -66,15 +66,3 @@ def depth_colour(index: int, layers: int) -> str:
 def variables(theme: dict[str, str]) -> str:
     """CSS custom properties of a theme."""
     return " ".join(f"--{name}: {colour};" for name, colour in theme.items())
-
-
-def contrast(a: str, b: str) -> float:
-    """Contrast ratio of two colours (WCAG 2.2, relative luminance): 1 to 21."""
-    light, dark = sorted((_luminance(a), _luminance(b)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def _luminance(colour: str) -> float:
-    channels = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
-    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
