@@ -5,7 +5,9 @@ Decides
   training. Its loss has no seed, so the interval of a difference to it is that of the arm's own final losses.
 - Within a base two arms are compared seed by seed (`lesa_ray.comparison.statistics.paired`). Over bases, which may be
   as different as code and prose, a base counts once: an arm is better than another only if it is so on every base, by
-  more than the 95 % interval over the seeds. What is less than that is called not told apart.
+  more than the 95 % interval over the seeds. What is less than that is called not told apart. Intervals beside the best
+  method allow for its having been picked; those beside controls are each its own.
+- An arm that lacks a seed on some base is told and not ranked, nor is it the yardstick.
 - The best method is the one with the lowest mean difference to the best control; with it stand all arms, controls too,
   that it does not beat so. Sums of wins would let one base with small noise outvote the rest.
 """
@@ -18,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from lesa_ray.comparison.arms import listed
-from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, unbeaten, untrained
+from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, pairs, unbeaten, untrained, whole
 from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.errors import UserError
 
@@ -58,13 +60,13 @@ class Verdict:
     yardstick: str
     """The control with the lowest mean final loss over the bases."""
     arms: tuple[ArmSummary, ...]
-    """Those with results on every base, with a seed that the yardstick has, too; the best first."""
+    """Those that on every base have a result with every seed with which any arm has one there; the best first."""
     best: str | None
-    """The method with the lowest mean difference; None where none has results on every base."""
+    """The method with the lowest mean difference; None where there is none."""
     alike: tuple[str, ...]
-    """Arms, controls among them, that it does not beat on every base by more than the interval over seeds."""
+    """Arms, controls among them, that it does not beat on every base by more than the interval for all pairs."""
     incomplete: tuple[str, ...]
-    """Arms that lack results on some base, or have none there with a seed of the yardstick's."""
+    """All other arms."""
 
 
 Finals = dict[str, dict[int, float]]
@@ -77,13 +79,12 @@ def verdict(comparisons: Mapping[str, Mapping[str, Any]]) -> Verdict:
     losses = {base: {arm["name"]: finals(arm) for arm in there} for base, there in arms.items()}
     names = list(dict.fromkeys(arm["name"] for there in arms.values() for arm in there))
     controls = {arm["name"] for there in arms.values() for arm in there if arm["control"]}
-    complete = [name for name in names if all(of_base.get(name) for of_base in losses.values())]
+    there = [whole(of_base) for of_base in losses.values()]
+    complete = [name for name in names if all(name in ended for ended in there)]
     means = {name: fmean(fmean(of_base[name].values()) for of_base in losses.values()) for name in complete}
-    there = sorted((name for name in complete if name in controls), key=means.__getitem__)
-    if not there:
-        raise UserError("no control has results on every base, so there is nothing to measure the arms by")
-    yardstick = there[0]
-    complete = [n for n in complete if all(of[n].keys() & of[yardstick].keys() for of in losses.values())]
+    yardstick = min((name for name in complete if name in controls), key=means.__getitem__, default=None)
+    if yardstick is None:
+        raise UserError("no control has results with every seed on every base: there is nothing to measure the arms by")
     found = []
     for name in complete:
         others = [control for control in complete if control in controls and control != name]
@@ -96,13 +97,15 @@ def verdict(comparisons: Mapping[str, Mapping[str, Any]]) -> Verdict:
         found.append(ArmSummary(name, name in controls, fmean(one.difference for one in on.values()), missed, on))
     found.sort(key=lambda arm: arm.difference)
     best = next((arm.name for arm in found if not arm.control), None)
-    alike = [] if best is None else [n.name for n in found if n.name != best and not beats(losses, best, n.name)]
+    family = pairs(len(found))
+    rest = [] if best is None else [arm.name for arm in found if arm.name != best]
+    alike = [name for name in rest if best is not None and not beats(losses, best, name, family)]
     return Verdict(yardstick, tuple(found), best, tuple(alike), tuple(n for n in names if n not in complete))
 
 
-def beats(losses: Mapping[str, Finals], one: str, other: str) -> bool:
+def beats(losses: Mapping[str, Finals], one: str, other: str, family: int) -> bool:
     """Whether an arm ends below another on every base, by more than the 95 % interval over the seeds."""
-    return not any(unbeaten(of[one], {other: of[other]}) for of in losses.values())
+    return not any(unbeaten(of[one], {other: of[other]}, family) for of in losses.values())
 
 
 def _on_base(
@@ -126,7 +129,7 @@ def reading(found: Verdict) -> list[str]:
     """What the figures say, a line each."""
     methods = [arm for arm in found.arms if not arm.control]
     if not methods:
-        return ["No method has results on every base yet."]
+        return ["No method has results with every seed on every base yet."]
     best, many = methods[0], len(methods[0].bases)
     lines = [
         f"{best.name} ends lowest of the methods, {best.difference:+.4f} nats from the best control, "
@@ -135,8 +138,10 @@ def reading(found: Verdict) -> list[str]:
     if all(one.half is None for one in best.bases.values()):
         lines.append("There is one seed: no spread is known, nothing is told apart, and the order is not a finding.")
     alike = [arm.name for arm in methods if arm.name in found.alike]
-    lines.append(f"Methods not told apart from it on every base: {listed(alike)}.")
-    lines.append(f"Controls that it does not clearly beat on every base: {listed(best.unbeaten)}.")
+    lines.append(f"Methods not told apart from it on every base, by intervals for all pairs: {listed(alike)}.")
+    lines.append(
+        f"Controls that it does not clearly beat on every base, each by its own interval: {listed(best.unbeaten)}."
+    )
     for base, one in best.bases.items():
         clear = [arm.name for arm in methods if not arm.bases[base].unbeaten]
         lines.append(
@@ -151,9 +156,7 @@ def reading(found: Verdict) -> list[str]:
     else:
         lines.append("The untrained base's loss is not known on every base: it is measured where the base is trained.")
     if found.incomplete:
-        lines.append(
-            f"Without results on every base, or without a seed of the best control's: {listed(found.incomplete)}."
-        )
+        lines.append(f"Not ranked, without a result with every seed on every base: {listed(found.incomplete)}.")
     return lines
 
 

@@ -11,14 +11,14 @@ from rich.table import Table
 
 from lesa_ray.comparison.arms import listed
 from lesa_ray.comparison.curves import Axis, reached
-from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, spread, unbeaten, untrained
+from lesa_ray.comparison.statistics import UNTRAINED, finals, paired, pairs, spread, unbeaten, untrained, whole
 from lesa_ray.report.terminal import count, duration
 
 
 def comparison_table(content: Mapping[str, Any]) -> Table:
-    """content: of `comparison.json`. Arms in the order of their final losses; controls in italics, the untrained base
-    among them. Tokens and time are those until a run is where the reference's run of the same seed ended; `tuned` is
-    the loss on conversations."""
+    """content: of `comparison.json`. Arms in the order of their final losses, then those that lack a seed, then those
+    without any; controls in italics, the untrained base among them. Tokens and time are those until a run is where the
+    reference's run of the same seed ended; `tuned` is the loss on conversations."""
     title = "Loss on held-out rows, nats a token, before and after training"
     table = Table(box=None, padding=(0, 2), header_style="dim", title=title, title_justify="left")
     table.add_column("arm", overflow="fold")
@@ -29,7 +29,9 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
     table.add_column("runs", overflow="fold")
     targets = next((finals(arm) for arm in content["arms"] if arm["name"] == content["reference"]), {})
     shown = [arm for arm in content["arms"] if finals(arm)] + untrained(content)
-    for arm in [*sorted(shown, key=_rank), *(arm for arm in content["arms"] if not finals(arm))]:
+    ranked = _ranked(content)
+    short = sorted((arm for arm in shown if arm not in ranked), key=_rank)
+    for arm in [*ranked, *short, *(arm for arm in content["arms"] if not finals(arm))]:
         if arm["name"] == UNTRAINED:
             base, loss = content["base"], _loss(_rank(arm))
             cells = [UNTRAINED, str(base["layers"]), count(base["parameters"]), "–", loss, loss]
@@ -56,19 +58,24 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
 
 def reading(content: Mapping[str, Any]) -> list[str]:
     """What the table says and what it does not, a line each; see `lesa_ray.comparison.statistics` for the rule."""
-    ranked = sorted((arm for arm in [*content["arms"], *untrained(content)] if finals(arm)), key=_rank)
+    ranked = _ranked(content)
     losses = {arm["name"]: finals(arm) for arm in ranked}
+    short = [arm["name"] for arm in content["arms"] if finals(arm) and arm["name"] not in losses]
     lines = [f"ref.: {content['reference']}, with the same seed"]
     if len(ranked) > 1:
         first, second = list(losses)[:2]
-        found, said = paired(losses[second], losses[first]), f"{first} ends lowest, before {second}"
-        if found is None:
-            lines.append(f"{said}; they have no seed in common")
-        elif found.half is None:
+        found = paired(losses[second], losses[first], pairs(len(ranked)))
+        assert found is not None, "they have all seeds"
+        said = f"{first} ends lowest, before {second}"
+        if found.half is None:
             lines.append(f"{said} by {found.mean:.4f} with one seed; whether another would say the same is not known")
         else:
             finding = "" if found.clear else ": not told apart, so not a finding"
-            lines.append(f"{said} by {found.mean:.4f} ± {found.half:.4f} (95 % over {found.n} seeds){finding}")
+            lines.append(
+                f"{said} by {found.mean:.4f} ± {found.half:.4f} (95 % over {found.n} seeds, for all pairs){finding}"
+            )
+    if short:
+        lines.append(f"not ranked, a seed that others have is lacking: {listed(short)}")
     return [*lines, *_beside_controls(ranked), *content["remarks"], *content["notes"]]
 
 
@@ -83,11 +90,19 @@ def _beside_controls(ranked: Sequence[Mapping[str, Any]]) -> list[str]:
     if max(len(finals(arm)) for arm in ranked) == 1:
         return [*lines, "with one seed no method is told apart from a control"]
     lines.append(f"controls that {method} does not clearly end below: {listed(missed[method])}")
-    lines.append(f"methods clearly below every control: {listed([name for name in missed if not missed[name]])}")
+    clear = [name for name in missed if not missed[name]]
+    lines.append(f"methods clearly below every control, each by its own interval: {listed(clear)}")
     if UNTRAINED in controls:
         short = [name for name, found in missed.items() if UNTRAINED in found]
         return [*lines, f"methods not clearly below the untrained base: {listed(short)}"]
     return [*lines, "the untrained base's loss is not known: no control here trains the base"]
+
+
+def _ranked(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Arms with a final loss with every seed that any has, the untrained base among them; the best first."""
+    arms = [*content["arms"], *untrained(content)]
+    there = whole({arm["name"]: finals(arm) for arm in arms})
+    return sorted((arm for arm in arms if arm["name"] in there), key=_rank)
 
 
 def _rank(arm: Mapping[str, Any]) -> float:

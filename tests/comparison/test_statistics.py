@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from lesa_ray.comparison.statistics import cost_to_reach, paired, spread, t975
+from lesa_ray.comparison.statistics import cost_to_reach, paired, pairs, quantile, spread, whole
 
 
 def test_the_spread_over_seeds() -> None:
@@ -39,9 +39,36 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert paired({0: 1.0}, {1: 1.0}) is None
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 4, 15, 16, 40, 300])
-def test_quantiles_of_students_t(freedom: int) -> None:
-    assert t975(freedom) == pytest.approx(student.ppf(0.975, freedom), rel=2e-3)
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 15, 16, 300])
+@pytest.mark.parametrize("family", [1, 190])
+def test_quantiles_of_students_t(freedom: int, family: int) -> None:
+    assert quantile(freedom, family) == pytest.approx(student.ppf(1 - 0.025 / family, freedom))
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_of_equal_arms_one_seems_to_differ_from_the_best_in_fewer_than_5_of_100_studies(seeds: int) -> None:
+    losses = np.random.default_rng(0).normal(size=(2000, 20, seeds))
+    best = losses[np.arange(2000), losses.mean(2).argmin(1)]
+    differences = losses - best[:, None]
+    errors = differences.std(2, ddof=1) / math.sqrt(seeds)
+    apart = differences.mean(2) > errors * quantile(seeds - 1, pairs(20))
+    assert apart.any(1).mean() < 0.05
+    alone = differences.mean(2) > errors * quantile(seeds - 1)
+    assert alone.any(1).mean() > 0.7  # what the picking does
+
+
+def test_an_interval_beside_the_best_is_wider() -> None:
+    a, b = {0: 1.1, 1: 2.1, 2: 3.12}, {0: 1.0, 1: 2.0, 2: 3.0}
+    alone, together = paired(a, b), paired(a, b, pairs(20))
+    assert alone is not None
+    assert together is not None
+    assert (alone.clear, together.clear) == (True, False)
+    assert (pairs(1), pairs(2), pairs(5)) == (1, 1, 10)
+
+
+def test_an_arm_that_lacks_a_seed_is_not_whole() -> None:
+    assert whole({"a": {0: 2.0}, "b": {0: 1.9, 1: 2.2}, "c": {}, "d": {1: 1.0, 0: 3.0}}) == ["b", "d"]
+    assert whole({"a": {0: 2.0}, "b": {1: 1.9}}) == whole({"a": {}}) == []
 
 
 def test_what_it_costs_to_reach_a_loss() -> None:

@@ -56,8 +56,8 @@ def test_an_arm_is_better_only_if_it_is_so_on_every_base() -> None:
     assert [arm.name for arm in found.arms][-1] == "base, untrained"
     told = " ".join(reading(found))
     assert "x ends lowest of the methods, -0.5000 nats from the best control, COPY, in the mean over 2 bases" in told
-    assert "not told apart from it on every base: z." in told
-    assert "Controls that it does not clearly beat on every base: none." in told
+    assert "not told apart from it on every base, by intervals for all pairs: z." in told
+    assert "Controls that it does not clearly beat on every base, each by its own interval: none." in told
     assert "On one it does not clearly beat: none. Methods that clearly beat every control there: x; z; y." in told
     assert "On two it does not clearly beat: none. Methods that clearly beat every control there: x; y." in told
     assert "Methods that clearly beat every control on every base: x; y." in told
@@ -69,16 +69,28 @@ def test_what_is_not_there_on_every_base_is_told_and_does_not_count() -> None:
     two = comparison({"x": [2.0, 2.1], "y": [], "COPY": [1.9, 2.0]})
     found = verdict({"one": one, "two": two})
     assert (found.best, found.incomplete, found.alike) == ("x", ("y",), ("COPY",))
-    assert reading(found)[-1] == "Without results on every base, or without a seed of the best control's: y."
+    assert reading(found)[-1] == "Not ranked, without a result with every seed on every base: y."
 
 
-def test_an_arm_counts_only_with_a_seed_that_the_yardstick_has() -> None:
-    one = comparison({"x": [1.0, 1.1], "y": [1.0, 1.1], "COPY": [1.5, 1.6]})
-    one["arms"][1]["runs"] = [{**run, "seed": run["seed"] + 7} for run in one["arms"][1]["runs"]]
-    found = verdict({"one": one})
-    assert ([arm.name for arm in found.arms], found.incomplete) == (["x", "COPY", "base, untrained"], ("y",))
-    with pytest.raises(UserError, match="no control has results on every base"):
+def test_an_arm_that_lacks_a_seed_is_neither_the_best_nor_the_yardstick() -> None:
+    """Both that lost seeds have the lowest mean of their kind."""
+    losses = {"x": [1.0], "y": [1.0, 1.1, 1.3], "COPY": [1.4], "BASE": [1.4, 1.6, 1.7]}
+    found = verdict({"one": comparison(losses)})
+    assert [arm.name for arm in found.arms] == ["y", "BASE", "base, untrained"]
+    assert (found.yardstick, found.best, found.incomplete) == ("BASE", "y", ("x", "COPY"))
+    told = reading(found)
+    assert not any("one seed" in line for line in told)
+    assert told[-1] == "Not ranked, without a result with every seed on every base: x; COPY."
+    with pytest.raises(UserError, match="no control has results with every seed on every base"):
         verdict({"one": comparison({"x": [1.0]}, start=None)})
+
+
+def test_what_is_told_apart_from_the_best_allows_for_its_having_been_picked() -> None:
+    """The nearest arm is ±13 standard errors away: clear of two arms, not of six."""
+    near = {"x": [1.0, 1.1, 1.2], "y": [1.1, 1.2, 1.32]}
+    more = {name: [2.0, 2.1, 2.2] for name in ("z", "COPY", "BASE")}
+    assert verdict({"one": comparison({**near, "COPY": [2.0, 2.1, 2.2]})}).alike == ()
+    assert verdict({"one": comparison({**near, **more})}).alike == ("y",)
 
 
 def test_a_method_that_does_not_beat_the_base_as_it_is_has_gained_nothing() -> None:
@@ -96,7 +108,7 @@ def test_a_method_that_does_not_beat_the_base_as_it_is_has_gained_nothing() -> N
         ("base, untrained",), (), ("base, untrained",)
     )  # fmt: skip
     told = reading(found)
-    assert "Controls that it does not clearly beat on every base: base, untrained." in told
+    assert "Controls that it does not clearly beat on every base, each by its own interval: base, untrained." in told
     assert "On one it does not clearly beat: none. Methods that clearly beat every control there: x; y." in told
     assert (
         "On two it does not clearly beat: base, untrained. Methods that clearly beat every control there: none." in told

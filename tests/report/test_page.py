@@ -157,8 +157,11 @@ def test_sentences_are_computed(whole: tuple[Page, set[str], Path]) -> None:
     assert "lesa has the lowest held-out loss at the end: 2.6410 ± 0.0010 nats a token (3 seeds)" in text
     assert "All others are told apart from it" in text
     assert (
-        "The best control is “base, same tokens” (2.6560 ± 0.0010); clearly better than it: lesa; clearly worse" in text
+        "The best control is “base, same tokens” (2.6560 ± 0.0010); by each method's own 95 % interval clearly better "
+        "than it: lesa; clearly worse" in text
     )
+    assert "picked from 5 arms" in text
+    assert "±14.1 standard errors" in text
     assert re.search(r"llama-pro ends at 2\.6610 in the mean; lesa is there with 1\d % of its tokens", text)
     assert "New layers have 0.4" in text
     assert "A new layer changes the stream by 0.050 of its norm on average, an old one by 0.500" in text
@@ -288,15 +291,43 @@ def test_arms_within_the_spread_are_not_told_apart(tmp_path: Path) -> None:
     assert "llama-pro is not told apart from it" in text
 
 
+def test_an_arm_that_lost_seeds_is_not_the_best(tmp_path: Path) -> None:
+    """What is left of the two of them has the lowest mean."""
+    content = samples.with_tasks(samples.comparison())
+    for arm, seed in ((1, 2), (2, 0)):
+        for trial in content["arms"][arm]["runs"]:
+            trial["final_loss"] = 2.5 if trial["seed"] == seed else None
+            trial["tasks"]["wikitext"] = 1.0
+    text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
+    assert "lesa has the lowest held-out loss at the end: 2.6410" in text
+    assert "llama-pro and “base, same tokens” are not ranked: a seed that others have is lacking." in text
+    assert re.search(r"llama-pro 2\.5000 −0\.1420, not ranked, one seed 1 of 3", text)
+    assert "The best control is “random, zero output projections”" in text
+    assert figures["tasks"].see.startswith("lesa has the best mean in 3 of 3 tasks")
+    table = figures["final-loss"].table
+    assert table is not None
+    names = [row[0] for row in table.rows]
+    assert (names[0], set(names[-2:])) == ("lesa", {"llama-pro", "base, same tokens"})
+    for trial in content["arms"][0]["runs"][:2] + content["arms"][3]["runs"][1:]:
+        trial["final_loss"] = None
+    text, _, figures = sections_of(samples.write(tmp_path / "none", "comparison.json", content))
+    assert "No arm has every seed that others have, so there is no ranking yet." in text
+    assert len(svgs(figures["final-loss"])) == 2
+
+
 def test_the_untrained_base_is_a_control(tmp_path: Path) -> None:
-    """It lies below all arms but lesa, and above lesa by less than lesa's interval: 0.0015 ± 0.0025."""
+    """It lies below all arms but lesa, and above lesa by less than lesa's interval: 0.0015 ± 0.0025, and for all pairs
+    of five arms ± 0.0081."""
     content = samples.comparison()
     content["base"]["loss"] = 2.6425
     text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
-    assert "The best control is “base, untrained” (2.6425); clearly better than it: no method; clearly worse" in text
+    assert (
+        "The best control is “base, untrained” (2.6425); by each method's own 95 % interval clearly better than it: no"
+        in text
+    )
     assert "lesa, the lowest method, is not clearly better than “base, untrained”." in text
     assert "Not clearly better than the untrained base: lesa and llama-pro." in text
-    assert "base, untrained (control) 2.6425 +0.0015 ± 0.0025, not told apart – – 8" in text
+    assert "base, untrained (control) 2.6425 +0.0015 ± 0.0081, not told apart – – 8" in text
     table = figures["final-loss"].table
     assert table is not None
     assert table.rows[1] == ("base, untrained", "2.6425", "–", "–")

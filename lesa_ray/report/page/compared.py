@@ -6,12 +6,12 @@ the mean of the others. Bands and means are over the steps at which all of an ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-from lesa_ray.comparison.statistics import UNTRAINED, Spread, cost_to_reach, spread
+from lesa_ray.comparison.statistics import UNTRAINED, Spread, cost_to_reach, spread, whole
 from lesa_ray.report.page.figure import Entry
 from lesa_ray.report.page.palette import Stroke, arm_stroke
 from lesa_ray.report.page.schema import Arm, Comparison, Evaluation, Trial
@@ -40,6 +40,8 @@ class ArmView:
     stroke: Stroke
     untrained: bool = False
     """It is the base as it is: one loss, the same for every seed."""
+    whole: bool = True
+    """No arm has a final loss with a seed with which this one has none."""
 
     @property
     def name(self) -> str:
@@ -114,7 +116,8 @@ def views(comparison: Comparison) -> list[ArmView]:
     for arm in comparison.arms:
         made.append(ArmView(arm, arm_stroke(counts[arm.control], arm.control)))
         counts[arm.control] += 1
-    return made
+    ended = whole({view.name: view.finals for view in made})
+    return [replace(view, whole=view.name in ended) for view in made]
 
 
 def with_untrained(comparison: Comparison) -> list[ArmView]:
@@ -129,7 +132,16 @@ def with_untrained(comparison: Comparison) -> list[ArmView]:
 
 
 def ranked(arms: Sequence[ArmView]) -> list[tuple[ArmView, Spread]]:
-    """Arms that have a final loss, the least first."""
+    """Arms that have a final loss with every seed, the least first."""
+    return _in_order(view for view in arms if view.whole)
+
+
+def unranked(arms: Sequence[ArmView]) -> list[tuple[ArmView, Spread]]:
+    """Arms that have a final loss, but lack that of a seed that others have; the least first."""
+    return _in_order(view for view in arms if not view.whole)
+
+
+def _in_order(arms: Iterable[ArmView]) -> list[tuple[ArmView, Spread]]:
     found = [(view, view.final) for view in arms]
     return sorted(((view, final) for view, final in found if final is not None), key=lambda pair: pair[1].mean)
 

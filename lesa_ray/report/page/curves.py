@@ -196,7 +196,7 @@ def reference_arm(arms: list[ArmView], named: str | None) -> ArmView | None:
     """The arm that the comparison names, else `llama-pro`, which the paper compares with, else the best control; None
     if none of them has a result."""
     known = [view for view, _ in ranked(arms)]
-    own = [view for view in known if view.name == named]
+    own = [view for view in arms if view.name == named and view.finals]
     pro = [view for view in known if view.arm.method == "llama-pro" and not view.arm.control]
     controls = [view for view in known if view.arm.control]
     return next(iter([*own, *pro, *controls]), None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lesa_ray.comparison.statistics import UNTRAINED, Difference, Spread, paired, spread, unbeaten
-from lesa_ray.report.page.compared import ArmView, how_compare, ranked
+from lesa_ray.comparison.statistics import UNTRAINED, Spread, paired, pairs, quantile, spread, unbeaten
+from lesa_ray.report.page.compared import ArmView, how_compare, ranked, unranked
 from lesa_ray.report.page.figure import (
     Entry,
     Figure,
@@ -42,37 +42,42 @@ _BASE_LINE = Stroke(MUTED, "o", (4, 2))
 
 
 def verdict(arms: list[ArmView]) -> list[str]:
-    """What the final losses say, in sentences: the best, what is not told apart from it, and the controls. arms: the
-    untrained base among them."""
-    order = ranked(arms)
-    if not order:
-        return ["No run is complete, so there is no ranking yet."]
+    """What the final losses say, in sentences: the best, what is not told apart from it, what is not ranked, and the
+    controls. arms: the untrained base among them."""
+    order, short = ranked(arms), [view.name for view, _ in unranked(arms)]
+    if all(view.untrained for view, _ in order):
+        return [
+            f"No {'arm has every seed that others have' if short else 'run is complete'}, so there is no ranking yet."
+        ]
     best, final = order[0]
     said = [
         f"{best.called} has the lowest held-out loss at the end: {spread_words(final)} nats a token "
         f"({'no training' if best.untrained else plural(final.n, 'seed')})."
     ]
-    seeds = max(found.n for _, found in order)
-    if seeds == 1:
+    if short:
+        said.append(
+            f"{some(short)} {'is' if len(short) == 1 else 'are'} not ranked: a seed that others have is lacking."
+        )
+    if final.n == 1:
         said.append("There is one seed: no spread is known, and the order of the arms is not a finding.")
         return said + _controls_in_words(arms, known=False)
-    others = [(view, paired(view.finals, best.finals)) for view, _ in order[1:]]
-    alone = [view.name for view, found in others if found is None or found.half is None]
-    alike = [view.name for view, found in others if found is not None and found.half is not None and not found.clear]
+    family = pairs(len(order))
+    others = [(view.name, paired(view.finals, best.finals, family)) for view, _ in order[1:]]
+    alike = [name for name, found in others if found is None or not found.clear]
     if alike:
         said.append(
             f"{some(alike)} {'is' if len(alike) == 1 else 'are'} not told apart from it: the 95 % interval of the "
             "difference over the seeds includes zero, so which of them is better is not a finding."
         )
-    elif not alone and others:
+    elif others:
         said.append("All others are told apart from it: their differences over the seeds are larger than chance.")
-    if alone:
-        said.append(f"{some(alone)} cannot be told apart from it or not: two common seeds are not there.")
-    said += _controls_in_words(arms, known=True)
-    said.append(
-        f"{plural(len(order), 'arm')} compared: among twenty equal ones, one would still seem to differ by chance."
-    )
-    return said
+    if len(order) > 2:
+        said.append(
+            f"As the best was picked from {len(order)} arms, the intervals of the differences to it hold for all pairs "
+            f"together (Bonferroni; ±{quantile(final.n - 1, family):.1f} standard errors): were all arms equal, one "
+            "would seem to differ from it in less than 5 % of all studies."
+        )
+    return said + _controls_in_words(arms, known=True)
 
 
 def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
@@ -80,7 +85,8 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     controls = ranked([view for view in arms if view.arm.control])
     methods = ranked([view for view in arms if not view.arm.control])
     if not controls:
-        return ["No control is in this comparison, so it does not say whether expanding helped at all."]
+        what = "has every seed" if any(view.arm.control for view in arms) else "is in this comparison"
+        return [f"No control {what}, so it does not say whether expanding helped at all."]
     if not methods:
         return []
     best, final = controls[0]
@@ -95,7 +101,7 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     worse = [view.name for view, d in found if d is not None and d.clear and d.mean > 0]
     finals = {view.name: view.finals for view, _ in controls}
     missed = {view.name: unbeaten(view.finals, finals) for view, _ in methods}
-    parts = [f"clearly better than it: {some(better) if better else 'no method'}"]
+    parts = [f"by each method's own 95 % interval clearly better than it: {some(better) if better else 'no method'}"]
     if worse:
         parts.append(f"clearly worse: {some(worse)}")
     rest = len(found) - len(better) - len(worse)
@@ -113,12 +119,11 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
 
 
 def ranking_table(arms: list[ArmView]) -> Table:
-    """All arms, the best first; those without a result last."""
+    """All arms, the best first; then those that lack a seed, and those without a result."""
     order = ranked(arms)
-    best = order[0][0] if order else None
-    rows = [_row(view, final, best) for view, final in order]
-    done = {id(view) for view, _ in order}
-    rows += [_row(view, None, best) for view in arms if id(view) not in done]
+    best, family = order[0][0] if order else None, pairs(len(order))
+    rows = [_row(view, final, best, family) for view, final in [*order, *unranked(arms)]]
+    rows += [_row(view, None, best, family) for view in arms if view.final is None]
     columns = (
         "arm",
         "final loss",
@@ -132,14 +137,14 @@ def ranking_table(arms: list[ArmView]) -> Table:
     return Table(columns, tuple(rows))
 
 
-def _row(view: ArmView, final: Spread | None, best: ArmView | None) -> tuple[str, ...]:
+def _row(view: ArmView, final: Spread | None, best: ArmView | None, family: int) -> tuple[str, ...]:
     arm = view.arm
     before = spread(list(view.before.values()))
     trained = arm.trained_parameters / arm.parameters if arm.trained_parameters and arm.parameters else None
     return (
         arm.name + (" (control)" if arm.control else ""),
         "–" if final is None else spread_words(final),
-        _to_best(view, best) if final is not None else _why_none(view),
+        _to_best(view, best, family) if final is not None else _why_none(view),
         "–" if view.untrained else f"{len(view.finals)} of {len(arm.runs)}",
         "–" if before is None else spread_words(before) + (" (new layers not yet in)" if arm.inserted_tokens else ""),
         "–" if arm.layers is None else str(arm.layers),
@@ -148,15 +153,15 @@ def _row(view: ArmView, final: Spread | None, best: ArmView | None) -> tuple[str
     )
 
 
-def _to_best(view: ArmView, best: ArmView | None) -> str:
-    if best is None or view is best:
+def _to_best(view: ArmView, best: ArmView | None, family: int) -> str:
+    if view is best:
         return "the best"
-    found: Difference | None = paired(view.finals, best.finals)
+    found = None if best is None else paired(view.finals, best.finals, family)
     if found is None:
         return "no common seed"
-    if found.half is None:
-        return f"{difference_words(found)}, one seed"
-    return difference_words(found) + ("" if found.clear else ", not told apart")
+    parts = [] if view.whole else ["not ranked"]
+    parts += ["one seed"] if found.half is None else [] if found.clear else ["not told apart"]
+    return ", ".join([difference_words(found), *parts])
 
 
 def _why_none(view: ArmView) -> str:
@@ -165,29 +170,16 @@ def _why_none(view: ArmView) -> str:
 
 
 def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
-    """Every run's final loss, and the mean of each arm."""
+    """Every run's final loss, and the mean of each arm; those that lack a seed come last."""
     order = ranked(arms)
-    if not order:
+    every = [*order, *unranked(arms)]
+    if not every:
         return None
-    rows = [(view, [final.mean] if view.untrained else list(view.finals.values())) for view, final in order]
-    (best, first), gaps = order[0], order[-1][1].mean - order[0][1].mean
-    widest = max((final.high - final.low for _, final in order if final.n > 1), default=None)
-    if len(order) == 1:
-        see = f"Only {best.called} has a final loss, {first.mean:.4f}."
-    elif widest is None:
-        see = (
-            f"From the best arm to the worst it is {gaps:.4f}; with one seed each, how much of that is chance is open."
-        )
-    else:
-        n = max(final.n for _, final in order)
-        see = (
-            f"From the best arm's mean to the worst's it is {gaps:.4f}; the {plural(n, 'seed')} of one arm lie up to "
-            f"{widest:.4f} apart. A difference between arms counts where its interval, seed by seed, leaves out zero."
-        )
+    rows = [(view, [final.mean] if view.untrained else list(view.finals.values())) for view, final in every]
     return Figure(
         "final-loss",
         "Held-out loss at the end of training",
-        see,
+        _final_words(order),
         how_compare(comparison),
         (
             _rows_panel("held-out loss (nats a token)", rows, None, framed=True),
@@ -198,9 +190,27 @@ def final_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
             ("arm", "mean", "standard deviation", "seeds"),
             tuple(
                 (view.name, f"{f.mean:.4f}", *(("–", "–") if view.untrained else (_sd(f), str(f.n))))
-                for view, f in order
+                for view, f in every
             ),
         ),
+    )
+
+
+def _final_words(order: list[tuple[ArmView, Spread]]) -> str:
+    """order: of those that are ranked."""
+    if not order:
+        return "No arm has a final loss with every seed that others have, so there is no best one yet."
+    (best, first), gaps = order[0], order[-1][1].mean - order[0][1].mean
+    if len(order) == 1:
+        return f"Only {best.called} has a final loss with every seed, {first.mean:.4f}."
+    if first.n == 1:
+        return (
+            f"From the best arm to the worst it is {gaps:.4f}; with one seed each, how much of that is chance is open."
+        )
+    widest = max(final.high - final.low for _, final in order)
+    return (
+        f"From the best arm's mean to the worst's it is {gaps:.4f}; the {plural(first.n, 'seed')} of one arm lie up to "
+        f"{widest:.4f} apart. A difference between arms counts where its interval, seed by seed, leaves out zero."
     )
 
 
@@ -210,9 +220,11 @@ def _sd(found: Spread) -> str:
 
 def _differences(arms: list[ArmView], rows: list[ArmView]) -> list[Panel]:
     """A panel of each arm's differences to the best control (the best arm, where there is none), seed by seed."""
-    known = ranked([view for view in arms if view.arm.control]) or ranked(arms)
-    to = known[0][0]
-    found = {view.name: paired(view.finals, to.finals) for view in rows if view is not to}
+    order, controls = ranked(arms), ranked([view for view in arms if view.arm.control])
+    if not order:
+        return []
+    to, family = (controls[0][0], 1) if controls else (order[0][0], pairs(len(order)))
+    found = {view.name: paired(view.finals, to.finals, family) for view in rows if view is not to}
     means = [abs(one.mean) for one in found.values() if one is not None]
     if not means or max(means) == 0:
         return []

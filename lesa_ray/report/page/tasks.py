@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lesa_ray.comparison.statistics import paired
+from lesa_ray.comparison.statistics import paired, whole
 from lesa_ray.report.page.compared import ArmView, how_compare
 from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, plot_marks, rows_axis, rows_height
 from lesa_ray.report.page.palette import INK, MUTED, Stroke
@@ -42,14 +42,23 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     wins: dict[str, list[bool]] = {}
     for name in names:
         scores = {arm: found[name] for arm, found in values.items() if name in found}
+        scores = {arm: scores[arm] for arm in whole(scores)}
+        if not scores:
+            continue
         pick = min if _falls(comparison, name) else max
         best = pick(scores, key=lambda arm: fmean(scores[arm].values()))
         rest = [paired(scores[best], theirs) for arm, theirs in scores.items() if arm != best]
         wins.setdefault(best, []).append(all(found is not None and found.clear for found in rest))
-    first = max(wins, key=lambda arm: len(wins[arm]))
-    seeds = max(len(v) for found in values.values() for v in found.values())
-    see = f"{called(first)} has the best mean in {len(wins[first])} of {plural(len(names), 'task')}"
-    see += "; with one seed that is no finding" if seeds == 1 else f", told apart from all others in {sum(wins[first])}"
+    see = "No arm was measured with every seed that others have"
+    if wins:
+        first = max(wins, key=lambda arm: len(wins[arm]))
+        seeds = max(len(v) for found in values.values() for v in found.values())
+        see = f"{called(first)} has the best mean in {len(wins[first])} of {plural(len(names), 'task')}"
+        see += (
+            "; with one seed that is no finding"
+            if seeds == 1
+            else f", told apart from all others in {sum(wins[first])}"
+        )
     more = f"; {len(names) - _MOST} more tasks are in the table only" if len(names) > _MOST else ""
     lines = {name: published_lines(comparison, arms, name) for name in names}
     base = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
