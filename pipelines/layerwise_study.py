@@ -146,7 +146,7 @@ def table(summaries: Sequence[Summary]) -> Table:
     shown = Table(title="held-out loss, nats a token; difference to isotropic over the same seeds")
     for name in ("layers", "profile"):
         shown.add_column(name)
-    for name in ("parameters", "seeds", "loss", "± seeds", "difference", "± 95 %", "tokens/s", "speed"):
+    for name in ("parameters", "seeds", "loss", "SD", "difference", "± 95 %", "tokens/s", "speed"):
         shown.add_column(name, justify="right")
     for one in summaries:
         shown.add_row(

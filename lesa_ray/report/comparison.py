@@ -23,7 +23,7 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="dim", title=title, title_justify="left")
     table.add_column("arm", overflow="fold")
     tuned = any(run["tuned_loss"] is not None for arm in content["arms"] for run in arm["runs"])
-    columns = ("layers", "parameters", "trained", "before", "after", "±", "tokens to ref.", "time to ref.")
+    columns = ("layers", "parameters", "trained", "before", "after", "SD", "tokens to ref.", "time to ref.")
     for name in (*columns, *(["tuned"] if tuned else [])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("runs", overflow="fold")

@@ -83,6 +83,7 @@ def test_what_the_table_says_is_what_was_measured() -> None:
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["lesa", "copy", "base, untrained", "lost"]  # the best first
     assert cells[5] == ["3.1000", "4.1000", "5.0000", "–"]
+    assert table.columns[6].header == "SD"
     assert cells[6] == ["0.1414", "0.1414", "–", "–"]
     assert cells[7] == ["60", "not reached", "–", "–"]  # where the reference's run of the same seed ended
     assert cells[8] == ["6.0 s", "–", "–", "–"]

@@ -154,11 +154,11 @@ def test_colours_follow_the_browser(whole: tuple[Page, set[str], Path]) -> None:
 def test_sentences_are_computed(whole: tuple[Page, set[str], Path]) -> None:
     page, _, _ = whole
     text = page.words()
-    assert "lesa has the lowest held-out loss at the end: 2.6410 ± 0.0010 nats a token (3 seeds)" in text
+    assert "lesa has the lowest held-out loss at the end, in nats a token: 2.6410 (SD 0.0010), 3 seeds." in text
     assert "All others are told apart from it" in text
     assert (
-        "The best control is “base, same tokens” (2.6560 ± 0.0010); by each method's own 95 % interval clearly better "
-        "than it: lesa; clearly worse" in text
+        "The best control is “base, same tokens”, 2.6560 (SD 0.0010); by each method's own 95 % interval clearly "
+        "better than it: lesa; clearly worse" in text
     )
     assert "picked from 5 arms" in text
     assert "±14.1 standard errors" in text
@@ -202,7 +202,7 @@ def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
     assert "not reached by every seed of “random, zero output projections”" in said  # and of no other
     table = figures["cost-at-equal-loss"].table
     assert table is not None
-    assert table.rows[0] == ("lesa", "93 % ± 0 %", "74 % ± 0 %", "93 % ± 0 %")
+    assert table.rows[0] == ("lesa", "93 % (SD 0 %)", "74 % (SD 0 %)", "93 % (SD 0 %)")
 
 
 def test_cost_is_that_of_the_arm_by_which_the_comparison_measures(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_an_arm_that_lost_seeds_is_not_the_best(tmp_path: Path) -> None:
             trial["final_loss"] = 2.5 if trial["seed"] == seed else None
             trial["tasks"]["wikitext"] = 1.0
     text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
-    assert "lesa has the lowest held-out loss at the end: 2.6410" in text
+    assert "lesa has the lowest held-out loss at the end, in nats a token: 2.6410" in text
     assert "llama-pro and “base, same tokens” are not ranked: a seed that others have is lacking." in text
     assert re.search(r"llama-pro 2\.5000 −0\.1420, not ranked, one seed 1 of 3", text)
     assert "The best control is “random, zero output projections”" in text
@@ -322,7 +322,7 @@ def test_the_untrained_base_is_a_control(tmp_path: Path) -> None:
     content["base"]["loss"] = 2.6425
     text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
     assert (
-        "The best control is “base, untrained” (2.6425); by each method's own 95 % interval clearly better than it: no"
+        "The best control is “base, untrained”, 2.6425; by each method's own 95 % interval clearly better than it: no"
         in text
     )
     assert "lesa, the lowest method, is not clearly better than “base, untrained”." in text
@@ -334,7 +334,7 @@ def test_the_untrained_base_is_a_control(tmp_path: Path) -> None:
     assert [panel.title for panel in figures["final-loss"].panels][1] == "against “base, untrained”"
     content["base"]["loss"] = 2.6405
     text, _, _ = sections_of(samples.write(tmp_path / "low", "comparison.json", content))
-    assert "“base, untrained” has the lowest held-out loss at the end: 2.6405 nats a token (no training)." in text
+    assert "“base, untrained” has the lowest held-out loss at the end, in nats a token: 2.6405, no training." in text
     content["base"]["loss"] = None
     text, _, _ = sections_of(samples.write(tmp_path / "none", "comparison.json", content))
     assert "The untrained base's loss is not known: no control here trains the base." in text

@@ -231,7 +231,7 @@ def _share_cell(found: list[float | None] | None) -> str:
         return f"reached by {len(reached)} of {len(found)}"
     value = spread(reached)
     assert value is not None
-    return percent(value.mean) + ("" if value.sd is None else f" ± {100 * value.sd:.0f} %")
+    return percent(value.mean) + ("" if value.sd is None else f" (SD {100 * value.sd:.0f} %)")
 
 
 def _saving_panel(

@@ -51,8 +51,8 @@ def verdict(arms: list[ArmView]) -> list[str]:
         ]
     best, final = order[0]
     said = [
-        f"{best.called} has the lowest held-out loss at the end: {spread_words(final)} nats a token "
-        f"({'no training' if best.untrained else plural(final.n, 'seed')})."
+        f"{best.called} has the lowest held-out loss at the end, in nats a token: {spread_words(final)}, "
+        f"{'no training' if best.untrained else plural(final.n, 'seed')}."
     ]
     if short:
         said.append(
@@ -94,7 +94,7 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     if not known:
         below = [view.name for view, difference in found if difference is not None and difference.mean < 0]
         return [
-            f"The best control is {best.called} ({spread_words(final)}); "
+            f"The best control is {best.called}, {spread_words(final)}; "
             f"{f'{some(below)} ended below it' if below else 'no method ended below it'} with this seed."
         ]
     better = [view.name for view, d in found if d is not None and d.clear and d.mean < 0]
@@ -107,7 +107,7 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     rest = len(found) - len(better) - len(worse)
     if rest:
         parts.append(f"not told apart: {rest} of {len(found)}")
-    said = [f"The best control is {best.called} ({spread_words(final)}); {'; '.join(parts)}."]
+    said = [f"The best control is {best.called}, {spread_words(final)}; {'; '.join(parts)}."]
     method = methods[0][0]
     if missed[method.name]:
         said.append(f"{method.called}, the lowest method, is not clearly better than {some(missed[method.name])}.")

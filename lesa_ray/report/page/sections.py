@@ -71,7 +71,10 @@ def _comparison(comparison: Comparison, number: int, missing: list[str]) -> Sect
     arms, beside = views(comparison), with_untrained(comparison)
     texts = [_setting(comparison), *(f"{remark}." for remark in comparison.remarks)]
     section = Section(f"comparison-{number}", f"Comparison: {comparison.name}", texts)
-    caption = "All arms, the lowest final held-out loss (nats a token, mean ± standard deviation) first"
+    caption = (
+        "All arms, the lowest final held-out loss (nats a token; mean, SD: standard deviation over the seeds) first; "
+        "±: the 95 % interval for all pairs of arms"
+    )
     section.tables = [(caption, ranking.ranking_table(beside))]
     nothing = "no run has the figures for it"
     made = (

@@ -26,8 +26,8 @@ def some(names: Sequence[str], most: int = 6) -> str:
 
 
 def spread_words(found: Spread) -> str:
-    """2.6636 ± 0.0012."""
-    return f"{found.mean:.4f}" + (f" ± {found.sd:.4f}" if found.sd else "")
+    """2.6636 (SD 0.0012): on the page what follows ± is half of an interval."""
+    return f"{found.mean:.4f}" + (f" (SD {found.sd:.4f})" if found.sd else "")
 
 
 def difference_words(found: Difference) -> str:
