@@ -205,6 +205,27 @@ def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
     assert table.rows[0] == ("lesa", "93 % (SD 0 %)", "74 % (SD 0 %)", "93 % (SD 0 %)")
 
 
+def test_the_reference_is_asked_when_it_was_first_there(tmp_path: Path) -> None:
+    """Its curve turns up after a third of its run, and so does that of an arm just like it."""
+    content = samples.comparison(seeds=(0,))
+    for arm in content["arms"]:
+        trial = arm["runs"][0]
+        trial["curve"] = [
+            {**at, "loss": loss} for at, loss in zip(trial["curve"], (3.0, 2.5, 2.6, 2.7, 2.75), strict=True)
+        ]
+        trial["final_loss"] = 2.75
+    _, _, figures = sections_of(samples.write(tmp_path / "c", "comparison.json", content))
+    table, see = figures["cost-at-equal-loss"].table, figures["cost-at-equal-loss"].see
+    assert table is not None
+    assert table.rows[1] == ("base, same tokens", "100 %", "100 %", "100 %")
+    assert "lesa is there with 100 % of its tokens" in see
+    assert see.endswith("; with one seed, whether another would say the same is not known.")
+    content["arms"][1]["runs"][0]["final_loss"] = 3.0  # no lower than it began
+    _, missing, figures = sections_of(samples.write(tmp_path / "none", "comparison.json", content))
+    assert "cost-at-equal-loss" not in figures
+    assert any(line.startswith("Cost at equal loss (toy): the reference did not improve") for line in missing)
+
+
 def test_cost_is_that_of_the_arm_by_which_the_comparison_measures(tmp_path: Path) -> None:
     content = samples.comparison(reference="lesa")
     said, _, figures = sections_of(samples.write(tmp_path / "c", "comparison.json", content))

@@ -5,8 +5,9 @@ them into one line. Where that cuts something the sentence says so, and the star
 
 Cost at equal loss is LESA's headline (arXiv 2502.13794: below LLaMA Pro's final loss after half of its steps). The
 reference is the arm that the comparison names, else `llama-pro`, else the best control. Arms are compared seed by seed,
-as everywhere: the level is what the reference ended at with the same seed, so with the same rows in the same order, and
-what that run spent is 100 %. A run is asked when it first came down to the level, linear between evaluations.
+as everywhere: the level is what the reference ended at with the same seed, so with the same rows in the same order. All
+runs, the reference's own among them, are asked when they first came down to the level, linear between evaluations; the
+reference's answer is 100 %. Its curve may have turned up later: its whole run would make arms like itself look cheap.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _draw_curve(axes: Axes, view: ArmView, curve: MeanCurve) -> None:
 
 
 def saving_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
-    """Tokens, seconds and FLOPs to the reference's final loss, as shares of what the reference spent."""
+    """Tokens, seconds and FLOPs to the reference's final loss, as shares of what the reference needed."""
     reference = reference_arm(arms, comparison.reference)
     if reference is None or reference.final is None:
         return None
@@ -178,7 +179,7 @@ def saving_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
     return Figure(
         "cost-at-equal-loss",
         f"Cost of reaching {reference.called}'s final loss",
-        _saving_words(reference, level, tokens, never),
+        _saving_words(reference, level, tokens, never, most=max(map(len, shares.values()))),
         how_compare(comparison),
         (_saving_panel(others, costs, shares, reference.name),),
         (
@@ -203,14 +204,14 @@ def reference_arm(arms: list[ArmView], named: str | None) -> ArmView | None:
 
 
 def _shares(view: ArmView, reference: ArmView, cost: Cost) -> list[float | None]:
-    """For each seed that both have the share of what the reference's run cost; None for one that did not get there."""
-    costs = {trial.seed: reference.curve(trial, cost)[0] for trial in reference.complete}
-    ends = {seed: xs[-1] for seed, xs in costs.items() if xs and xs[-1] > 0}
-    spent = view.spent(reference.finals, cost)
-    return [None if (found := spent[seed]) is None else found / ends[seed] for seed in spent if seed in ends]
+    """For each seed that both have the share of what the reference needed; None for one that did not get there. Seeds
+    are left out with which the reference needed nothing: it ended no lower than it began."""
+    own, spent = (one.spent(reference.finals, cost) for one in (reference, view))
+    return [None if found is None else found / needed for seed, found in spent.items() if (needed := own.get(seed))]
 
 
-def _saving_words(reference: ArmView, level: float, tokens: dict[str, float], never: list[str]) -> str:
+def _saving_words(reference: ArmView, level: float, tokens: dict[str, float], never: list[str], *, most: int) -> str:
+    """most: so many seeds have the reference and an arm in common at most."""
     start = f"{reference.called} ends at {level:.4f}" + (" in the mean" if len(reference.finals) > 1 else "")
     if not tokens:
         return f"{start}; no other arm reached that with every seed."
@@ -220,6 +221,7 @@ def _saving_words(reference: ArmView, level: float, tokens: dict[str, float], ne
     if share > 1:
         first = f"{start}; no other arm is there with fewer tokens, the nearest is {called(name)} with {percent(share)}"
     rest = f"; not reached by every seed of {some(never)}" if never else ""
+    rest += "; with one seed, whether another would say the same is not known" if most == 1 else ""
     return f"{first} (LESA's paper: LESA is below LLaMA Pro's final perplexity with half of its steps){rest}."
 
 
@@ -260,7 +262,7 @@ def _saving_panel(
                 plot_marks(axes, [100 * fmean(values)], [y], stroke)
         axes.axvline(100, color=CONTROL, linewidth=1, dashes=(4, 2))
         axes.set_xlim(0, 100 * edge)
-        axes.set_xlabel(f"% of what {reference} spent on its whole run")
+        axes.set_xlabel(f"% of what {reference} needed")
 
     return Panel("", draw, width=4.6, height=rows_height([view.name for view in others]) + 0.1)
 

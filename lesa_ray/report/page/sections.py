@@ -81,7 +81,11 @@ def _comparison(comparison: Comparison, number: int, missing: list[str]) -> Sect
         ("Final losses", nothing, ranking.final_figure(comparison, beside)),
         ("The loss right after expansion", nothing, ranking.before_figure(comparison, arms)),
         ("Loss curves", nothing, curves.curves_figure(comparison, arms)),
-        ("Cost at equal loss", "no arm beside the reference has a curve", curves.saving_figure(comparison, arms)),
+        (
+            "Cost at equal loss",
+            "the reference did not improve, or no arm beside it has a curve",
+            curves.saving_figure(comparison, arms),
+        ),
         ("Tokens to given losses", nothing, curves.reached_figure(comparison, arms)),
         (
             "Downstream tasks",
