@@ -70,7 +70,8 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float], family: int = 1) -> Difference | None:
-    """a − b over the seeds that both have; None if there is none. family: so many intervals are to hold together."""
+    """a − b over the seeds that both have; None if there is none. family: so many intervals are to hold together.
+    Whatever else is measured twice may take the place of seeds."""
     differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     if not differences:
         return None

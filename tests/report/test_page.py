@@ -167,6 +167,7 @@ def test_sentences_are_computed(whole: tuple[Page, set[str], Path]) -> None:
     assert "A new layer changes the stream by 0.050 of its norm on average, an old one by 0.500" in text
     assert "in trained a new one by 0.150, an old one by 0.600" in text
     assert "aligned mean +0.110" in text
+    assert "q_proj exceeds chance most, by 0.100 ± 0.000, and 2 of 2 weight types do clearly." in text
     order = orderliness([[float(i), 0.1 * i * i] for i in range(6) if i != 3])
     assert f"gate_proj, order {order:.2f}" in text
 
@@ -187,6 +188,34 @@ def test_neighbours_of_a_grown_model_are_old(tmp_path: Path) -> None:
     said, missing, _ = sections_of(samples.write(tmp_path / "between", "analysis.json", content))
     assert "No two old layers lie side by side" in said
     assert "Of grown: the quick fit: a predictor learns from three layers in a row." in missing
+
+
+def test_random_weights_have_no_structure(tmp_path: Path) -> None:
+    """A fresh model's figures scatter: of seven types one is always above chance, one always looks orderly."""
+    rng = np.random.default_rng(0)
+    said = ""
+    for number in range(8):
+        content = samples.analysis(layers=8, new_layers=())
+        one = content["types"].popitem()[1]
+        names = [f"type{at}.weight" for at in range(7)]
+        content["types"] = {
+            name: {
+                **one, "neighbour_cosine": [0.0] * 7, "neighbour_cosine_matched": rng.normal(0.2, 0.02, 7).tolist(),
+                "neighbour_cosine_chance": rng.normal(0.2, 0.02, 7).tolist(), "norms": [1.0] * 8,
+                "pictures": {**one["pictures"], "pca": rng.normal(size=(8, 2)).tolist()},
+            }
+            for name in names
+        }  # fmt: skip
+        kinds = ("lower", "upper", "mean", "random")
+        scores = [{kind: {"cosine": rng.normal(0.2, 0.01)} for kind in kinds} for _ in names]
+        content["fit"] = {name: {"matched": found} for name, found in zip(names, scores, strict=True)}
+        figures = sections_of(samples.write(tmp_path / str(number), "analysis.json", content))[2]
+        said += " ".join(figures[name].see for name in ("neighbours", "matched", "pca"))
+        assert "order" not in figures["tsne"].see
+        assert figures["tsne"].table is None
+    assert said.count("no weight type clearly exceeds chance") >= 7
+    assert said.count("none of them is clearly nearer than chance") >= 7
+    assert said.count("No weight type follows the depth more than chance has it") >= 7
 
 
 def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:

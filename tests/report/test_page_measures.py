@@ -9,7 +9,7 @@ import pytest
 
 from lesa_ray.report.page import palette
 from lesa_ray.report.page.figure import short_number
-from lesa_ray.report.page.measures import evenly, orderliness, value_at
+from lesa_ray.report.page.measures import evenly, orderliness, orderly_by_chance, value_at
 from lesa_ray.report.page.words import listed, short_type, some
 from lesa_ray.report.published import DEUS_1B, DEUS_8B, LESA_8B, matching
 
@@ -27,6 +27,18 @@ def test_how_orderly_a_path_is() -> None:
     assert orderliness(rng.permutation(np.array(line)).tolist()) == pytest.approx(1, abs=0.3)
     assert orderliness(line[:2]) is None
     assert orderliness([[1.0, 1.0]] * 4) is None
+
+
+def test_how_orderly_a_path_is_by_chance() -> None:
+    """Of three orders (and their reverses) of three points the best is a third: chance; of 2,520 of seven it is not."""
+    line = [[float(i), 2.0 * i] for i in range(7)]
+    assert orderliness(line) < orderly_by_chance(line)
+    assert orderliness(line[:3]) >= orderly_by_chance(line[:3])
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(size=(8, 2)).tolist() for _ in range(400)]
+    low = sum(orderliness(points) < orderly_by_chance(points) for points in sets)
+    assert 8 <= low <= 32  # 5 %
+    assert orderly_by_chance(sets[0], 12) < orderly_by_chance(sets[0])
 
 
 def test_evenly() -> None:

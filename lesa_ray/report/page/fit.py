@@ -2,22 +2,23 @@
 
 R² and cosine on held-out layers, beside predicting zero (R² 0), the neighbours' mean, and ridge regression. Neurons and
 heads may be permuted freely within a layer, so where it was measured a second comparison follows: candidates after the
-best matching, beside a random layer matched in the same way, as matching lifts that too. Only the excess counts.
+best matching, beside a random layer matched in the same way, as matching lifts that too. Only the excess counts, and
+only where its mean over the weight types is more than its 95 % interval.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.comparison.statistics import paired
 from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, plot_marks, rows_axis, rows_height
 from lesa_ray.report.page.measures import known
 from lesa_ray.report.page.palette import INK, MUTED, NEW, SERIES, Stroke
 from lesa_ray.report.page.plans import how_expand
 from lesa_ray.report.page.schema import Analysis
 from lesa_ray.report.page.sources import Expansion
-from lesa_ray.report.page.words import listed, plural, short_type, some
+from lesa_ray.report.page.words import listed, plural, short_type, signed, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,14 +180,15 @@ def _cosines(found: Any) -> dict[str, float]:
 
 
 def _matched_words(rows: list[dict[str, float]], kinds: list[str]) -> str:
-    excess = {kind: [row[kind] - row[_RANDOM] for row in rows if kind in row and _RANDOM in row] for kind in kinds}
-    means = sorted(((fmean(values), kind) for kind, values in excess.items() if values), reverse=True)
-    if not means:
+    by_chance = {at: row[_RANDOM] for at, row in enumerate(rows) if _RANDOM in row}
+    cosines = {kind: {at: row[kind] for at, row in enumerate(rows) if kind in row} for kind in kinds}
+    excess = [(kind, paired(values, by_chance, family=len(kinds))) for kind, values in cosines.items()]
+    found = sorted(((kind, one) for kind, one in excess if one is not None), key=lambda pair: -pair[1].mean)
+    if not found:
         return "No random layer was matched alike, so what these cosines are worth cannot be said."
-    said = [f"{kind} {value:+.3f}".replace("-", "−") for value, kind in means]
-    best = means[0][0]
-    end = "" if best > 0 else "; none of them is nearer than chance"
-    return f"Above what a random layer reaches, on average over the weight types: {listed(said)}{end}."
+    said = [f"{kind} {signed(one.mean, 3)}" + ("" if one.half is None else f" ± {one.half:.3f}") for kind, one in found]
+    end = "" if any(one.clear and one.mean > 0 for _, one in found) else "; none of them is clearly nearer than chance"
+    return f"Above what a random layer reaches, mean and 95 % interval over the weight types: {listed(said)}{end}."
 
 
 def ratios_figure(expansions: Sequence[Expansion]) -> Figure | None:

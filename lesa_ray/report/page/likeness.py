@@ -1,7 +1,9 @@
 """How alike neighbouring layers are: as they lie in the files, and after the best matching, beside chance.
 
 Neurons and heads may be permuted freely within a layer, so entries of neighbouring layers need not correspond. Matching
-them lifts the cosine of any two layers, a random one's too: only what exceeds that says something.
+them lifts the cosine of any two layers, a random one's too: only what exceeds that says something. Of random weights
+some type exceeds it, too, if by little: it counts where the mean over the pairs of layers is more than its 95 %
+interval, which is widened for the number of types.
 
 Of a grown model the words and the table are of neighbours that are both old; the picture marks the others.
 """
@@ -12,13 +14,14 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from lesa_ray.comparison.statistics import Difference, paired
 from lesa_ray.report.analysis import old_pairs
 from lesa_ray.report.page.figure import Entry, Figure, Panel, Table, layer_axis, plot_line, plot_marks
 from lesa_ray.report.page.measures import known
 from lesa_ray.report.page.palette import MUTED, SERIES, Stroke
 from lesa_ray.report.page.schema import Analysis, TypeFigures
 from lesa_ray.report.page.weights import PANEL_HEIGHT, how_analyze, shown_types
-from lesa_ray.report.page.words import short_type
+from lesa_ray.report.page.words import plural, short_type
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,20 +84,31 @@ def _neighbour_words(types: dict[str, TypeFigures], analysis: Analysis) -> str:
     said = f"As stored, {short_type(most)} is most alike {of} (mean cosine {plain[most]:.3f})"
     if abs(plain[most]) < _NONE:
         said = f"As stored, no weight type is alike {of} (mean cosines within ±{_NONE})"
-    excess = {}
-    for t, f in types.items():
-        both = zip(f.neighbour_cosine_matched or [], f.neighbour_cosine_chance or [], strict=False)
-        gaps = [m - c for at, (m, c) in enumerate(both) if m is not None and c is not None and at in pairs]
-        if gaps:
-            excess[t] = fmean(gaps)
+    excess = _excess(types, pairs)
     if not excess:
         return f"{said.replace('-', '−')}; neurons and heads may be permuted freely, and no matching was measured."
-    best = max(excess, key=lambda t: excess[t])
-    if excess[best] > 0:
-        said += f"; after matching neurons and heads {short_type(best)} exceeds chance most, by {excess[best]:.3f}"
+    clear = [t for t, one in excess.items() if one.clear and one.mean > 0]
+    if clear:
+        best = max(clear, key=lambda t: excess[t].mean)
+        said += (
+            f"; after matching neurons and heads {short_type(best)} exceeds chance most, by {excess[best].mean:.3f} ± "
+            f"{excess[best].half:.3f}, and {len(clear)} of {plural(len(excess), 'weight type')} do clearly"
+        )
     else:
-        said += "; after matching neurons and heads no weight type exceeds chance"
+        said += "; after matching neurons and heads no weight type clearly exceeds chance"
     return f"{said.replace('-', '−')}. Matching lifts a random layer too: only the excess counts."
+
+
+def _excess(types: dict[str, TypeFigures], pairs: Sequence[int]) -> dict[str, Difference]:
+    """Mean over the pairs of the cosine after matching less that by chance, where both are known."""
+    found = {}
+    for t, f in types.items():
+        matched, chance = (
+            {at: value for at, value in enumerate(values or []) if value is not None and at in pairs}
+            for values in (f.neighbour_cosine_matched, f.neighbour_cosine_chance)
+        )
+        found[t] = paired(matched, chance, family=len(types))
+    return {t: one for t, one in found.items() if one is not None}
 
 
 def _neighbour_panel(name: str, figures: TypeFigures, analysis: Analysis) -> Panel:

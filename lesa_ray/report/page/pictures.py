@@ -1,8 +1,10 @@
 """Layers as points: PCA and t-SNE of their leading coefficients, a panel for each weight type.
 
 The picture of the LESA paper (arXiv 2502.13794), which reads continuity in it, mostly for gate_proj. A picture misleads
-easily, t-SNE's above all, so each panel has a number: the mean distance of consecutive layers over that of all pairs.
-1 is no order at all; a smooth path of many layers comes near 0. New layers are drawn and do not count in it.
+easily, so each panel of components has a number: the mean distance of consecutive layers over that of all pairs. 1 is
+no order at all; a smooth path of many layers comes near 0. Random weights have types far below 1, so it counts where
+fewer than 5 % of random orders of the layers, over all weight types together, come as low. New layers are drawn and do
+not count in it. t-SNE has no such number: it keeps who is near whom, and its distances mean nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lesa_ray.report.page.figure import Figure, Panel, Table, plot_marks
-from lesa_ray.report.page.measures import orderliness
+from lesa_ray.report.page.measures import orderliness, orderly_by_chance
 from lesa_ray.report.page.palette import AXIS, INK, NEW, Stroke, depth_colour
 from lesa_ray.report.page.schema import Analysis, Points
 from lesa_ray.report.page.weights import depth_entries, how_analyze, shown_types
-from lesa_ray.report.page.words import percent, short_type
+from lesa_ray.report.page.words import percent, short_type, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,16 +32,19 @@ def picture_figure(analysis: Analysis, label: str, name: str, kind: str) -> Figu
             points[t] = found
     if not points:
         return None
-    orders = {t: value for t, found in points.items() if (value := orderliness(_old(found, analysis))) is not None}
     of = "old layers" if analysis.new_layers else "layers"
-    see = "There are too few layers for an order."
-    if orders:
-        best, worst = min(orders, key=lambda t: orders[t]), max(orders, key=lambda t: orders[t])
-        see = (
-            f"{short_type(best)} follows the depth most closely: consecutive {of} are {orders[best]:.2f} times as "
-            f"far apart as any two (1 would be no order); {short_type(worst)} least, {orders[worst]:.2f}."
+    title, see = "t-SNE", "It keeps which layers are near each other; how far apart the others are means nothing in it."
+    orders: dict[str, float] = {}
+    table = None
+    if kind == "pca":
+        paths = {t: _old(found, analysis) for t, found in points.items()}
+        orders = {t: value for t, path in paths.items() if (value := orderliness(path)) is not None}
+        chance = {t: orderly_by_chance(paths[t], len(orders)) for t in orders}
+        title, see = "Principal components", _order_words(orders, chance, of)
+        table = Table(
+            ("weight type", f"distance of consecutive {of} over that of all pairs", "by chance down to"),
+            tuple((short_type(t), f"{value:.3f}", f"{chance[t]:.3f}") for t, value in orders.items()),
         )
-    title = "Principal components" if kind == "pca" else "t-SNE"
     return Figure(
         name,
         f"{title} of the layers' leading coefficients: {label}",
@@ -47,10 +52,27 @@ def picture_figure(analysis: Analysis, label: str, name: str, kind: str) -> Figu
         how_analyze(analysis),
         tuple(_panel(t, found, analysis, orders.get(t), kind) for t, found in points.items()),
         depth_entries(analysis),
-        Table(
-            ("weight type", f"distance of consecutive {of} over that of all pairs"),
-            tuple((short_type(t), f"{value:.3f}") for t, value in orders.items()),
-        ),
+        table,
+    )
+
+
+def _order_words(orders: dict[str, float], chance: dict[str, float], of: str) -> str:
+    """By weight type: the order, and what it comes down to by chance."""
+    if not orders:
+        return "There are too few layers for an order."
+    clear = [t for t in orders if orders[t] < chance[t]]
+    if not clear:
+        low, high, least = min(orders.values()), max(orders.values()), min(chance.values())
+        return (
+            f"No weight type follows the depth more than chance has it: consecutive {of} are {low:.2f} to {high:.2f} "
+            f"times as far apart as any two (1 would be no order; by chance it comes down to {least:.2f})."
+        )
+    best = min(clear, key=orders.__getitem__)
+    rest = [short_type(t) for t in orders if t not in clear]
+    end = f"; no more than by chance does {some(rest)}" if rest else ""
+    return (
+        f"{short_type(best)} follows the depth most closely: consecutive {of} are {orders[best]:.2f} times as far "
+        f"apart as any two (1 would be no order; by chance it comes down to {chance[best]:.2f}){end}."
     )
 
 
