@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -232,6 +233,30 @@ def test_cost_at_equal_loss_is_told_seed_by_seed(tmp_path: Path) -> None:
     table = figures["cost-at-equal-loss"].table
     assert table is not None
     assert table.rows[0] == ("lesa", "93 % (SD 0 %)", "74 % (SD 0 %)", "93 % (SD 0 %)")
+
+
+def test_the_second_half_is_that_of_the_arms(tmp_path: Path) -> None:
+    """A control of equal compute trains three times as long: it would be alone in its second half."""
+    content = samples.comparison()
+    content["arms"].append(copy.deepcopy(content["arms"][2]) | {"name": "base, same compute"})
+    for trial in content["arms"][-1]["runs"]:
+        trial["curve"] += [
+            {**at, "step": 40 + at["step"], "tokens": 4000 + 2 * at["tokens"]} for at in trial["curve"][1:]
+        ]
+    _, _, figures = sections_of(samples.write(tmp_path / "c", "comparison.json", content))
+    assert tokens_shown(figures["held-out-loss"]) == (2000, 4080)
+    content["arms"] = content["arms"][2:]  # controls alone, so far
+    _, _, figures = sections_of(samples.write(tmp_path / "begun", "comparison.json", content))
+    assert tokens_shown(figures["held-out-loss"]) == (6000, 12240)
+
+
+def tokens_shown(figure: Figure) -> tuple[float, float]:
+    """Of which tokens the last panel is."""
+    from matplotlib.figure import Figure as Canvas
+
+    axes = Canvas().add_subplot()
+    figure.panels[-1].draw(axes)
+    return axes.get_xlim()
 
 
 def test_the_reference_is_asked_when_it_was_first_there(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ _LEVELS = 6
 """Panels of tokens to a loss: by default there is a loss for every arm."""
 _EARLY = 0.15
 """Share of the budget whose losses do not decide the frame of the curves."""
+_END = 2.04
+"""Of half a run: where the enlarged second half ends."""
 _LEVEL = Stroke(MUTED, "o", (4, 2))
 _COST_STROKES = {"tokens": Stroke(INK, "o"), "seconds": Stroke(SERIES[0], "s"), "flops": Stroke(SERIES[1], "^")}
 
@@ -123,9 +125,12 @@ def _curve_panel(cost: Cost, shown: list[ArmView], top: float | None, base: floa
 
 
 def _end_panel(shown: list[ArmView], curves: dict[str, MeanCurve]) -> list[Panel]:
-    """The second half, enlarged to the arms that are not far behind; none where there is too little to see."""
-    half = max(curve.x[-1] for curve in curves.values()) / 2
-    late = {view.name: [at for at, x in enumerate(curves[view.name].x) if x >= half] for view in shown}
+    """The second half of the methods' runs, enlarged to the arms that are not far behind; none where there is too
+    little to see. A control of equal compute takes more tokens, and would have the second half of its own to itself."""
+    half = max(curves[view.name].x[-1] for view in [v for v in shown if not v.arm.control] or shown) / 2
+    late = {view.name: [at for at, x in enumerate(curves[view.name].x) if half <= x <= _END * half] for view in shown}
+    if max(map(len, late.values())) < 3:
+        return []
     lows = sorted(min(curves[name].mean[at] for at in ats) for name, ats in late.items() if ats)
     near = [low for low in lows if low <= lows[0] + 3 * (lows[len(lows) // 2] - lows[0])]
     highs = [
@@ -134,14 +139,14 @@ def _end_panel(shown: list[ArmView], curves: dict[str, MeanCurve]) -> list[Panel
         if ats and min(curves[name].mean[at] for at in ats) in near
     ]
     bottom = min(curves[name].low[at] for name, ats in late.items() for at in ats)
-    if max(map(len, late.values())) < 3 or not bottom < max(highs):
+    if not bottom < max(highs):
         return []
     margin = 0.05 * (max(highs) - bottom)
 
     def draw(axes: Axes) -> None:
         for view in shown:
             _draw_curve(axes, view, curves[view.name])
-        axes.set_xlim(half, 2.04 * half)
+        axes.set_xlim(half, _END * half)
         axes.set_ylim(bottom - margin, max(highs) + margin)
         axes.set_xlabel(AXES["tokens"])
         axes.set_ylabel("held-out loss (nats a token)")
