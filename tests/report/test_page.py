@@ -550,6 +550,26 @@ def test_the_best_of_a_task_is_the_lowest_where_lower_is_better(tmp_path: Path) 
     assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 1."
 
 
+def test_what_fine_tuning_did_is_told(tmp_path: Path) -> None:
+    content = samples.with_tasks(samples.comparison())
+    text, _, figures = sections_of(samples.write(tmp_path / "plain", "comparison.json", content))
+    assert "tuned" not in f"{text} {figures['tasks'].see}"
+    content |= {"settings": {"finetune": {"data": "chats.jsonl"}}}
+    content["base"]["tasks"] = {"piqa": 0.5}
+    tuned = ((1.5, 1.5, None), (1.6, 1.61, 1.62), (1.7, 1.71, 1.72), (1.61, 1.6, 1.64))
+    for losses, arm in zip(tuned, content["arms"], strict=True):
+        for loss, trial in zip(losses, arm["runs"], strict=True):
+            trial["tuned_loss"] = loss
+    text, _, figures = sections_of(samples.write(tmp_path / "toy", "comparison.json", content))
+    assert (  # lesa, which lacks a seed, is not ranked
+        "After fine-tuning llama-pro has the lowest held-out loss on conversations: 1.6100 (SD 0.0100); not told apart "
+        "from it: “random, zero output projections”."
+    ) in text
+    assert "every run is fine-tuned afterwards" in text
+    assert re.search(r"llama-pro 2\.6610 .* 40 % 1\.6100 \(SD 0\.0100\)", text)
+    assert figures["tasks"].see.endswith("; all were fine-tuned before, but for the untrained base.")
+
+
 def test_published_results_of_the_same_setting(tmp_path: Path) -> None:
     content = samples.comparison()
     content["base"] |= {"layers": 16, "parameters": 1_235_814_400}

@@ -63,6 +63,11 @@ class ArmView:
         return {trial.seed: trial.final_loss for trial in self.arm.runs if trial.final_loss is not None}
 
     @property
+    def tuned(self) -> dict[int, float]:
+        """Held-out loss on conversations after fine-tuning by seed."""
+        return {trial.seed: trial.tuned_loss for trial in self.arm.runs if trial.tuned_loss is not None}
+
+    @property
     def before(self) -> dict[int, float]:
         """Held-out loss right after the expansion by seed; also of runs that failed later."""
         return {trial.seed: trial.loss_before for trial in self.arm.runs if trial.loss_before is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lesa_ray.comparison.statistics import UNTRAINED, Spread, paired, pairs, quantile, spread, unbeaten
+from lesa_ray.comparison.statistics import UNTRAINED, Spread, paired, pairs, quantile, spread, unbeaten, whole
 from lesa_ray.report.page.compared import ArmView, how_compare, ranked, unranked
 from lesa_ray.report.page.figure import (
     Entry,
@@ -60,7 +60,7 @@ def verdict(arms: list[ArmView]) -> list[str]:
         )
     if final.n == 1:
         said.append("There is one seed: no spread is known, and the order of the arms is not a finding.")
-        return said + _controls_in_words(arms, known=False)
+        return said + _controls_in_words(arms, known=False) + _tuned_in_words(arms)
     family = pairs(len(order))
     others = [(view.name, paired(view.finals, best.finals, family)) for view, _ in order[1:]]
     alike = [name for name, found in others if found is None or not found.clear]
@@ -77,7 +77,7 @@ def verdict(arms: list[ArmView]) -> list[str]:
             f"together (Bonferroni; ±{quantile(final.n - 1, family):.1f} standard errors): were all arms equal, one "
             "would seem to differ from it in less than 5 % of all studies."
         )
-    return said + _controls_in_words(arms, known=True)
+    return said + _controls_in_words(arms, known=True) + _tuned_in_words(arms)
 
 
 def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
@@ -118,12 +118,30 @@ def _controls_in_words(arms: list[ArmView], *, known: bool) -> list[str]:
     return said
 
 
+def _tuned_in_words(arms: list[ArmView]) -> list[str]:
+    """Which arm ends lowest once all are fine-tuned, where they are."""
+    tuned = {view.name: view.tuned for view in arms}
+    found = {name: spread(list(tuned[name].values())) for name in whole(tuned)}
+    order = sorted(((name, final) for name, final in found.items() if final is not None), key=lambda one: one[1].mean)
+    if not order:
+        return []
+    best, final = order[0]
+    said = f"After fine-tuning {called(best)} has the lowest held-out loss on conversations: {spread_words(final)}"
+    rest = {name: paired(tuned[name], tuned[best], pairs(len(order))) for name, _ in order[1:]}
+    alike = [name for name, difference in rest.items() if difference is None or not difference.clear]
+    if final.n == 1:
+        said += "; with one seed that is no finding"
+    elif rest:
+        said += f"; not told apart from it: {some(alike)}" if alike else "; all others are told apart from it"
+    return [f"{said}."]
+
+
 def ranking_table(arms: list[ArmView]) -> Table:
     """All arms, the best first; then those that lack a seed, and those without a result."""
     order = ranked(arms)
     best, family = order[0][0] if order else None, pairs(len(order))
-    rows = [_row(view, final, best, family) for view, final in [*order, *unranked(arms)]]
-    rows += [_row(view, None, best, family) for view in arms if view.final is None]
+    there = [*order, *unranked(arms), *((view, None) for view in arms if view.final is None)]
+    tuned = any(view.tuned for view in arms)
     columns = (
         "arm",
         "final loss",
@@ -133,20 +151,26 @@ def ranking_table(arms: list[ArmView]) -> Table:
         "layers",
         "parameters",
         "trained",
+        *(["loss after fine-tuning"] if tuned else []),
     )
+    rows = [(*_row(view, final, best, family), *([_known(view.tuned)] if tuned else [])) for view, final in there]
     return Table(columns, tuple(rows))
+
+
+def _known(losses: dict[int, float]) -> str:
+    found = spread(list(losses.values()))
+    return "–" if found is None else spread_words(found)
 
 
 def _row(view: ArmView, final: Spread | None, best: ArmView | None, family: int) -> tuple[str, ...]:
     arm = view.arm
-    before = spread(list(view.before.values()))
     trained = arm.trained_parameters / arm.parameters if arm.trained_parameters and arm.parameters else None
     return (
         arm.name + (" (control)" if arm.control else ""),
         "–" if final is None else spread_words(final),
         _to_best(view, best, family) if final is not None else _why_none(view),
         "–" if view.untrained else f"{len(view.finals)} of {len(arm.runs)}",
-        "–" if before is None else spread_words(before) + (" (new layers not yet in)" if arm.inserted_tokens else ""),
+        _known(view.before) + (" (new layers not yet in)" if view.before and arm.inserted_tokens else ""),
         "–" if arm.layers is None else str(arm.layers),
         "–" if arm.parameters is None else big(arm.parameters),
         "–" if trained is None else percent(trained),

@@ -64,6 +64,8 @@ class Trial(_Read):
     loss_before: Number = None
     curve: list[Evaluation] = Field(default_factory=list)
     final_loss: Number = None
+    tuned_loss: Number = None
+    """On held-out conversations, after fine-tuning."""
     tasks: dict[str, Number] | None = None
 
 

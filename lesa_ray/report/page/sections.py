@@ -113,6 +113,8 @@ def _setting(comparison: Comparison) -> str:
         said += f", {big(comparison.tokens)} tokens each (a control of equal compute takes as many FLOPs instead)"
     if data.heldout_rows and data.seq_len:
         said += f"; the loss is over {plural(data.heldout_rows, 'held-out row')} of {data.seq_len:,} tokens"
+    if comparison.settings.get("finetune"):
+        said += "; every run is fine-tuned afterwards, of which its curve and final loss say nothing"
     on = [machine.device] if machine.device else []
     on += [f"{machine.cpus:g} CPUs"] if machine.cpus else []
     when = f" on {machine.when[:10]}" if machine.when else ""

@@ -59,9 +59,11 @@ def tasks_figure(comparison: Comparison, arms: list[ArmView]) -> Figure | None:
             if seeds == 1
             else f", told apart from all others in {sum(wins[first])}"
         )
+    base = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
+    if _tuned(comparison):
+        see += f"; all were fine-tuned before{', but for the untrained base' if base else ''}"
     more = f"; {len(names) - _MOST} more tasks are in the table only" if len(names) > _MOST else ""
     lines = {name: published_lines(comparison, arms, name) for name in names}
-    base = {name: value for name, value in (comparison.base.tasks or {}).items() if value is not None}
     return Figure(
         "tasks",
         "Downstream tasks",
