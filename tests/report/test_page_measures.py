@@ -10,7 +10,7 @@ import pytest
 from lesa_ray.report.page import palette
 from lesa_ray.report.page.figure import short_number
 from lesa_ray.report.page.measures import evenly, orderliness, orderly_by_chance, value_at
-from lesa_ray.report.page.words import listed, short_type, some
+from lesa_ray.report.page.words import big, listed, short_type, some
 from lesa_ray.report.published import DEUS_1B, DEUS_8B, LESA_8B, matching
 
 
@@ -56,6 +56,22 @@ def test_words() -> None:
         "1.5k",
         "20M",
         "3.46E",
+    ]
+    assert [short_number(value) for value in (999_999, 999.7, 999.4, -999_600, 3e24)] == [
+        "1M",
+        "1k",
+        "999",
+        "-1M",
+        "3Y",
+    ]
+    assert [big(value) for value in (530_000, 999_999, 1e6, 999_400_000, 999_600_000, 1.72e9, 1.5e13)] == [
+        "530,000",
+        "999,999",
+        "1 M",
+        "999 M",
+        "1 B",
+        "1.72 B",
+        "15 T",
     ]
     assert short_type("self_attn.q_proj.weight") == "q_proj"
     assert short_type("attention.dense.weight") == "attention.dense"

@@ -252,9 +252,9 @@ def plain_log(axes: Axes, which: str) -> None:
 
 def short_number(value: float) -> str:
     """A number for ticks and text, in at most six characters or so: 0, 250, 1.5k, 20M, 3G."""
-    for unit, scale in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{unit}"
+    for power, unit in zip(range(24, 0, -3), "YZEPTGMk", strict=True):
+        if abs(value) >= 0.9995 * 10**power:  # 999,900 is 1M, not 1e+03k
+            return f"{value / 10**power:.3g}{unit}"
     return f"{value:.3g}"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from lesa_ray.comparison.statistics import Difference, Spread
 
+_UNITS = (("T", 1e12), ("B", 1e9), ("M", 1e6))
+
 
 def called(name: str) -> str:
     """A name as it stands in a sentence: in quotation marks if it has a comma of its own."""
@@ -51,10 +53,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def big(value: float) -> str:
-    """Tokens or parameters for people: 530,000; 1.72 B."""
-    if value >= 1e9:
-        return f"{value / 1e9:.3g} B"
-    return f"{value / 1e6:.3g} M" if value >= 1e6 else f"{value:,.0f}"
+    """Tokens or parameters for people: 530,000; 1.72 B; 15 T."""
+    if value < 1e6:
+        return f"{value:,.0f}"
+    unit, scale = next((unit, scale) for unit, scale in _UNITS if value >= 0.9995 * scale)  # 999.6 M is 1 B
+    return f"{value / scale:.3g} {unit}"
 
 
 def short_type(name: str) -> str:
