@@ -24,13 +24,14 @@ from lesa_ray.report.page.build import analysis_page, write_report
 from lesa_ray.report.page.compared import views, with_untrained
 from lesa_ray.report.page.curves import reached_figure, saving_figure
 from lesa_ray.report.page.figure import Figure, Panel, svgs
+from lesa_ray.report.page.fit import ratios_figure
 from lesa_ray.report.page.measures import orderliness
 from lesa_ray.report.page.ranking import final_figure, verdict
 from lesa_ray.report.page.render import render
 from lesa_ray.report.page.residual import pair_up
 from lesa_ray.report.page.schema import Analysis, Comparison
 from lesa_ray.report.page.sections import make_sections
-from lesa_ray.report.page.sources import Training, gather
+from lesa_ray.report.page.sources import Expansion, Training, gather
 from lesa_ray.report.page.tasks import published_lines
 from lesa_ray.report.page.trained import training_figure
 from tests.report import page_samples as samples
@@ -155,6 +156,7 @@ def test_colours_follow_the_browser(whole: tuple[Page, set[str], Path]) -> None:
 def test_sentences_are_computed(whole: tuple[Page, set[str], Path]) -> None:
     page, _, _ = whole
     text = page.words()
+    assert "The runs made last had CPU and 2 CPUs on 2026-11-21." in text
     assert "lesa has the lowest held-out loss at the end, in nats a token: 2.6410 (SD 0.0010), 3 seeds." in text
     assert "All others are told apart from it" in text
     assert (
@@ -548,6 +550,23 @@ def test_the_best_of_a_task_is_the_lowest_where_lower_is_better(tmp_path: Path) 
     del content["task_metrics"]  # as older files are: what a name does not say is taken for a score
     _, _, figures = sections_of(samples.write(tmp_path / "old", "comparison.json", content))
     assert figures["tasks"].see == "lesa has the best mean in 2 of 3 tasks, told apart from all others in 1."
+
+
+def test_expansions_that_are_not_drawn_are_in_the_table() -> None:
+    manifest = {"method": "lesa", "base": "b"}
+    made = [
+        Expansion(
+            f"grown{n}", f"grown{n}", {**manifest, "fit": {"q_proj.weight": {"norm_ratio": n / 10}}}, trained=False
+        )
+        for n in range(10)
+    ]
+    figure = ratios_figure(made)
+    assert figure is not None
+    assert figure.table is not None
+    assert figure.see.endswith("; 8 of 10 expansions are drawn, the table has them all.")
+    assert figure.table.rows == (("q_proj", *(f"{n / 10:.3f}" for n in range(10))),)
+    assert (few := ratios_figure(made[:8])) is not None
+    assert "drawn" not in few.see
 
 
 def test_what_fine_tuning_did_is_told(tmp_path: Path) -> None:

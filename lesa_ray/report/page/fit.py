@@ -205,7 +205,8 @@ def ratios_figure(expansions: Sequence[Expansion]) -> Figure | None:
     found = {label: ratios for label, ratios in found.items() if ratios}
     if not found:
         return None
-    types = list(dict.fromkeys(name for ratios in found.values() for name in ratios))[:_TYPES]
+    every = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
+    types = every[:_TYPES]
     values = known([ratio for ratios in found.values() for ratio in ratios.values()])
     low, high = min(values), max(values)
     tail = (
@@ -214,6 +215,8 @@ def ratios_figure(expansions: Sequence[Expansion]) -> Figure | None:
         else ("1 is a layer as large as its neighbours")
     )
     labels = list(found)[: len(SERIES)]
+    if len(labels) < len(found):
+        tail += f"; {len(labels)} of {len(found)} expansions are drawn, the table has them all"
     strokes = {label: Stroke(SERIES[(i + 1) % len(SERIES)], "osD^vPXp"[i % 8]) for i, label in enumerate(labels)}
     first = next(one for one in expansions if one.label == labels[0])
 
@@ -235,6 +238,12 @@ def ratios_figure(expansions: Sequence[Expansion]) -> Figure | None:
         how_expand(first),
         (Panel("", draw, width=4.2, height=rows_height([short_type(t) for t in types])),),
         tuple(Entry(label, strokes[label], line=False) for label in labels),
+        Table(
+            ("weight type", *found),
+            tuple(
+                (short_type(t), *("–" if t not in one else f"{one[t]:.3f}" for one in found.values())) for t in every
+            ),
+        ),
     )
 
 

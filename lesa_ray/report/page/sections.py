@@ -118,7 +118,7 @@ def _setting(comparison: Comparison) -> str:
     on = [machine.device] if machine.device else []
     on += [f"{machine.cpus:g} CPUs"] if machine.cpus else []
     when = f" on {machine.when[:10]}" if machine.when else ""
-    return f"{said}. Measured with {listed(on)}{when}." if on else f"{said}."
+    return f"{said}. The runs made last had {listed(on)}{when}." if on else f"{said}."  # of the others it is not known
 
 
 def _problems(comparison: Comparison) -> list[str]:
