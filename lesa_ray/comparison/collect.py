@@ -22,7 +22,7 @@ from typing import Any
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.comparison.curves import AXES, Axis, curve, reached
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
-from lesa_ray.comparison.statistics import finals
+from lesa_ray.comparison.statistics import finals, whole
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import Outcome, Standing, look
 from lesa_ray.store.catalog import Store
@@ -224,7 +224,8 @@ def all_reached(
     ended = {arm["name"]: found for arm in arms if (found := finals(arm))}
     levels: list[tuple[str | None, Mapping[int, float]]] = [(None, dict.fromkeys(seeds, loss)) for loss in losses]
     if not losses:
-        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in ended]
+        every = whole(ended)  # a control that lost seeds is not the best for it
+        controls = [arm["name"] for arm in arms if arm["control"] and arm["name"] in every]
         best = sorted(controls, key=lambda name: statistics.fmean(ended[name].values()))[:1]
         methods = [arm["name"] for arm in arms if not arm["control"] and arm["name"] in ended]
         levels = [(name, ended[name]) for name in (*best, *methods)]

@@ -143,6 +143,8 @@ def test_a_level_is_that_of_the_same_seed() -> None:
     of_copy, of_lesa = all_reached([lesa, copy], (0, 1, 2), ())
     assert (of_copy["of"], of_copy["levels"], of_copy["loss"]) == ("copy", [3.1, 4.5, 3.2], pytest.approx(3.6))
     assert of_copy["arms"]["copy"] == [60, 60, 60]
+    lost = arm("lost", [2.9, None, None], control=True)
+    assert [one["of"] for one in all_reached([lesa, lost, copy], (0, 1, 2), ())] == ["copy", "lesa"]
     assert of_copy["arms"]["lesa"] == pytest.approx([60 * 1.9 / 2.0, 60 * 0.5 / 0.6, 60 * 1.8 / 1.9])
     assert of_copy["flops"]["lesa"] == pytest.approx([60 * tokens for tokens in of_copy["arms"]["lesa"]])
     assert of_lesa["arms"] == {"lesa": [60, 60, 60], "copy": [None, None, None]}
