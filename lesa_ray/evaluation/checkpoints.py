@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
+from lesa_ray.checkpoint.brought_code import forget_code, without_code
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.special_floats import decoded
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
@@ -106,7 +107,7 @@ def _parsed(name: str, raw: dict[str, Any]) -> Any:
     if family not in CONFIG_MAPPING:
         raise UserError(f"checkpoint {name}: transformers does not know the family {family!r} of its config.json")
     try:
-        config = CONFIG_MAPPING[family].from_dict(decoded(raw))
+        config = CONFIG_MAPPING[family].from_dict(decoded(without_code(raw)))
         config.get_text_config()
         return config
     except Exception as error:  # each family validates in its own way
@@ -227,8 +228,11 @@ def load_model(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        forget_code(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint,
+            config=config,
             dtype=dtype or "auto",
             output_loading_info=True,
             trust_remote_code=False,

@@ -99,7 +99,7 @@ def plan(bound: Bounds, dtype: DtypeName | None, logits: int, memory: list[int])
 def _empty(bound: Bounds, dtype: DtypeName | None) -> Any:
     """The model without its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(bound.config, dtype=bound.dtype_of(dtype))
+        model = AutoModelForCausalLM.from_config(bound.config, dtype=bound.dtype_of(dtype), trust_remote_code=False)
     model.tie_weights()
     return model
 

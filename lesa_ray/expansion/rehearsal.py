@@ -106,7 +106,7 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
     for shard in small.shards:
         write_shard(Storage(out), shard)
     finish(small, make_manifest(small, {unit.name: {} for unit in small.units}), card="")
-    deeper = _model_class(small.config).from_pretrained(out, local_files_only=True).eval()
+    deeper = _model_class(small.config).from_pretrained(out, local_files_only=True, trust_remote_code=False).eval()
     with torch.no_grad():
         after = deeper(tokens)[0]
     worst = (before - after).abs().max().item()
@@ -116,7 +116,7 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
 def _new_model(full: dict[str, Any], config: Any) -> Any:
     """A model with random weights, of the class that config.json names."""
     cls = _model_class(full)
-    return cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
+    return cls.from_config(config, trust_remote_code=False) if cls.__name__.startswith("Auto") else cls(config)
 
 
 def _model_class(full: dict[str, Any]) -> Any:

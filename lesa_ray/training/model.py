@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lesa_ray.checkpoint.anatomy import layer_of
+from lesa_ray.checkpoint.brought_code import without_code
 from lesa_ray.checkpoint.ranges import PIECE, read_into, side_by_side
 from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FLOAT_BYTES, TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
@@ -56,12 +57,14 @@ def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
     if family not in CONFIG_MAPPING:
         raise UserError(f"{where}: transformers does not know the family {family!r} of its config.json")
     try:
-        config = AutoConfig.for_model(**{**decoded(raw), "use_cache": False})
+        config = AutoConfig.for_model(**{**decoded(without_code(raw)), "use_cache": False})
         for key, value in config.to_dict().items():
             if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as error:  # each family checks its settings in its own way
         raise UserError(
             f"{where}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"

@@ -122,7 +122,7 @@ def _new_model(raw: dict[str, Any], attention: str) -> PreTrainedModel:
     """On the CPU, with random weights, attention as in training."""
     config = build(raw, "miniature").config
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=attention
+        config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     )
     shake(model)
     return model

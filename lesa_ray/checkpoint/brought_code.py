@@ -1,0 +1,33 @@
+"""Code that a checkpoint brings along is never run.
+
+`auto_map` in config.json and tokenizer_config.json names classes in Python files that lie beside it, or in any
+repository of the hub. Where transformers has no class of its own for what is asked, it asks whoever sits at the
+terminal whether to run them; of a configuration within the configuration (of a model of text and pictures) too, and
+that whatever `trust_remote_code` says of the outer one. So the classes of transformers do not get to see it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+AUTO_MAP_KEY = "auto_map"
+
+
+def without_code(value: Any) -> Any:
+    """A copy of what such a file holds, without what names code, at every depth."""
+    if isinstance(value, dict):
+        return {name: without_code(inner) for name, inner in value.items() if name != AUTO_MAP_KEY}
+    return [without_code(inner) for inner in value] if isinstance(value, list) else value
+
+
+def forget_code(config: PreTrainedConfig) -> None:
+    """The same for a configuration that is read already, in place."""
+    from transformers import PreTrainedConfig
+
+    vars(config).pop(AUTO_MAP_KEY, None)
+    for inner in vars(config).values():
+        if isinstance(inner, PreTrainedConfig):
+            forget_code(inner)
