@@ -51,7 +51,7 @@ def read_manifest(storage: Storage) -> Manifest | None:
     """The manifest in a folder, or None if there is none (or none that can be read)."""
     try:
         manifest: Manifest = json.loads(storage.read(MANIFEST_FILE))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return manifest
 

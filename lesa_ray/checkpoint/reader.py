@@ -36,6 +36,9 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 ELEMENT_NAMES = {**TORCH_NAMES, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
                  "BOOL": "bool"}  # fmt: skip
 """The float types, and those that buffers may have beside them."""
+ELEMENT_BYTES = {**FLOAT_BYTES, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+                 "BOOL": 1}  # fmt: skip
+"""Element sizes in bytes of what a tensor may be of. Others are of a byte (float8) or less, quantised weights."""
 FORMAT_NAMES = {name: key for key, name in TORCH_NAMES.items()}
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -245,35 +248,51 @@ def _raw_header(storage: Storage, file: str, size: int) -> bytes:
 def _read_header(where: str, storage: Storage, file: str, size: int) -> list[TensorEntry]:
     try:
         raw = _raw_header(storage, file, size)
-        header = json.loads(raw)
+        header = json.loads(raw.decode())
         header.pop("__metadata__", None)
         data = 8 + len(raw)
-        entries = [
-            TensorEntry(
-                name=name,
-                dtype=item["dtype"],
-                shape=tuple(item["shape"]),
-                file=file,
-                offset=data + item["data_offsets"][0],
-                nbytes=item["data_offsets"][1] - item["data_offsets"][0],
-            )
-            for name, item in header.items()
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        entries = [_entry(name, item, file, data) for name, item in header.items()]
+        entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+        _check_without_gaps(entries, data)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where}: {file}: is not a whole safetensors file ({_first_line(error)}); download it again"
         ) from error
-    end = max((entry.offset + entry.nbytes for entry in entries), default=data)
+    end = entries[-1].offset + entries[-1].nbytes if entries else data
     if end != size:
         raise UserError(
             f"{where}: {file}: is truncated or damaged ({size} bytes, its header needs {end}); download it again"
         )
     for entry in entries:
-        if entry.is_float and entry.elements * FLOAT_BYTES[entry.dtype] != entry.nbytes:
+        size_of_one = ELEMENT_BYTES.get(entry.dtype)
+        if size_of_one is not None and entry.elements * size_of_one != entry.nbytes:
             raise UserError(
                 f"{where}: {file}: tensor {entry.name} has {entry.nbytes} bytes, not those of {entry.shape}"
             )
-    return sorted(entries, key=lambda entry: entry.offset)
+    return entries
+
+
+def _entry(name: str, item: Any, file: str, data: int) -> TensorEntry:
+    """One tensor of a header; `data`: where the tensors' bytes begin. Raises: ValueError, LookupError or TypeError if
+    it says what no tensor can be."""
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    name.encode()  # half a surrogate pair, which JSON can spell, could not be written again
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"tensor {name}: its dtype, shape or data_offsets is of the wrong kind")
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"tensor {name}: {number!r} in its shape or data_offsets")
+    return TensorEntry(name, dtype, tuple(shape), file, data + offsets[0], offsets[1] - offsets[0])
+
+
+def _check_without_gaps(entries: list[TensorEntry], data: int) -> None:
+    """Raises: ValueError if tensors, by the order of their bytes, leave some out or share some. The library refuses
+    both: there bytes could be hidden."""
+    end = data
+    for entry in entries:
+        if entry.offset != end or entry.nbytes < 0:
+            raise ValueError(f"tensor {entry.name} is at byte {entry.offset}, where {end} comes next")
+        end += entry.nbytes
 
 
 def _read_json(where: str, storage: Storage, name: str) -> dict[str, Any]:
@@ -281,7 +300,7 @@ def _read_json(where: str, storage: Storage, name: str) -> dict[str, Any]:
         content = storage.read(name)
     try:
         data = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{storage.url}/{name}: is not JSON ({_first_line(error)})") from error
     if not isinstance(data, dict):
         raise UserError(f"{storage.url}/{name}: expected a JSON object, found {type(data).__name__}")

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 
 from lesa_ray.checkpoint.copying import Readers, write_run
 from lesa_ray.checkpoint.part_plan import Piece, plan_parts, uploaded_ranges
-from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FLOAT_BYTES, SINGLE_FILE
+from lesa_ray.checkpoint.reader import ELEMENT_BYTES, ELEMENT_NAMES, SINGLE_FILE
 from lesa_ray.checkpoint.server_copy import ServerCopies
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _CONVERTED = 2**20
 """Bytes of a tensor that are converted and looked at together: of a whole one they would take its size again, and more,
 in a thread beside those that compute."""
-_OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,7 @@ class OutTensor:
 
     @property
     def nbytes(self) -> int:
-        size = FLOAT_BYTES.get(self.dtype) or _OTHER_BYTES.get(self.dtype, 1)
-        return math.prod(self.shape) * size
+        return math.prod(self.shape) * ELEMENT_BYTES.get(self.dtype, 1)
 
     @property
     def converted(self) -> bool:

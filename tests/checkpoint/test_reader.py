@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
@@ -115,3 +116,63 @@ def test_a_single_file_comes_before_an_index(shards_are_there: bool, bases: Base
     save_file({"w": torch.ones(3)}, copy / "model.safetensors")
     checkpoint = open_checkpoint(str(copy))
     assert (checkpoint.shards, list(checkpoint.tensors)) == (("model.safetensors",), ["w"])
+
+
+def one(begin: int, end: int, **other: object) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end], **other}
+
+
+HEADERS: dict[str, dict[str, object] | str] = {
+    "spaces": "  " + json.dumps({"a": one(0, 64)}) + " \n",
+    "empty tensors": {
+        "z": one(0, 0),
+        "a": one(0, 32),
+        "n": one(32, 32, shape=[0, 7]),
+        "b": one(32, 64),
+        "e": one(64, 64),
+    },
+    "out of order": {"b": one(32, 64), "a": one(0, 32)},
+    "metadata": {"__metadata__": {"format": "pt"}, "a": one(0, 64)},
+    "an unknown key": {"a": one(0, 64, note="x")},
+    "integers": {"a": one(0, 64, dtype="I64", shape=[8])},
+    "complex": {"a": one(0, 64, dtype="C64", shape=[2, 4])},
+    "a hole in front": {"a": one(4, 64)},
+    "a hole": {"a": one(0, 32), "b": one(36, 64)},
+    "a hole at the end": {"a": one(0, 32)},
+    "shared bytes": {"a": one(0, 32), "b": one(16, 64)},
+    "the same bytes": {"a": one(0, 64), "b": one(0, 64)},
+    "an empty one within another": {"a": one(0, 64), "b": one(32, 32)},
+    "an end before its beginning": {"a": one(0, 64), "b": one(64, 32), "c": one(32, 64)},
+    "a negative offset": {"a": one(-4, 60)},
+    "a fraction": {"a": one(0, 64, shape=[16.0])},
+    "a truth value": {"a": one(0, 64, shape=[True, 16])},
+    "words for a shape": {"a": one(0, 64, shape="16")},
+    "three offsets": {"a": one(0, 64, data_offsets=[0, 64, 64])},
+    "a list of types": {"a": one(0, 64, dtype=["F32"])},
+    "a larger shape": {"a": one(0, 64, dtype="I64", shape=[16])},
+    "a list for a tensor": {"a": [["F32"], [16], [0, 64]]},
+    "half a character": '{"\\ud800": ' + json.dumps(one(0, 64)) + "}",
+    "lists in lists": '{"__metadata__": {"a": ' + "[" * 20_000 + "]" * 20_000 + "}}",
+}
+
+
+@pytest.mark.parametrize("kind", list(HEADERS))
+def test_a_header_is_taken_or_refused_as_the_library_does(kind: str, tmp_path: Path) -> None:
+    header = HEADERS[kind]
+    raw = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(64))
+    try:
+        expected = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    except SafetensorError:
+        with pytest.raises(UserError, match=r"model\.safetensors: .*(safetensors file|damaged|bytes, not those)"):
+            open_checkpoint(str(tmp_path))
+        return
+    found = open_checkpoint(str(tmp_path)).tensors
+    assert {name: entry.shape for name, entry in found.items()} == expected
+
+
+def test_a_configuration_of_lists_in_lists_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 20_000 + "]" * 20_000 + "}")
+    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
+        open_checkpoint(str(tmp_path))
