@@ -3,12 +3,16 @@ template, modelling code, licence. What does not: other formats of the weights, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import os
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.checkpoint.writer import copy_file
 
+_LOG = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".pdparams", ".nemo"),
@@ -34,17 +38,30 @@ def side_files(files: Iterable[str]) -> list[str]:
     return [name for name in files if name not in _WRITTEN_ANEW and not name.endswith(WEIGHTS) and name[0] != "."]
 
 
-def copy_side_files(source: Storage, target: Storage, files: Iterable[str]) -> None:
-    """Copy those of a checkpoint's `files` that hold for other weights too, and what it has in folders beside them."""
-    _copy(source, target, [*side_files(files), *_more_templates(source)])
+def copy_side_files(source: Storage, target: Storage, files: Mapping[str, int]) -> None:
+    """Copy those of a checkpoint's `files` (name → bytes) that hold for other weights too, and what it has in folders
+    beside them.
 
-
-def _more_templates(storage: Storage) -> list[str]:
-    """Chat templates in a folder of their own, as names from the checkpoint's."""
-    return [f"{_TEMPLATES}/{name}" for name in storage.within(_TEMPLATES).list() if name.endswith(".jinja")]
-
-
-def _copy(source: Storage, target: Storage, names: Iterable[str]) -> None:
-    """Copy files that fit in memory, several at a time."""
+    A link in a local checkpoint that leads out of it is left out, with a warning: a clone from a stranger may link to
+    what its user would not publish (`LICENSE -> ~/.ssh/id_rsa`)."""
+    wanted = {name: files[name] for name in side_files(files)} | _more_templates(source)
+    if source.is_local:
+        for name in [name for name in wanted if not _is_inside(source.root, name)]:
+            del wanted[name]
+            _LOG.warning("%s: %r is not copied: it is a link that leads out of there", source.url, name)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: target.write(name, source.read(name)), names))
+        list(pool.map(lambda name: copy_file(source, target, name, wanted[name]), wanted))
+
+
+def _more_templates(storage: Storage) -> dict[str, int]:
+    """Chat templates in a folder of their own, as names from the checkpoint's, and their bytes."""
+    found = storage.within(_TEMPLATES).list()
+    return {f"{_TEMPLATES}/{name}": size for name, size in found.items() if name.endswith(".jinja")}
+
+
+def _is_inside(root: str, name: str) -> bool:
+    """Whether a file of a local folder lies in it, be it behind a link; or beside it, where the hub's cache has what
+    it links to: `snapshots/<commit>/config.json -> ../../blobs/<digest>`."""
+    folder, place = f"{os.path.realpath(root)}/", os.path.realpath(os.path.join(root, name))
+    cache, is_snapshot, _ = folder.rpartition("/snapshots/")
+    return place.startswith((folder, f"{cache}/blobs/") if is_snapshot else folder)

@@ -89,7 +89,8 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
     """Add what a checkpoint has beside its shards; OUT is valid from the last write on."""
     storage = Storage(expansion.job.config.out)
     source = expansion.checkpoint
-    copy_side_files(source.storage, storage, [name for name in source.files if name != MANIFEST_FILE])
+    beside = {name: nbytes for name, nbytes in source.files.items() if name != MANIFEST_FILE}
+    copy_side_files(source.storage, storage, beside)
     write_code(storage, expansion.config)
     storage.write(CARD_FILE, card.encode())
     if len(expansion.shards) > 1:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lesa_ray import Expanded
-from lesa_ray.checkpoint.side_files import side_files
+from lesa_ray.checkpoint.copying import PIECE
+from lesa_ray.checkpoint.side_files import copy_side_files, side_files
+from lesa_ray.checkpoint.storage import Storage
 
 
 def test_weights_of_other_frameworks_stay_behind() -> None:
@@ -26,3 +31,66 @@ def test_templates_in_their_folder_go_along(
     out = Path(grow(str(base), method="solar").out)
     copied = list((out / "additional_chat_templates").iterdir())
     assert [(file.name, file.read_text()) for file in copied] == [("tool_use.jinja", "tool_use.jinja")]
+
+
+def copied(base: Path, out: Path) -> dict[str, str]:
+    source = Storage(str(base))
+    copy_side_files(source, Storage(str(out)), source.list())
+    return {str(file.relative_to(out)): file.read_text() for file in out.rglob("*") if file.is_file()}
+
+
+def test_links_out_of_a_checkpoint_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A repository can bring a link to any file of whoever clones it."""
+    (tmp_path / "base-too").mkdir()
+    for name in ("secret", "base-too/secret", "tool.jinja"):
+        (tmp_path / name).write_text("secret")
+    base = tmp_path / "base"
+    (base / "more").mkdir(parents=True)
+    (base / "more" / "licence").write_text("free")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "empty.py").write_text("")
+    (base / "additional_chat_templates").mkdir()
+    for name, target in {
+        "LICENSE": "more/licence",
+        "key": "../secret",
+        "absolute": str(tmp_path / "secret"),
+        "beside": "../base-too/secret",
+        "twice": "key",
+        "additional_chat_templates/tool.jinja": "../../tool.jinja",
+    }.items():
+        (base / name).symlink_to(target)
+    (tmp_path / "link").symlink_to("base")
+    for number, place in enumerate((base, tmp_path / "link")):
+        caplog.clear()
+        found = copied(place, tmp_path / f"out-{number}")
+        assert found == {"LICENSE": "free", "tokenizer.json": "{}", "empty.py": ""}
+        assert sorted(line.split("'")[1] for line in caplog.messages) == [
+            *("absolute", "additional_chat_templates/tool.jinja", "beside", "key", "twice")
+        ]
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_links(tmp_path: Path) -> None:
+    cache = tmp_path / "snapshots" / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "blobs" / "0a1b").write_text("words")
+    (cache / "blobs" / "0c1d").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("secret")
+    for folder, blobs in (("snapshots/f00", "../../blobs"), ("snapshots/f00/small", "../../../blobs")):
+        (cache / folder).mkdir(parents=True)
+        for name, digest in (("tokenizer.json", "0a1b"), ("key", "0c1d")):
+            (cache / folder / name).symlink_to(f"{blobs}/{digest}")
+        assert copied(cache / folder, tmp_path / folder.replace("/", "-")) == {"tokenizer.json": "words"}
+
+
+def test_large_ones_are_not_held(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for number in range(2):
+        with open(base / f"{number}.dat", "wb") as file:
+            file.truncate(2 * PIECE)
+    source = Storage(str(base))
+    tracemalloc.start()
+    copy_side_files(source, Storage(str(tmp_path / "out")), source.list())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < PIECE
