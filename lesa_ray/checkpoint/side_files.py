@@ -3,11 +3,13 @@ template, modelling code, licence. What does not: other formats of the weights, 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from lesa_ray.checkpoint.brought_code import without_code
 from lesa_ray.checkpoint.reader import INDEX_FILE
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import copy_file
@@ -21,6 +23,8 @@ WEIGHTS = (
 """How the names of weights end, in whatever format, and of what holds for quantising these alone."""
 _TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates beside the first."""
+_CONFIGURATIONS = "_config.json"
+"""How the names of those end that may name code: the tokenizer's, a processor's."""
 _TRAINING_RECORDS = (
     "trainer_state.json",
     "pretrain.json",
@@ -38,19 +42,37 @@ def side_files(files: Iterable[str]) -> list[str]:
     return [name for name in files if name not in _WRITTEN_ANEW and not name.endswith(WEIGHTS) and name[0] != "."]
 
 
-def copy_side_files(source: Storage, target: Storage, files: Mapping[str, int]) -> None:
+def copy_side_files(source: Storage, target: Storage, files: Mapping[str, int], *, code: bool = True) -> None:
     """Copy those of a checkpoint's `files` (name → bytes) that hold for other weights too, and what it has in folders
-    beside them.
+    beside them. Without `code`, what Python files there are stays behind, and what names them (`auto_map`).
 
     A link in a local checkpoint that leads out of it is left out, with a warning: a clone from a stranger may link to
     what its user would not publish (`LICENSE -> ~/.ssh/id_rsa`)."""
-    wanted = {name: files[name] for name in side_files(files)} | _more_templates(source)
+    wanted = {name: files[name] for name in side_files(files) if code or not name.endswith(".py")}
+    wanted |= _more_templates(source)
     if source.is_local:
         for name in [name for name in wanted if not _is_inside(source.root, name)]:
             del wanted[name]
             _LOG.warning("%s: %r is not copied: it is a link that leads out of there", source.url, name)
+
+    def copy(name: str) -> None:
+        if not code and name.endswith(_CONFIGURATIONS) and (plain := _without_code(source.read(name))) is not None:
+            target.write(name, plain)
+        else:
+            copy_file(source, target, name, wanted[name])
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: copy_file(source, target, name, wanted[name]), wanted))
+        list(pool.map(copy, wanted))
+
+
+def _without_code(content: bytes) -> bytes | None:
+    """A configuration that names no code; None if it is one already, or none that can be read."""
+    try:
+        configuration = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    plain = without_code(configuration)
+    return None if plain == configuration else (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _more_templates(storage: Storage) -> dict[str, int]:

@@ -22,7 +22,7 @@ from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.widths import RULE
 from lesa_ray.expansion.workbench import units_storage
 from lesa_ray.faults import reaching
-from lesa_ray.layerwise.folder import write_code
+from lesa_ray.layerwise.folder import has_our_code, naming_our_code, write_code
 
 _MARGIN = 64 * 2**20
 
@@ -90,13 +90,14 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
     storage = Storage(expansion.job.config.out)
     source = expansion.checkpoint
     beside = {name: nbytes for name, nbytes in source.files.items() if name != MANIFEST_FILE}
-    copy_side_files(source.storage, storage, beside)
+    copy_side_files(source.storage, storage, beside, code=not has_our_code(expansion.config))
     write_code(storage, expansion.config)
     storage.write(CARD_FILE, card.encode())
     if len(expansion.shards) > 1:
         storage.write(INDEX_FILE, index_bytes(list(expansion.shards)))
     storage.write(MANIFEST_FILE, manifest_bytes(manifest))
-    storage.write("config.json", (json.dumps(expansion.config, indent=2, ensure_ascii=False) + "\n").encode())
+    config = naming_our_code(expansion.config)
+    storage.write("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     storage.remove_tree(WORK_DIR)
     storage.remove_leftovers()
 

@@ -33,7 +33,7 @@ from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.prepare import shard_limit
-from lesa_ray.layerwise.folder import write_code
+from lesa_ray.layerwise.folder import has_our_code, naming_our_code, write_code
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState
 
@@ -185,10 +185,10 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
     facts: for the model card, see `lesa_ray.report.training_card`."""
     storage = Storage(plan.out)
     if plan.base is not None:
-        copy_side_files(plan.base.storage, storage, plan.base.files)
+        copy_side_files(plan.base.storage, storage, plan.base.files, code=not has_our_code(plan.config))
     if plan.tokenizer is not None:
         tokenizer = Storage(plan.tokenizer)
-        copy_side_files(tokenizer, storage, tokenizer.list())
+        copy_side_files(tokenizer, storage, tokenizer.list(), code=not has_our_code(plan.config))
     write_code(storage, plan.config)
     if plan.stop is not None:
         _add_stop(storage, plan.config, plan.stop)
@@ -199,7 +199,8 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
             storage.write(INDEX_FILE, plan.base.storage.read(INDEX_FILE))
         else:
             storage.write(INDEX_FILE, index_bytes([file.shard for file in plan.files if file.shard]))
-    storage.write("config.json", (json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n").encode())
+    config = naming_our_code(plan.config)
+    storage.write("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     storage.remove_leftovers()
 
 

@@ -128,7 +128,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found.values())
     assert type(again) is LayerwiseLlamaForCausalLM
-    for key in ("intermediate_sizes", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "auto_map"):
+    for key in ("intermediate_sizes", "num_attention_heads_per_layer", "num_key_value_heads_per_layer"):
         assert getattr(again.config, key) == raw[key]
     ids = tokens()
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
