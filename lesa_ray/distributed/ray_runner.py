@@ -87,11 +87,14 @@ def start_ray() -> bool:
 def _started_here() -> str | None:
     """The address that the last `ray start` on this machine wrote down; `ray stop` removes it.
 
-    Ray's own `auto` would also take a Ray that is embedded in some other process, and end when that does.
+    Ray's own `auto` would also take a Ray that is embedded in some other process, and end when that does. What another
+    user wrote is not taken: in a folder for all (`/tmp`) anybody could name a cluster that is to get this one's work.
     """
     root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     try:
         with open(os.path.join(root, "ray", "ray_current_cluster"), encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_uid not in (os.getuid(), 0):
+                return None
             return file.read().strip() or None
     except OSError:
         return None

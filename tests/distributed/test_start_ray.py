@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.distributed.address import check_address
-from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.distributed.ray_runner import _started_here, start_ray
 
 SCRIPT = """
 import json, os, sys
@@ -94,6 +95,16 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str]
     assert running.returncode == 130, rest
     assert rest.strip().splitlines()[-1] == "lesa-ray: interrupted; the same command goes on from here"
     assert "SIGTERM" not in rest
+
+
+def test_an_address_that_another_user_wrote_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = tmp_path / "ray" / "ray_current_cluster"
+    written.parent.mkdir()
+    written.write_text("10.0.0.1:6379\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    for writer, taken in ((os.getuid(), True), (0, True), (os.getuid() + 1, False)):
+        monkeypatch.setattr(os, "fstat", lambda _, writer=writer: SimpleNamespace(st_uid=writer))
+        assert _started_here() == ("10.0.0.1:6379" if taken else None)
 
 
 @pytest.mark.parametrize(
