@@ -151,6 +151,12 @@ def test_the_stack_makes_the_roles_that_nodes_carry(account: Any) -> None:
     autoscaler = statements(iam.get_role_policy(RoleName="lesa-ray-head", PolicyName="autoscaler")["PolicyDocument"])
     passed = [statement for statement in autoscaler if statement["Action"] == "iam:PassRole"]
     assert [s["Resource"].rpartition("/")[2] for s in passed] == ["lesa-ray-worker"]
+    assert passed[0]["Condition"] == {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
+    tagged = [s["Condition"]["StringEquals"] for s in autoscaler if "ec2:CreateTags" in s["Action"]]
+    assert tagged == [
+        {"ec2:CreateAction": "RunInstances"},
+        {"aws:ResourceTag/ray-cluster-name": launcher()["cluster_name"]},
+    ]
     ended = [s for s in autoscaler if "ec2:TerminateInstances" in s["Action"]]
     tag = ended[0]["Condition"]["StringEquals"]["aws:ResourceTag/ray-cluster-name"]
     assert tag == launcher()["cluster_name"]

@@ -82,6 +82,7 @@ def test_the_cluster_grows_from_nothing_and_its_pods_have_the_role() -> None:
     pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *groups.values())]
     assert {pod["serviceAccountName"] for pod in pods} == {account["metadata"]["name"]}
     assert "eks.amazonaws.com/role-arn" in account["metadata"]["annotations"]
+    assert [pod.get("automountServiceAccountToken", True) for pod in pods] == [True, False, False, False]
     limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in groups.items()}
     assert {name: "nvidia.com/gpu" in limit for name, limit in limits.items()} == {
         "cpu": False, "large": False, "gpu": True,
