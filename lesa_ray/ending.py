@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain, is_fault
+from lesa_ray.printable import printable
 
 INTERRUPTED = 130
 
@@ -17,5 +18,9 @@ def ending(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from here", INTERRUPTED
     if isinstance(error, UserError | MachineError):
-        return " ".join(str(error).split()), 2 if isinstance(error, UserError) else 1
-    return (" ".join(explain(error).split()), 1) if is_fault(error) else None
+        return _line(str(error)), 2 if isinstance(error, UserError) else 1
+    return (_line(explain(error)), 1) if is_fault(error) else None
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))

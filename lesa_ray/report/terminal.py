@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +19,8 @@ from rich.text import Text
 from lesa_ray.checkpoint.manifest import Manifest
 from lesa_ray.expansion.plan import New, Old, Plan
 from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.printable import printable
+from lesa_ray.report.console import Console
 from lesa_ray.sizes import size
 
 console = Console(stderr=True, markup=False, emoji=False)  # a name with [brackets] or :colons: stays as it is
@@ -244,7 +245,7 @@ class ProgressLines:
 def log_line(label: str, text: str) -> None:
     """A line of a log: the time of day (UTC), of which run and stage, what."""
     now = datetime.now(UTC).strftime("%H:%M:%S")
-    sys.stderr.write(f"{now} {label}: {' '.join(text.split())}\n")
+    sys.stderr.write(printable(f"{now} {label}: {' '.join(text.split())}\n"))
     sys.stderr.flush()
 
 
