@@ -76,12 +76,23 @@ def start_ray() -> bool:
         hint = "" if named else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
+    _close_token_folder()
     try:
         with as_before():
             ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
     except Exception as error:  # Ray has no class of its own for a node that does not come up
         raise MachineError(f"Ray does not start on this machine ({explain(error)[:200]})") from error
     return True
+
+
+def _close_token_folder() -> None:
+    """Close the folder in which Ray keeps its token to other users of this machine, before Ray puts one there that
+    anybody may read. Its ports are open to all interfaces, whatever address the node is given, so the token is what
+    keeps others out."""
+    folder = os.path.expanduser("~/.ray")
+    with contextlib.suppress(OSError):  # a home that is read-only; Ray says so if it needs it
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o700)
 
 
 def _started_here() -> str | None:

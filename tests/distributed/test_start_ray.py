@@ -72,10 +72,13 @@ def test_a_ray_embedded_in_another_process_is_left_alone(apart: str) -> None:
     script = "from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray())"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": apart}, capture_output=True,
+        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": apart, "HOME": apart}, capture_output=True,
         text=True, timeout=330, check=False,
     )  # fmt: skip
     assert "EMBEDDED True" in done.stdout, done.stderr[-2000:]
+    token = Path(apart, ".ray", "auth_token")
+    assert token.exists()
+    assert token.parent.stat().st_mode & 0o077 == 0  # the file itself Ray lets anybody read
 
 
 @pytest.mark.timeout(360)
