@@ -5,14 +5,16 @@
 
 Everything lies below `out`: `runs/DEPTH/PROFILE/SEED/` (what `lesa-ray pretrain` leaves: a checkpoint, the curve),
 `results.json`; `corpus/` and `blocks/` where the study makes its own data. What is there is reused, an interrupted run
-goes on. All models have one seed before any has two, so what is there early can be compared. `parallel` runs go side by
-side, each led by a Ray task that takes no CPU itself; throughput then depends on what ran beside a run.
+goes on. A run with an error of its own (its loss is no number any more) stops no other; it is told at the end. All
+models have one seed before any has two, so what is there early can be compared. `parallel` runs go side by side, each
+led by a Ray task that takes no CPU itself; throughput then depends on what ran beside a run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,14 +33,15 @@ if TYPE_CHECKING:
     from lesa_ray.training.finish import Trained
     from lesa_ray.training.tokens import TokenBlocks
 
-TrainAll = Callable[[Sequence[TrainConfig]], Iterable[tuple[TrainConfig, "Trained"]]]
-"""Pre-trains each, or finds that it is done; gives them as they end."""
+TrainAll = Callable[[Sequence[TrainConfig]], Iterable[tuple[TrainConfig, "Trained | UserError"]]]
+"""Pre-trains each, or finds that it is done; gives them as they end, or what is wrong with one."""
 
 
 def run_study(config: StudyConfig, train_all: TrainAll) -> dict[str, Any]:
     """Every run; what results.json holds.
 
-    Raises: UserError, before anything is trained; MachineError, after which the same call goes on."""
+    A run that cannot be is among its `missing`. Raises: UserError, before anything is trained, or if no run can be;
+    MachineError, after which the same call goes on."""
     from lesa_ray.checkpoint.storage import Storage
     from lesa_ray.layerwise.settings import architecture
     from lesa_ray.training.tokens import open_blocks
@@ -58,7 +61,18 @@ def run_study(config: StudyConfig, train_all: TrainAll) -> dict[str, Any]:
             configs.append(TrainConfig.model_validate(given))
             runs[out] = layers, profile
     rows: dict[str, Row] = {}
+    failed: dict[str, UserError] = {}
+
+    def write() -> dict[str, Any]:
+        missing = [f"{out}: {failed[out]}" for out in runs if out in failed]
+        content = to_json(config, checked, [rows[out] for out in runs if out in rows], missing)
+        storage.write("results.json", (json.dumps(content, indent=1) + "\n").encode())
+        return content
+
     for run, trained in train_all(configs):
+        if isinstance(trained, UserError):
+            failed[run.out] = trained
+            continue
         assert trained.heldout_after is not None
         layers, profile = runs[run.out]
         rows[run.out] = Row(
@@ -71,9 +85,10 @@ def run_study(config: StudyConfig, train_all: TrainAll) -> dict[str, Any]:
             loss=trained.loss,
             tokens_per_second=trained.tokens_per_second,
         )
-        content = to_json(config, checked, [rows[out] for out in runs if out in rows])
-        storage.write("results.json", (json.dumps(content, indent=1) + "\n").encode())
-    return content
+        write()
+    if not rows:
+        raise next(iter(failed.values()))
+    return write()
 
 
 def make_blocks(config: StudyConfig) -> TokenBlocks:
@@ -102,13 +117,22 @@ def make_blocks(config: StudyConfig) -> TokenBlocks:
 
 def in_turn(train: Callable[[TrainConfig], Trained]) -> TrainAll:
     """One after another."""
-    return lambda configs: ((config, train(config)) for config in configs)
+
+    def train_all(configs: Sequence[TrainConfig]) -> Iterator[tuple[TrainConfig, Trained | UserError]]:
+        for config in configs:
+            try:
+                trained: Trained | UserError = train(config)
+            except UserError as error:
+                trained = error
+            yield config, trained
+
+    return train_all
 
 
 def side_by_side(parallel: int) -> TrainAll:
-    """So many at once, each led by a Ray task; one that fails ends the others."""
+    """So many at once, each led by a Ray task; a fault of the machine ends the others."""
 
-    def train_all(configs: Sequence[TrainConfig]) -> Iterator[tuple[TrainConfig, Trained]]:
+    def train_all(configs: Sequence[TrainConfig]) -> Iterator[tuple[TrainConfig, Trained | UserError]]:
         from lesa_ray.distributed.ray_runner import start_ray
         from lesa_ray.distributed.tasks import Tasks
         from lesa_ray.distributed.train import pretrain
@@ -122,8 +146,13 @@ def side_by_side(parallel: int) -> TrainAll:
                     at, config = waiting.pop(0)
                     log_line("pretrain", config.out)
                     tasks.start(at, f"pretrain {config.out}", config, num_cpus=0)
-                for at, trained in tasks.ended():
-                    log_line("pretrain", f"{configs[at].out}: held-out loss {trained.heldout_after:.4f}")
+                for at, end in tasks.ends():
+                    try:
+                        trained = end()
+                        log_line("pretrain", f"{configs[at].out}: held-out loss {trained.heldout_after:.4f}")
+                    except UserError as error:
+                        trained = error
+                        log_line("pretrain", f"{configs[at].out}: {error}")
                     yield configs[at], trained
 
     return train_all
@@ -179,11 +208,15 @@ def main(
         content = run_study(settings, side_by_side(settings.parallel) if many else in_turn(train_with_ray))
     if as_json:
         print_json(content)
-        return
-    summaries = summarise(Row(**row) for row in content["rows"])
-    console.print(table(summaries))
-    for line in reading(summaries):
-        console.print(line, highlight=False)
+    else:
+        summaries = summarise(Row(**row) for row in content["rows"])
+        console.print(table(summaries))
+        for line in reading(summaries):
+            console.print(line, highlight=False)
+    for line in content["missing"]:
+        print(f"layerwise_study: {line}; the same command tries again", file=sys.stderr)
+    if content["missing"]:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     """Every base, every comparison; what results.json holds.
 
     What failed is among its `missing`; the same call tries that again. Raises: UserError for the first setting that is
-    wrong, before anything is trained; MachineError where too little is there to say anything."""
+    wrong, before anything is trained, or if no base can be made; MachineError where too little is there to say
+    anything."""
     from lesa_ray.checkpoint.storage import Storage
     from lesa_ray.comparison.collect import Collector
     from lesa_ray.comparison.graph import build
@@ -50,9 +51,18 @@ def run_study(config: StudyConfig) -> dict[str, Any]:
     blocks = {base.name: _blocks(config, base) for base in config.bases if base.checkpoint is None}
     for base in config.bases:
         try_arms(config, base, blocks.get(base.name))
-    comparisons, places = {}, {}
+    comparisons, places, checkpoints = {}, {}, {}
     missing: list[str] = []
-    for base, checkpoint in [(base, make_base(config, base, blocks.get(base.name))) for base in config.bases]:
+    for base in config.bases:
+        try:
+            checkpoints[base.name] = make_base(config, base, blocks.get(base.name))
+        except UserError as error:  # of this base's training, as of a loss that is no number any more
+            missing.append(f"{base.name}: {error}")
+    if not checkpoints:
+        raise UserError("; ".join(missing))
+    for base in config.bases:
+        if (checkpoint := checkpoints.get(base.name)) is None:
+            continue
         chosen = comparison_of(config, base, checkpoint, blocks.get(base.name))
 
         def say(stage: str, text: str, name: str = chosen.name) -> None:

@@ -234,8 +234,10 @@ def reading(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def to_json(config: StudyConfig, checked: dict[str, float], rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything, as it is written to results.json."""
+def to_json(
+    config: StudyConfig, checked: dict[str, float], rows: Sequence[Row], missing: Sequence[str]
+) -> dict[str, Any]:
+    """Everything, as it is written to results.json. missing: runs that cannot be, and why, a line each."""
     summaries = summarise(rows)
     return {
         "settings": config.model_dump(mode="json"),
@@ -243,4 +245,5 @@ def to_json(config: StudyConfig, checked: dict[str, float], rows: Sequence[Row])
         "rows": [asdict(row) for row in rows],
         "summary": [asdict(summary) for summary in summaries],
         "reading": reading(summaries),
+        "missing": list(missing),
     }

@@ -11,12 +11,13 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
 from lesa_ray import UserError
-from lesa_ray.comparison.study_settings import BASE_SEED, StudyConfig
+from lesa_ray.comparison.study_settings import BASE_SEED, StudyBase, StudyConfig
 from lesa_ray.comparison.verdict import reading, verdict
 from lesa_ray.config import load_settings
 from pipelines import corpus, prose, study
 from tests import families
 from tests.training import styles
+from tests.training.blocks import make_blocks
 
 ARMS: dict[str, Any] = {"arms": [{"method": "llama-pro"}], "tokens": 256}
 MADE: dict[str, Any] = {"name": "a", "architecture": {"model_type": "llama"}, "data": "d", "tokenizer": "t"}
@@ -177,6 +178,37 @@ def test_a_corpus_of_prose_and_one_of_packages(tmp_path: Path, monkeypatch: pyte
     assert not any(name.startswith("m") for name in names)
     with pytest.raises(ValueError, match="prose stands alone"):
         corpus.CorpusSettings(kinds=("code", "prose"))
+
+
+def test_a_base_that_cannot_be_trained_stops_no_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.make("llama", tmp_path / "llama")
+    make_blocks(str(tmp_path / "blocks"), seq_len=32)
+    bases = [{"name": name, "checkpoint": str(tmp_path / "llama"), "data": str(tmp_path)} for name in ("lost", "there")]
+    compare = {**ARMS, "expand": {"factor": 1.4}, "pretrain": {"batch": 4}}
+    given = {"name": "s", "out": str(tmp_path / "out"), "bases": bases, "compare": compare}
+    config = load_settings(StudyConfig, None, **given)
+    ran = []
+
+    def make_base(_: Any, base: StudyBase, blocks: Any) -> str:
+        if base.name == "lost":
+            raise UserError("step 7: the loss is nan")
+        return str(tmp_path / "llama")
+
+    def run_comparison(planned: Any, say: Any) -> Any:
+        ran.append(planned.config.name)
+        return comparison({"x": [1.0, 1.1], "COPY": [1.5, 1.6]}), []
+
+    monkeypatch.setattr(study, "make_base", make_base)
+    monkeypatch.setattr("lesa_ray.distributed.compare.run_comparison", run_comparison)
+    monkeypatch.setattr(
+        study, "comparison_of",
+        lambda config, base, checkpoint, _: config.comparison(base, checkpoint, "s", str(tmp_path / "blocks")),
+    )  # fmt: skip
+    results = study.run_study(config)
+    assert (ran, results["missing"]) == (["s-there"], ["lost: step 7: the loss is nan"])
+    assert results["comparisons"].keys() == {"there"}
+    with pytest.raises(UserError, match="lost: step 7: the loss is nan"):
+        study.run_study(config.model_copy(update={"bases": config.bases[:1]}))
 
 
 @pytest.mark.thorough

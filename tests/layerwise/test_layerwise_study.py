@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from scipy.stats import ttest_rel
 
 from lesa_ray.checkpoint.storage import Storage
@@ -17,6 +19,8 @@ from lesa_ray.errors import UserError
 from lesa_ray.layerwise.settings import sizes_of
 from lesa_ray.layerwise.study import Row, StudyConfig, check_tokens, models_of, reading, summarise
 from lesa_ray.training.tokens import content_digest, open_blocks, write_rows
+from lesa_ray.training.train_settings import TrainConfig
+from pipelines import layerwise_study
 from pipelines.layerwise_study import in_turn, run_study, side_by_side, table, train_with_ray
 from tests.layerwise.test_layerwise_training import train_here
 from tests.training.blocks import make_blocks
@@ -73,6 +77,47 @@ def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) 
     assert table([one, other]).row_count == 2
     again = run_study(config, in_turn(train_here))
     assert again["rows"] == content["rows"], "a second time all is read"
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_a_run_whose_loss_is_no_number_stops_no_other(
+    parallel: int, data: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """That of one model's first run is."""
+
+    def diverging(config: TrainConfig) -> Any:
+        if config.out.endswith("crown/seed-0"):
+            raise UserError("step 7: the loss is nan")
+        return SimpleNamespace(parameters=9, tokens=9, heldout_after=3.0 + config.seed, loss=3.0, tokens_per_second=9.0)
+
+    if parallel > 1:
+        request.getfixturevalue("local_ray")
+    monkeypatch.setattr("lesa_ray.distributed.train.pretrain", diverging)
+    monkeypatch.setattr(layerwise_study, "train_with_ray", diverging)
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({**TINY, "data": data, "parallel": parallel}))
+    with pytest.raises(typer.Exit) as end:
+        layerwise_study.main(str(file), out=str(tmp_path / "study"), as_json=True)
+    shown = capsys.readouterr()
+    content = json.loads(shown.out)
+    assert json.loads((tmp_path / "study" / "results.json").read_text()) == content
+    assert {(row["profile"], row["seed"]) for row in content["rows"]} == {
+        ("isotropic", 0), ("isotropic", 1), ("crown", 1)
+    }  # fmt: skip
+    lost = f"{tmp_path}/study/runs/4-layers/crown/seed-0: step 7: the loss is nan"
+    assert (end.value.exit_code, content["missing"]) == (1, [lost])
+    assert f"layerwise_study: {lost}; the same command tries again" in shown.err
+
+
+def test_a_study_none_of_whose_runs_can_be_is_refused(data: str, tmp_path: Path) -> None:
+    def train(config: TrainConfig) -> Any:
+        raise UserError(f"{config.out}: batch 4: no")
+
+    with pytest.raises(UserError, match="isotropic/seed-0: batch 4: no"):
+        run_study(settings(out=str(tmp_path / "study"), data=data), in_turn(train))
+    assert not (tmp_path / "study" / "results.json").exists()
 
 
 @pytest.mark.thorough
