@@ -6,6 +6,7 @@ and what is inside it is a value as it is.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,8 @@ _TRAINING_OF_ALL = ("steps", "tokens", "epochs", "seed", "eval_every", "eval_row
 _SIZE = ("factor", "layers", "position", "importance", "new_width")
 _EITHER = (("factor", "layers"), ("zero_init", "output_scale"))
 """Settings that stand for one another: an arm's own puts both of the common ones aside."""
-_SLUG = 60
+_SLUG, _DIGITS = 50, 6
+"""Characters of a name in a place, so that a label has room for any seed; of these the digest's, where it is cut."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,12 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The name as part of a place."""
-        return re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")[:_SLUG]
+        """The name as part of a place. What is cut off a long one may be what tells it from another."""
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")
+        if len(slug) <= _SLUG:
+            return slug
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:_DIGITS]
+        return f"{slug[: _SLUG - _DIGITS - 1].rstrip('-')}-{digest}"
 
 
 def arms_of(config: ComparisonConfig, where: str) -> tuple[list[Arm], list[Arm]]:

@@ -34,6 +34,8 @@ _EVALUATIONS = 20
 """Points of a curve beside its first, where `eval_every` does not say."""
 _NAME = 36
 """Characters of the comparison's name in the labels of its stages."""
+_ANY_SEED = 0
+"""Of expansions that draw nothing: one for every comparison, whatever its seeds."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class _Builder:
         assert arm.method is not None
         settings = expand_settings(self._config, arm)
         draws = METHODS[arm.method].draws or settings.get("new_width") is not None  # what is added is drawn at random
-        settings["seed"] = seed if draws else self._config.seeds[0]
+        settings["seed"] = seed if draws else _ANY_SEED
         key = canonical(settings)
         if key not in self._expanded:
             given = {name: settings.pop(name) for name in ("method", "factor", "layers", "seed") if name in settings}

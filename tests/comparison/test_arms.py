@@ -62,6 +62,19 @@ def test_names_say_what_differs(entry: dict[str, Any], names: list[str]) -> None
     assert [arm.name for arm in arms(arms=entry)] == names
 
 
+def test_long_names_that_differ_at_their_end_alone_are_two() -> None:
+    grid = {"method": "aligned-lesa", "position": "uniform", "lesa": {"predictor": "ridge", "ridge": [1.0, 10.0]},
+            "pretrain": {"learning_rate": [2e-4, 2e-5]}}  # fmt: skip
+    found = arms(arms=grid)
+    slugs = [arm.slug for arm in found]
+    assert len(found[0].name) > 60
+    assert len(set(slugs)) == 4
+    for slug in slugs:
+        assert len(slug) <= 50
+        assert slug.startswith("aligned-lesa-uniform-predictor-ridge-ridge-")
+    assert arms()[0].slug == "lesa"
+
+
 def test_what_an_arm_is_given_comes_over_what_all_are() -> None:
     common = {"factor": 2, "position": "top", "zero_init": True, "lesa": {"epochs": 9, "rank": 4}, "importance": "f"}
     given = config(

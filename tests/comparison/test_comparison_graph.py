@@ -135,6 +135,18 @@ def test_arms_may_have_widths_of_their_own_and_each_seed_draws_its_own(given: Pa
     assert len({run.expand for run in plain.runs}) == 1
 
 
+def test_another_first_seed_leaves_what_draws_no_random_numbers(given: Path) -> None:
+    before, after = digests(made(given, seeds=[1, 2])), digests(made(given, seeds=[0, 1, 2]))
+    assert {name: after[name] for name in before} == before
+    assert all(name.endswith("-s0") for name in after.keys() - before.keys())
+
+
+def test_a_long_name_leaves_room_for_the_seed(given: Path) -> None:
+    long = "aligned and retuned and spread evenly over all of the layers"
+    comparison = made(given, name="c" * 60, arms=[{"method": "lesa", "label": long}], seeds=[1234567890])
+    assert max(len(stage.label) for stage in comparison.stages) == 98
+
+
 def test_what_arms_have_in_common_does_not_hang_on_the_first(given: Path) -> None:
     arms = [{"method": "base", "pretrain": {"learning_rate": 1e-5}}, {"method": "avg-deus"}]
     places = []
