@@ -25,7 +25,7 @@ from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work_on_type
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.report_file import try_place, write_report
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import KeptError, MachineError, RoomError, UserError
 from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FILE, PAGE_FILE = "analysis.json", "analysis.html"
 _RESIDUAL = "residual stream"
+_SHELF = "analysis-"
 _KEPT = 3
 """Changes with what is kept of a finished piece, so that an older version's is not taken up."""
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers
@@ -60,11 +61,15 @@ class _Work:
 
     def do(self, piece: str, device: str, progress: Progress = lambda phase, share: None) -> Any:
         keep_float32()
-        with full_gpu_is_a_fault(piece, "--device cpu"):
-            if piece in self.subject.types:
-                return work_on_type(self.subject, piece, device, progress)
-            if piece in self.subject.blocks:
-                return work_on_block(self.subject, piece, device, progress)
+        if piece != _RESIDUAL:
+            try:
+                with full_gpu_is_a_fault(piece, "--device cpu"):
+                    work = work_on_type if piece in self.subject.types else work_on_block
+                    return work(self.subject, piece, device, progress)
+            except RoomError:
+                raise
+            except UserError as error:
+                raise _WrongWeights(str(error)) from error
         from lesa_ray.analysis.residual import measure_residual
 
         assert self.residual is not None
@@ -73,16 +78,22 @@ class _Work:
         return measure_residual(job, bounds, self.subject.config.tokens, progress)
 
 
+class _WrongWeights(UserError):
+    """The checkpoint itself is not as it should be, so what is finished is of no use."""
+
+
 class _Shelf:
-    """Where finished types wait for the others: a folder below OUT, or nowhere. The forward pass is quick, and what it
+    """Where finished types wait for the others: a folder below OUT, or nowhere. It is found again by all that they
+    depend on, so the same command with other data, window or GPUs takes them up. The forward pass is quick, and what it
     read may have changed."""
 
     def __init__(self, storage: Storage | None, subject: Subject) -> None:
         self._storage, self._folder = storage, ""
         if storage is not None:
-            identity = [_KEPT, subject.config.model_dump(mode="json", exclude={"out"}), subject.checkpoint.digests()]
+            counted = subject.config.model_dump(mode="json", include={"seed", "lesa"})
+            identity = [_KEPT, counted, subject.fits, subject.new_layers, subject.checkpoint.digests()]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            self._folder = f"{WORK_DIR}/analysis-{digest[:16]}"
+            self._folder = f"{WORK_DIR}/{_SHELF}{digest[:16]}"
 
     def get(self, piece: str) -> Any:
         """What was kept, or None."""
@@ -95,11 +106,14 @@ class _Shelf:
             self._storage.write(self._name(piece), json.dumps(result, allow_nan=False).encode())
 
     def clear(self) -> None:
-        """Remove it, and what is empty then."""
+        """Remove it and those of other settings, and what is empty then."""
         if self._storage is None:
             return
-        self._storage.remove_tree(self._folder)
-        for folder in (self._storage.within(WORK_DIR), self._storage):
+        work = self._storage.within(WORK_DIR)
+        for name in work.folders():
+            if name.startswith(_SHELF):
+                work.remove_tree(name)
+        for folder in (work, self._storage):
             if folder.is_local and folder.exists() and folder.is_empty():
                 folder.remove_tree()
 
@@ -111,8 +125,10 @@ class _Shelf:
 def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray: bool | None = None) -> dict[str, Any]:
     """Look at a checkpoint; the content of analysis.json, which `config.out` gets too.
 
-    use_ray: None decides by RAY_ADDRESS. Raises: UserError for wrong input, with nothing left behind; MachineError for
-    a fault, after which the same call goes on (with `out`); NotWritten if `out` does not take the finished report."""
+    use_ray: None decides by RAY_ADDRESS. Raises: UserError for wrong input, with nothing left behind; KeptError for
+    what is wrong beside the weights, found when some of these were finished (with `out`, which keeps them);
+    MachineError for a fault, after which the same call goes on (with `out`); NotWritten if `out` does not take the
+    finished report."""
     listener = listener or Silent()
     listener.phase("reading the headers", 0)
     subject = open_subject(config)
@@ -147,7 +163,9 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
                 listener.phase("drawing the page", 0)
                 storage.write(PAGE_FILE, analysis_page(report, _command(config)).encode())
         shelf.clear()
-    except UserError:
+    except UserError as error:  # wrong data, or a GPU that is not there, says nothing against finished weights
+        if storage is not None and done and not isinstance(error, _WrongWeights):
+            raise KeptError(str(error)) from error
         shelf.clear()
         raise
     except MachineError:

@@ -18,7 +18,9 @@ from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import open_subject
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import LesaSettings
+from lesa_ray.distributed import analyze as analyze_module
 from lesa_ray.distributed.analyze import analyze
+from lesa_ray.errors import KeptError
 from lesa_ray.lesa.fit import fit_weight_type
 from lesa_ray.report.analysis import analysis_table
 from lesa_ray.report.page.schema import Analysis
@@ -186,6 +188,51 @@ def test_a_killed_run_goes_on(bases: Bases, tmp_path: Path, monkeypatch: pytest.
     assert not {f"{name}.json" for name in seen} & set(kept)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["analysis.json"]
     assert report["types"] == look(bases("llama"), fit=False, match=False)["types"]
+
+
+def test_what_is_finished_outlives_a_forward_pass_that_cannot_be(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is too small for it ends the command; with other settings of that pass it takes up what is there."""
+    settings = {"fit": False, "match": False, "page": False, "out": str(tmp_path / "out")}
+    data = (_blocks(tmp_path),)
+    pieces = analyze_module._Work.pieces.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(analyze_module._Work, "pieces", property(lambda self: pieces(self)[::-1]))
+
+    def too_large(*_: Any) -> Any:
+        raise UserError("does not fit into the GPU's memory; give a shorter --window")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lesa_ray.analysis.residual.measure_residual", too_large)
+        with pytest.raises(KeptError, match="does not fit"):
+            look(base := tiny.checkpoint(tmp_path / "base"), data=data, **settings)
+    (shelf,) = (tmp_path / "out" / WORK_DIR).iterdir()
+    assert len(list(shelf.iterdir())) == 7
+    with pytest.raises(KeptError, match="no GPU here"):
+        look(base, data=data, window=4, device="cuda", **settings)
+    other = shelf.with_name("analysis-0123456789abcdef")  # as other settings would leave it
+    other.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(subject_module.Subject, "read", lambda *_: pytest.fail("is read again"))
+        report = look(base, data=data, window=4, **settings)
+    assert report["residual"]["window"] == 4
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["analysis.json"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_nothing_stays_of_weights_that_are_wrong(
+    kept: bool, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Any, layer: int, one: Any) -> torch.Tensor:
+        if one.name == Q or not kept:
+            raise UserError("holds NaN")
+        return read(self, layer, one)
+
+    read = subject_module.Subject.read
+    monkeypatch.setattr(subject_module.Subject, "read", failing)
+    with pytest.raises(UserError, match=r"^holds NaN$"):
+        look(bases("llama"), fit=False, match=False, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_from_a_store_to_a_store(s3: str, tmp_path: Path) -> None:
