@@ -5,7 +5,7 @@
 Decides
 - It is not a stage but a view of stages: written anew whenever a run ends, so it is there from the first one on, and an
   arm that is added later joins those that are there. HASH is that of what all arms have in common (base, data, tokens,
-  common settings): another budget is another comparison.
+  those common settings that count): another budget is another comparison, another number of workers is not.
 - A run counts when all its stages are finished. What stopped one is told with it; a curve is shown as far as it came.
 - Losses to reach, unless the file names them: what the best trained control and each method ended at, seed by seed.
 """
@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.comparison.arms import listed
 from lesa_ray.comparison.curves import AXES, Axis, curve, reached
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
 from lesa_ray.comparison.statistics import finals, whole
-from lesa_ray.fleet.stages import Stage
+from lesa_ray.fleet.stages import Stage, that_count
 from lesa_ray.fleet.state import Outcome, Standing, look
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.identity import canonical, code_version
@@ -100,6 +101,20 @@ class Collector:
         self.storage.write(FILE, data.encode())
         return f"{self.storage.url}/{FILE}"
 
+    def displaced(self) -> str | None:
+        """What is said of arms that the file that is there has, and this comparison has not; None if there is none.
+
+        Raises: as `Storage.read`."""
+        earlier, named = self._earlier(), {arm.arm.name for arm in self._comparison.arms}
+        gone = [arm["name"] for arm in earlier.get("arms", []) if arm["name"] not in named]
+        if not gone:
+            return None
+        file = earlier.get("file")
+        return (
+            f"{FILE} is written anew without {listed(gone)}"
+            f"{'' if file == self._comparison.file else f' of {file}'}; another `name` keeps both"
+        )
+
     @property
     def _digest(self) -> str:
         """Of what all arms have in common."""
@@ -108,11 +123,12 @@ class Collector:
         expand, pretrain = (self._stages[stage].identity for stage in (run.expand or "", run.pretrain))
         assert expand is not None
         assert pretrain is not None
+        given = {"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune}
         common = {
             "base": expand.inputs["base"],
             "data": pretrain.inputs["data"],
             "tokens": config.tokens,
-            "settings": {name: getattr(config, name) for name in ("expand", "pretrain", "finetune")},
+            "settings": {kind: None if one is None else that_count(kind, one) for kind, one in given.items()},
         }
         return hashlib.sha256(canonical(common)).hexdigest()
 

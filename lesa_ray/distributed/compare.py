@@ -10,7 +10,7 @@ from lesa_ray.comparison.graph import Comparison
 from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.fleet import Say, run_fleet
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.faults import explain
+from lesa_ray.faults import explain, reaching
 from lesa_ray.fleet.state import Outcome
 from lesa_ray.store.catalog import Store, utc_now
 
@@ -40,7 +40,9 @@ def run_comparison(comparison: Comparison, say: Say) -> tuple[dict[str, Any], li
         except (MachineError, UserError, OSError) as error:  # the next time, or the end, does it
             say("", f"comparison.json: not written now: {explain(error)}")
 
-    for note in comparison.notes:
+    with reaching(f"store {config.store}"):
+        displaced = collector.displaced()
+    for note in (*comparison.notes, *([displaced] if displaced else [])):
         say("", note)
     outcomes = run_fleet(config, comparison.stages, say, settled)
     content = collector.collect(machine, known)

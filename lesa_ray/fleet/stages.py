@@ -7,7 +7,7 @@ side by side, each once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -237,8 +237,8 @@ class StageBuilder:
         inputs: Mapping[str, Any],
     ) -> Source:
         all_given = {**options.settings, **given}
-        not_counted = checked.not_counted if isinstance(checked, TrainConfig) else _DO_NOT_COUNT[kind]
-        left_out = (_KNOWN[kind] - _COUNT.get(kind, frozenset())) | not_counted | _PLACES.get(kind, frozenset())
+        not_counted = _not_counted(kind, checked) | _PLACES.get(kind, frozenset())
+        left_out = (_KNOWN[kind] - _COUNT.get(kind, frozenset())) | not_counted
         settings = checked.model_dump(mode="json", exclude=set(left_out))
         if isinstance(checked, ExpandConfig) and not uses_lesa(checked.method):
             del settings["lesa"]
@@ -281,6 +281,12 @@ def merged(*settings: Mapping[str, Any]) -> dict[str, Any]:
     return more
 
 
+def that_count(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a file's settings for a kind of stage that change what is made."""
+    left_out = _not_counted(kind, CONFIGS[kind].model_construct(**settings))
+    return {name: value for name, value in settings.items() if name not in left_out}
+
+
 def for_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Settings of `expand` that are meant for several methods, as one of them takes them."""
     kept = uses_lesa(method)
@@ -290,6 +296,10 @@ def for_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
 def uses_lesa(method: str) -> bool:
     """Whether the settings of LESA count for a method."""
     return method in METHODS and METHODS[method].predicts
+
+
+def _not_counted(kind: str, settings: Settings) -> Set[str]:
+    return settings.not_counted if isinstance(settings, TrainConfig) else _DO_NOT_COUNT[kind]
 
 
 def _identified(value: Any, stages: Mapping[str, Stage]) -> Any:

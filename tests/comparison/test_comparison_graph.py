@@ -15,6 +15,7 @@ from lesa_ray.comparison.graph import Comparison, PlannedArm, build
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.config import load_settings, validated
+from lesa_ray.distributed.compare import run_comparison
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.record import make_record
 from lesa_ray.training.tokens import open_blocks
@@ -154,6 +155,41 @@ def test_what_arms_have_in_common_does_not_hang_on_the_first(given: Path) -> Non
         comparison = made(given, arms=order)
         places.append(Collector(comparison, Store(str(given / "store"), 60.0)).storage.url)
     assert places[0] == places[1]
+
+
+def test_a_comparison_stays_where_it_is_unless_what_counts_changes(given: Path) -> None:
+    def place(**changes: Any) -> str:
+        comparison = made(given, **changes)
+        return Collector(comparison, Store(str(given / "store"), 60.0)).storage.url
+
+    tuned = {"data": str(given / "chat.jsonl"), "seq_len": 16}
+    usual = place(finetune=tuned)
+    assert place(
+        pretrain={"batch": 4, "workers": 2, "keep": 1},
+        expand={"factor": 1.4, "lesa": {"epochs": 1}, "gpus_per_task": 0.5},
+        finetune={**tuned, "bad_rows": "skip", "workers": 2},
+    ) == usual  # fmt: skip
+    others = [
+        place(finetune=tuned, pretrain={"batch": 8}), place(finetune=tuned, expand={"factor": 1.6}), place(),
+        place(finetune={**tuned, "epochs": 1}), place(finetune=tuned, pretrain={"batch": 4, "eval_rows": 3}),
+    ]  # fmt: skip
+    assert len({usual, *others}) == 6
+
+
+def test_arms_that_another_file_left_are_named(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made(given, store=str(tmp_path), arms=[{"method": ["lesa", "solar"]}])
+    other = replace(made(given, store=str(tmp_path), arms=[{"method": "lesa"}]), file="other.yaml")
+    collector = Collector(one, Store(str(tmp_path), 60.0))
+    assert collector.displaced() is None
+    collector.write(collector.collect())
+    assert collector.displaced() is None
+    monkeypatch.setattr("lesa_ray.distributed.compare.run_fleet", lambda *_: [])
+    said: list[str] = []
+    run_comparison(other, lambda _, text: said.append(text))
+    assert said[0] == "comparison.json is written anew without solar of file; another `name` keeps both"
+    said.clear()
+    run_comparison(other, lambda _, text: said.append(text))
+    assert [line.split(":")[0] for line in said] == ["written"]
 
 
 def test_layers_come_in_gradually_where_some_are_new(given: Path) -> None:
