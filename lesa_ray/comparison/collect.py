@@ -6,6 +6,8 @@ Decides
 - It is not a stage but a view of stages: written anew whenever a run ends, so it is there from the first one on, and an
   arm that is added later joins those that are there. HASH is that of what all arms have in common (base, data, tokens,
   those common settings that count): another budget is another comparison, another number of workers is not.
+- A finished run's curve is read once: the file that is there has it from then on, as long as it ends where the run
+  does and this version wrote it. What is under way is read anew each time, several at a time.
 - A run counts when all its stages are finished. What stopped one is told with it; a curve is shown as far as it came.
 - Losses to reach, unless the file names them: what the best trained control and each method ended at, seed by seed.
 """
@@ -17,18 +19,18 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.comparison.arms import listed
-from lesa_ray.comparison.curves import AXES, Axis, curve, reached
+from lesa_ray.comparison.curves import AXES, Axis, Point, curve_of, reached
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
 from lesa_ray.comparison.statistics import finals, whole
 from lesa_ray.fleet.stages import Stage, that_count
-from lesa_ray.fleet.state import Outcome, Standing, look
+from lesa_ray.fleet.state import THREADS, Outcome, Standing, look
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.identity import canonical, code_version
-from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.train_settings import TrainConfig
 
 FILE = "comparison.json"
@@ -44,7 +46,13 @@ class Collector:
         self._comparison, self._store = comparison, store
         self._stages = {stage.id: stage for stage in comparison.stages}
         self._complete: dict[str, Standing] = {}
+        self._curves: dict[str, list[Point]] = {}
         self._done: dict[tuple[str, int], dict[str, Any]] = {}
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """End a `collect` of another thread, after the requests that are under way."""
+        self._given_up = True
 
     @property
     def storage(self) -> Storage:
@@ -57,10 +65,18 @@ class Collector:
         """The content of `comparison.json` as things stand.
 
         machine: what the runs were made on; by default as the file that is there says. outcomes: what became of stages
-        in this process. Raises: MachineError if the store does not answer."""
+        in this process. Raises: MachineError if the store does not answer; CancelledError after `give_up`."""
         comparison, config = self._comparison, self._comparison.config
-        standings = {stage.id: self._look(stage, outcomes) for stage in comparison.stages}
-        arms = [self._arm(arm, standings) for arm in comparison.arms]
+        earlier = self._earlier()
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = pool.map(lambda stage: self._look(stage, outcomes), comparison.stages)
+            standings = {stage.id: one for stage, one in zip(comparison.stages, found, strict=True)}
+            ran = {run.pretrain for arm in comparison.arms for run in arm.runs}
+            begun = [standings[stage] for stage in ran if standings[stage].state != "waiting"]
+            known = _known_curves(earlier)
+            read = pool.map(lambda standing: self._curve(standing, known), begun)
+            curves = {standing.id: points for standing, points in zip(begun, read, strict=True)}
+        arms = [self._arm(arm, standings, curves) for arm in comparison.arms]
         before = [run["loss_before"] for arm in arms if arm["method"] is None for run in arm["runs"]]
         base_tasks = standings.get(comparison.base_evaluate or "")
         measured = [_chosen(standings[stage.id]) for stage in comparison.stages if stage.kind == "evaluate"]
@@ -82,7 +98,7 @@ class Collector:
             "seeds": list(config.seeds),
             "reference": comparison.reference,
             "settings": {"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune},
-            "machine": dict(machine) if machine is not None else self._earlier().get("machine") or {},
+            "machine": dict(machine) if machine is not None else earlier.get("machine") or {},
             "lesa_ray": code_version(),
             "notes": list(comparison.notes),
             "remarks": list(comparison.remarks),
@@ -143,6 +159,8 @@ class Collector:
     def _look(self, stage: Stage, outcomes: Mapping[str, Outcome]) -> Standing:
         if stage.id in self._complete:
             return self._complete[stage.id]
+        if self._given_up:
+            raise CancelledError
         assert stage.identity is not None
         outcome, standing = outcomes.get(stage.id), look(self._store, stage.identity, stage.label)
         if standing.record is not None:
@@ -150,6 +168,21 @@ class Collector:
         elif outcome is not None and outcome.how == "failed" and standing.state == "waiting":
             return Standing(standing.id, standing.place, "failed", outcome.why)
         return standing
+
+    def _curve(self, trained: Standing, known: Mapping[str, list[Point]]) -> list[Point]:
+        """A run's measurements. known: of finished runs, by their places."""
+        if trained.id in self._curves:
+            return self._curves[trained.id]
+        if self._given_up:
+            raise CancelledError
+        place = self._store.folder(trained.place).url
+        if trained.record is None:
+            return curve_of(place)
+        points = known.get(place, [])
+        if not points or points[-1]["loss"] != _final(trained):
+            points = curve_of(place)
+        self._curves[trained.id] = points
+        return points
 
     def _data(self, standings: Mapping[str, Standing]) -> dict[str, Any]:
         """What is known of the token blocks."""
@@ -173,7 +206,9 @@ class Collector:
         named = comparison.config.blocks or ", ".join(comparison.config.data)
         return {**known, "seq_len": comparison.seq_len, "named": named}
 
-    def _arm(self, planned: PlannedArm, standings: Mapping[str, Standing]) -> dict[str, Any]:
+    def _arm(
+        self, planned: PlannedArm, standings: Mapping[str, Standing], curves: Mapping[str, list[Point]]
+    ) -> dict[str, Any]:
         arm, facts = planned.arm, planned.facts
         return {
             "name": arm.name,
@@ -187,10 +222,10 @@ class Collector:
             "flops_per_token": facts.flops_per_token,
             "tokens": planned.tokens,
             "inserted_tokens": planned.inserted_tokens,
-            "runs": [self._run(arm.name, run, standings) for run in planned.runs],
+            "runs": [self._run(arm.name, run, standings, curves.get(run.pretrain, [])) for run in planned.runs],
         }
 
-    def _run(self, arm: str, run: PlannedRun, standings: Mapping[str, Standing]) -> dict[str, Any]:
+    def _run(self, arm: str, run: PlannedRun, standings: Mapping[str, Standing], points: list[Point]) -> dict[str, Any]:
         known = self._done.get((arm, run.seed))
         if known is not None:
             return known
@@ -198,7 +233,6 @@ class Collector:
         failed = [one for one in chain if one.state == "failed"]
         complete = all(one.state == "complete" for one in chain)
         trained = standings[run.pretrain]
-        points = [] if trained.state == "waiting" else curve(read_metrics(self._store.folder(trained.place).url))
         tuned = None if run.finetune is None else standings[run.finetune]
         measured = None if run.evaluate is None else standings[run.evaluate]
         content = {
@@ -210,7 +244,7 @@ class Collector:
             "finetuning": None if tuned is None else self._url(tuned),
             "loss_before": points[0]["loss"] if points and points[0]["step"] == 0 else None,
             "curve": points,
-            "final_loss": None if trained.record is None else _number(trained.record["metrics"].get("heldout_after")),
+            "final_loss": _final(trained),
             "tuned_loss": tuned.record["metrics"].get("heldout_after") if tuned and tuned.record else None,
             "tasks": None if measured is None else _tasks(measured),
         }
@@ -223,8 +257,16 @@ class Collector:
         return self._store.folder(standing.place).url if standing.record is not None else None
 
 
-def _number(value: float | None) -> float | None:
-    """None for what is no finite number."""
+def _known_curves(content: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The curves of finished runs that a `comparison.json` of this version has, by the places of the runs."""
+    if (content.get("version"), content.get("lesa_ray")) != (VERSION, code_version()):
+        return {}
+    return {run["training"]: run["curve"] for arm in content["arms"] for run in arm["runs"] if run["training"]}
+
+
+def _final(trained: Standing) -> float | None:
+    """The held-out loss that a run ended at; None where it has not, or that is no finite number."""
+    value = None if trained.record is None else trained.record["metrics"].get("heldout_after")
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -9,10 +9,11 @@ Decides
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
 from lesa_ray.comparison.statistics import cost_to_reach
+from lesa_ray.training.metrics import metrics_rows
 
 Axis = Literal["tokens", "seconds", "flops"]
 AXES: tuple[Axis, ...] = ("tokens", "seconds", "flops")
@@ -28,8 +29,13 @@ class Point(TypedDict):
     loss: float
 
 
-def curve(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The measurements of a run. rows: of its metrics (`lesa_ray.training.metrics.read_metrics`).
+def curve_of(out: str) -> list[Point]:
+    """The measurements of the run at `out`, as far as it came."""
+    return curve(metrics_rows(out, ("heldout_loss", "tokens_per_second")))
+
+
+def curve(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """The measurements of a run. rows: of its metrics (`lesa_ray.training.metrics.metrics_rows`).
 
     A row that says how many tokens went by a second ends a window of steps at that pace."""
     points: list[Point] = []

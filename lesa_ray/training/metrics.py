@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, Any, Protocol
@@ -35,6 +35,7 @@ TENSORBOARD_DIR = "tensorboard"
 _RUNS_FILE = "loggers.json"
 """Which runs of MLflow and Weights & Biases are this one's, so that a resumed run goes on in them."""
 _PUT_SECONDS = 30.0
+_READ_BYTES = 4 * 2**20
 _PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
 
 log = logging.getLogger(__name__)
@@ -51,20 +52,54 @@ def check_loggers(loggers: Sequence[str]) -> None:
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
     """The rows of a run, in order; empty if there are none. A line cut short by a kill is left out."""
-    storage = Storage(f"{out}/training")
-    try:
-        data = storage.read(METRICS_FILE)
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in data.splitlines():
+    return list(metrics_rows(out))
+
+
+def metrics_rows(out: str, having: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The same one by one, a piece of the file in memory at a time.
+
+    having: only rows with one of these numbers, each after the last row before it that says how many tokens went by if
+    it does not say so itself. Others are not parsed: they are most of a long run's."""
+    wanted, tokens, before = [_key(name) for name in having], _key("tokens"), b""
+    for line in _lines(Storage(f"{out}/training")):
+        if not wanted:
+            yield from _parsed(line)
+        elif any(key in line for key in wanted):
+            if tokens not in line:
+                yield from _parsed(before)
+            yield from _parsed(line)
+            before = b""
+        elif tokens in line:
+            before = line
+
+
+def _key(name: str) -> bytes:
+    return f'"{name}":'.encode()
+
+
+def _lines(storage: Storage) -> Iterator[bytes]:
+    start, rest = 0, b""
+    while True:
         try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+            data = storage.read(METRICS_FILE, start, start + _READ_BYTES)
+        except FileNotFoundError:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+        if len(data) < _READ_BYTES:
+            break
+        start += len(data)
+    yield rest
+
+
+def _parsed(line: bytes) -> Iterator[dict[str, Any]]:
+    """The row of a line, if it is one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        yield row
 
 
 class MetricsLog:

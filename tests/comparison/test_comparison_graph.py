@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,16 @@ import pytest
 import yaml
 
 from lesa_ray import ExpandConfig, UserError
+from lesa_ray.comparison import collect
 from lesa_ray.comparison.collect import Collector
+from lesa_ray.comparison.curves import curve_of
 from lesa_ray.comparison.graph import Comparison, PlannedArm, build
 from lesa_ray.comparison.settings import ComparisonConfig
 from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.config import load_settings, validated
+from lesa_ray.distributed import compare
 from lesa_ray.distributed.compare import run_comparison
+from lesa_ray.fleet.state import Outcome
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.record import make_record
 from lesa_ray.training.tokens import open_blocks
@@ -292,6 +300,121 @@ def test_what_a_task_s_figure_is_comes_with_it(given: Path, tmp_path: Path) -> N
         "piqa": {"metric": "acc_norm", "higher_is_better": True},
         "own": {"metric": "bits_per_byte", "higher_is_better": None},
     }
+
+
+@pytest.fixture
+def finished(given: Path, tmp_path: Path) -> tuple[Comparison, Store, list[str]]:
+    """A comparison whose runs have ended at 2.5, its store, and the places of the runs."""
+    comparison, store = made(given, store=str(tmp_path / "store")), Store(str(tmp_path / "store"), 60.0)
+    places = []
+    for stage in comparison.stages:
+        assert stage.identity is not None
+        place = stage.identity.place(stage.label)
+        if stage.kind == "pretrain":
+            places.append(store.folder(place).url)
+            rows = [{"step": 0, "heldout_loss": 3.0}, {"step": 8, "tokens": 1024, "tokens_per_second": 512.0},
+                    {"step": 8, "heldout_loss": 2.5}]  # fmt: skip
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            store.folder(place).within("training").write("metrics.jsonl", text.encode())
+        record = make_record(
+            stage.identity, stage.label, given={}, started="2026-01-01", seconds=1.0, files={},
+            metrics={"heldout_after": 2.5},
+        )  # fmt: skip
+        store.finish(place, record)
+    return comparison, store, places
+
+
+def test_a_finished_run_is_read_once(
+    finished: tuple[Comparison, Store, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, store, places = finished
+    read: list[str] = []
+    monkeypatch.setattr(collect, "curve_of", lambda place: read.append(place) or curve_of(place))
+    collector = Collector(comparison, store)
+    content = collector.collect()
+    runs = [run for arm in content["arms"] for run in arm["runs"]]
+    assert {run["status"] for run in runs} == {"complete"}
+    assert {tuple(point["loss"] for point in run["curve"]) for run in runs} == {(3.0, 2.5)}
+    assert sorted(read) == sorted(places)
+    assert collector.collect() == content
+    collector.write(content)
+    assert Collector(comparison, store).collect() == content
+    assert len(read) == len(places)
+    changed = copy.deepcopy(content)
+    changed["arms"][0]["runs"][0]["curve"].pop()  # of a run that was made again since, and ended elsewhere
+    collector.write(changed)
+    assert Collector(comparison, store).collect() == content
+    assert read[len(places) :] == [content["arms"][0]["runs"][0]["training"]]
+    collector.write({**content, "lesa_ray": "0.0.1"})
+    assert Collector(comparison, store).collect() == content
+    assert len(read) == 2 * len(places) + 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("end", ["all is made", "interrupted"])
+def test_stages_are_started_while_the_runs_are_read(
+    end: str, finished: tuple[Comparison, Store, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is slow to answer here holds up no stage, and nothing of it outlives the command."""
+    comparison, _, places = finished
+    answers, asked = threading.Event(), threading.Semaphore(0)
+    read: list[str] = []
+
+    def slow(place: str) -> Any:
+        read.append(place)
+        asked.release()
+        assert answers.wait(30)
+        return curve_of(place)
+
+    def fleet(config: Any, stages: Any, say: Any, settled: Any) -> Any:
+        for stage in stages:
+            settled(Outcome(stage.id, "complete", ""))
+        assert asked.acquire(timeout=30)
+        threading.Timer(0.2, answers.set).start()
+        if end == "interrupted":
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(compare, "_WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(compare, "run_fleet", fleet)
+    monkeypatch.setattr(collect, "curve_of", slow)
+    monkeypatch.setattr(collect, "THREADS", 2)
+    before, said = threading.active_count(), []
+    if end == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(comparison, lambda _, text: said.append(text))
+        assert len(read) <= 2 < len(places)
+        assert not said
+    else:
+        content, _ = run_comparison(comparison, lambda _, text: said.append(text))
+        assert json.loads(Path(said[-1].split(": ")[1].split(";")[0]).read_text()) == content
+        assert sorted(read) == sorted(places)
+    assert threading.active_count() <= before + 1  # the timer
+
+
+def test_what_keeps_comparison_json_from_being_written_is_said(
+    finished: tuple[Comparison, Store, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, _, _ = finished
+    said: list[str] = []
+
+    def fleet(config: Any, stages: Any, say: Any, settled: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(collect, "curve_of", away)
+            settled(Outcome(stages[0].id, "complete", ""))
+            while not said:
+                time.sleep(0.01)
+        return []
+
+    def away(place: str) -> Any:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(compare, "_WRITE_SECONDS", 0.0)
+    monkeypatch.setattr(compare, "run_fleet", fleet)
+    run_comparison(comparison, lambda _, text: said.append(text))
+    assert "comparison.json: not written now: " in said[0]
+    assert "the store is away" in said[0]
+    assert said[1].startswith("written: ")
 
 
 def test_a_control_that_the_base_cannot_have_is_left_out_and_that_is_said(given: Path, tmp_path: Path) -> None:

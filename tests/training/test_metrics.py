@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.comparison.curves import curve, curve_of
 from lesa_ray.errors import UserError
 from lesa_ray.training import metrics
-from lesa_ray.training.metrics import MetricsLog, check_loggers, read_metrics
+from lesa_ray.training.metrics import MetricsLog, check_loggers, metrics_rows, read_metrics
 
 SETTINGS = {"lr": 1e-3, "schedule": {"kind": "cosine"}}
 
@@ -104,6 +106,40 @@ def test_on_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name in remote.list():
         (tmp_path / name).write_bytes(remote.read(name))
     assert board(tmp_path) == {1: 1, 2: 2, 3: 30}
+
+
+@pytest.mark.parametrize("where", ["disk", "S3"])
+def test_rows_are_read_piece_by_piece(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path) if where == "disk" else f"{request.getfixturevalue('s3')}/pieces"
+    assert list(metrics_rows(out)) == []
+    lines = ['{"step": 1, "loss": 2.5}\n', '{"step": 2, "loss": 2.25}\n', '{"step": 3, "lo']
+    for text, expected in (("", []), ("".join(lines[:2]), [1, 2]), ("".join(lines), [1, 2]), ('{"step": 7}', [7])):
+        Storage(f"{out}/training").write("metrics.jsonl", text.encode())
+        for size in (7, max(1, len(text)), 1000):
+            monkeypatch.setattr(metrics, "_READ_BYTES", size)
+            assert steps(out) == expected
+
+
+def test_a_curve_needs_few_rows_and_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    with (tmp_path / "training/metrics.jsonl").open("w") as file:
+        for step in range(60_001):
+            row = {"step": step, "loss": 2.5, "gradient_norm": 1.0, "learning_rate": 1e-4, "tokens": 4096 * step}
+            more = {"tokens_per_second": 1e4 + step, "model_flops_per_second": 1e9} if step % 20 == 0 else {}
+            file.write(json.dumps({**row, **more}) + "\n" if step else "")
+            if step % 1500 == 7:
+                file.write(json.dumps({"step": step, "heldout_loss": 3.0 - step / 1e5}) + "\n")
+    tracemalloc.start()
+    few = list(metrics_rows(str(tmp_path), ("heldout_loss", "tokens_per_second")))
+    points = curve_of(str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(few) == 60_000 // 20 + 2 * 40
+    assert peak < 24e6  # all rows take 40 MB, the file 7
+    assert len(points) == 40
+    assert points == curve(read_metrics(str(tmp_path)))
 
 
 def test_a_store_that_is_away_does_not_stop_the_steps(
