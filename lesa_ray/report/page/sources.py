@@ -20,8 +20,10 @@ from lesa_ray.checkpoint.manifest import MANIFEST_FILE, Manifest
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import reaching
+from lesa_ray.report.page.rows import thinned
 from lesa_ray.report.page.schema import Analysis, Comparison
 from lesa_ray.report.page.words import listed
+from lesa_ray.training.metrics import metrics_rows
 
 COMPARISON_FILE, ANALYSIS_FILE, METRICS = "comparison.json", "analysis.json", "training/metrics.jsonl"
 _RUN_FILE, _RESULT_FILE = "training/run.json", "training/result.json"
@@ -44,8 +46,8 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run. rows: of metrics.jsonl. settings: what a person would compare two runs by; config: all of them.
-    result: empty until it has ended."""
+    """A training run. rows: of metrics.jsonl, thinned. settings: what a person would compare two runs by; config: all of
+    them. result: empty until it has ended."""
 
     label: str
     url: str
@@ -102,8 +104,10 @@ def _read_run(run: str, material: Material) -> None:
         if run.endswith(f"/{name}") or run == name:
             folder = run[: -len(name)].rstrip("/") or "."
     storage = Storage(folder)
-    contents = {name: _read(storage, name) for name in _FILES}
-    if all(content is None for content in contents.values()):
+    contents = {name: _read(storage, name) for name in _FILES if name != METRICS}
+    with reaching(f"RUN {storage.url}", f"{METRICS} cannot be read"):
+        trained = storage.exists(METRICS)
+    if not trained and all(content is None for content in contents.values()):
         there = "there is no such folder" if storage.is_local and not storage.exists() else "holds none of them"
         raise UserError(f"RUN {run}: {there}; a RUN has {', '.join(_FILES[:-1])} or {METRICS}")
     if (content := contents[COMPARISON_FILE]) is not None:
@@ -112,12 +116,11 @@ def _read_run(run: str, material: Material) -> None:
     if (content := contents[ANALYSIS_FILE]) is not None:
         where = f"{run}: {ANALYSIS_FILE}"
         material.analyses.append((folder, parsed(Analysis, _json(content, where), where)))
-    trained = contents[METRICS] is not None
     if (content := contents[MANIFEST_FILE]) is not None:
         manifest = _manifest(content, f"{run}: {MANIFEST_FILE}")
         material.expansions.append(Expansion(short_name(folder), folder, manifest, trained))
-    if (content := contents[METRICS]) is not None:
-        material.trainings.append(_training(folder, storage, content))
+    if trained:
+        material.trainings.append(_training(folder, storage))
 
 
 def _read(storage: Storage, name: str) -> bytes | None:
@@ -144,15 +147,9 @@ def _manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _training(folder: str, storage: Storage, content: bytes) -> Training:
-    rows = []
-    for line in content.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut short by a kill
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+def _training(folder: str, storage: Storage) -> Training:
+    with reaching(f"RUN {storage.url}", f"{METRICS} cannot be read"):
+        rows = thinned(metrics_rows(storage.url))
     run, result = (_object(storage, name) for name in (_RUN_FILE, _RESULT_FILE))
     return Training(short_name(folder), folder, rows, run.get("summary", {}), result, run.get("config", {}))
 
