@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from lesa_ray.faults import reaching
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
 from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export
-from lesa_ray.training.metrics import read_metrics
+from lesa_ray.training.metrics import metrics_rows
 from lesa_ray.training.run import RESULT_FILE, RUN_FILE, Run, prepare, read_json
 from lesa_ray.training.tokenizer import load_tokenizer
 from lesa_ray.training.tokens import TOKENIZER_DIR
@@ -99,7 +100,7 @@ def export_checkpoint(url: str, out: str, which: str) -> Exported:
     run = prepare(config, gpus=False)
     if run.identity != content["identity"]:
         raise UserError(f"RUN {url}: the checkpoint or the data it was trained on have changed since")
-    rows = {row["step"]: row for row in read_metrics(url) if row.get("heldout_loss") is not None}
+    rows = {row["step"]: row for row in metrics_rows(url, ("heldout_loss",)) if row.get("heldout_loss") is not None}
     told = {
         "steps": record.step,
         "tokens": record.tokens,
@@ -156,10 +157,15 @@ def facts(run: Run, content: dict[str, Any]) -> dict[str, Any]:
 
 def summarise(run: Run) -> dict[str, Any]:
     """The run in numbers, from its metrics."""
-    rows = read_metrics(run.config.out)
-    losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    heldout = {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss") is not None}
-    speeds = sorted(row["tokens_per_second"] for row in rows if row.get("tokens_per_second"))
+    losses, speeds = array("d"), array("d")
+    heldout: dict[int, float] = {}
+    for row in metrics_rows(run.config.out):
+        if row.get("loss") is not None:
+            losses.append(row["loss"])
+        if row.get("heldout_loss") is not None:
+            heldout[row["step"]] = row["heldout_loss"]
+        if row.get("tokens_per_second"):
+            speeds.append(row["tokens_per_second"])
     tenth = losses[-max(1, len(losses) // 10) :]
     return {
         "steps": run.steps,
@@ -169,7 +175,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "loss": sum(tenth) / len(tenth),
         "heldout_before": heldout.get(0),
         "heldout_after": heldout.get(run.steps),
-        "tokens_per_second": speeds[len(speeds) // 2],
+        "tokens_per_second": sorted(speeds)[len(speeds) // 2],
     }
 
 

@@ -119,11 +119,13 @@ class MetricsLog:
         self._scratch = None if self._storage.is_local else tempfile.mkdtemp(prefix="lesa-ray-metrics-")
         folder = self._scratch or self._storage.root
         self._folder = folder
-        earlier = read_metrics(out)
-        kept = [row for row in earlier if resume_step > 0 and row["step"] <= resume_step]
-        Storage(folder).write(METRICS_FILE, b"".join(_line(row) for row in kept))
+        again = self._storage.exists(TENSORBOARD_DIR)
+        with Storage(folder).create(METRICS_FILE) as kept:
+            for row in metrics_rows(out):
+                again = True
+                if resume_step > 0 and row["step"] <= resume_step:
+                    kept.write(_line(row))
         self._file: IO[bytes] = open(f"{folder}/{METRICS_FILE}", "ab", buffering=0)  # noqa: SIM115
-        again = bool(earlier) or self._storage.exists(TENSORBOARD_DIR)
         first = resume_step + 1 if resume_step else 0
         make_writer: Any = SummaryWriter  # torch has no types for it
         self._board = make_writer(f"{folder}/{TENSORBOARD_DIR}", purge_step=first if again else None)

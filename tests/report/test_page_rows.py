@@ -13,6 +13,7 @@ import pytest
 from lesa_ray.report.page import rows
 from lesa_ray.report.page.rows import thinned
 from lesa_ray.report.page.sources import gather
+from lesa_ray.training import metrics
 
 
 def step(number: int, loss: float | None, **more: Any) -> dict[str, Any]:
@@ -45,16 +46,18 @@ def test_of_many_rows_means_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain[-1] == step(30, losses[29], inserted=1.0)
 
 
-def test_a_long_run_takes_little_memory(tmp_path: Path) -> None:
+def test_a_long_run_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_MOST", 1024)
+    monkeypatch.setattr(metrics, "_READ_BYTES", 2**16)
     (tmp_path / "training").mkdir()
     with (tmp_path / "training/metrics.jsonl").open("w") as file:
-        for number in range(1, 60_001):
+        for number in range(1, 15_001):
             more = {"gradient_norm": 1.0, "learning_rate": 1e-4 / number}
             file.write(json.dumps(step(number, 3.0 + 1 / number, **more)) + "\n")
     tracemalloc.start()
     (run,) = gather([str(tmp_path)]).trainings
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 25e6  # all rows take 36 MB, the file 6
-    assert len(run.rows) == 60_000 // 8
-    assert run.rows[-1]["tokens"] == 6_000_000
+    assert peak < 3e6  # all rows take 9 MB, the file 1.6
+    assert len(run.rows) == -(-15_000 // 16)
+    assert run.rows[-1]["tokens"] == 1_500_000

@@ -122,24 +122,30 @@ def test_rows_are_read_piece_by_piece(
             assert steps(out) == expected
 
 
-def test_a_curve_needs_few_rows_and_little_memory(tmp_path: Path) -> None:
+def test_a_long_run_needs_few_rows_and_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(str(tmp_path / "other")).close()  # imports
+    monkeypatch.setattr(metrics, "_READ_BYTES", 2**16)
     (tmp_path / "training").mkdir()
     with (tmp_path / "training/metrics.jsonl").open("w") as file:
-        for step in range(60_001):
+        for step in range(15_001):
             row = {"step": step, "loss": 2.5, "gradient_norm": 1.0, "learning_rate": 1e-4, "tokens": 4096 * step}
             more = {"tokens_per_second": 1e4 + step, "model_flops_per_second": 1e9} if step % 20 == 0 else {}
             file.write(json.dumps({**row, **more}) + "\n" if step else "")
-            if step % 1500 == 7:
+            if step % 500 == 7:
                 file.write(json.dumps({"step": step, "heldout_loss": 3.0 - step / 1e5}) + "\n")
     tracemalloc.start()
     few = list(metrics_rows(str(tmp_path), ("heldout_loss", "tokens_per_second")))
     points = curve_of(str(tmp_path))
+    few_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    start(out := str(tmp_path), resume_step=12_000).close()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(few) == 60_000 // 20 + 2 * 40
-    assert peak < 24e6  # all rows take 40 MB, the file 7
-    assert len(points) == 40
-    assert points == curve(read_metrics(str(tmp_path)))
+    assert len(few) == 15_000 // 20 + 2 * 30
+    assert max(few_peak, peak) < 4e6  # all rows take 10 MB, the file 1.7
+    assert len(points) == 30
+    assert steps(out)[-1] == 12_000
+    assert curve_of(out) == curve(read_metrics(out)) == [point for point in points if point["step"] <= 12_000]
 
 
 def test_a_store_that_is_away_does_not_stop_the_steps(
