@@ -46,8 +46,8 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run. rows: of metrics.jsonl, thinned. settings: what a person would compare two runs by; config: all of
-    them. result: empty until it has ended."""
+    """A training run. rows: of metrics.jsonl, thinned. settings: what a person would compare two runs by; config: all.
+    result: empty until it has ended."""
 
     label: str
     url: str
