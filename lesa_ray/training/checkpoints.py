@@ -17,6 +17,7 @@ Decides
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,6 +38,7 @@ FOLDER = "training/checkpoints"
 COMPLETE_FILE = "complete.json"
 FORMAT = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_FOLDER_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,16 @@ def find_complete(out: str, identity: str | None = None) -> list[Record]:
     """The complete checkpoints of a run (of this identity), by step. Raises: MachineError."""
     storage = Storage(out).within(FOLDER)
     records = []
-    for name in storage.folders():
-        record = _read(storage.within(name)) if name.startswith("step-") else None
-        if record is not None and identity in (None, record.identity):
+    for name in _folders(storage):
+        record = _read(storage.within(name))
+        if record is not None and identity in (None, record.identity) and name == folder_name(record.step):
             records.append(record)
     return sorted(records, key=lambda record: record.step)
+
+
+def _folders(storage: Storage) -> list[str]:
+    """Names of the folders of checkpoints. Others, copies that somebody keeps among them, are not the run's."""
+    return [name for name in storage.folders() if _FOLDER_NAME.fullmatch(name)]
 
 
 def _read(storage: Storage) -> Record | None:
@@ -212,7 +219,7 @@ def prune(out: str, identity: str, keep: int) -> None:
     if (best := best_of(records)) is not None:
         kept.add(best.step)
     names = {folder_name(step) for step in kept}
-    for name in storage.folders():
+    for name in _folders(storage):
         if name not in names and name <= folder_name(records[-1].step if records else -1):
             _remove(storage.within(name))
 

@@ -91,9 +91,13 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         (folder / step).mkdir(parents=True)
         for name in ("__5_0.distcp", ".__0_0.distcp.0123abcd.tmp"):
             (folder / step / name).write_bytes(b"of an earlier try with six workers, killed")
+    others = {"best-so-far", "step-00000001-copy", "step-1"}
+    for name in others:
+        (folder / name).mkdir()
     run_workers(save_all, 2, out, [0.5, 0.1, None, 0.4, 0.3])
     assert steps(out) == [2, 4, 5]
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+    kept = {"step-00000002", "step-00000004", "step-00000005"}
+    assert {path.name for path in folder.iterdir()} == kept | others
     assert checkpoints.best_of(checkpoints.find_complete(out)).step == 2
     names = {path.name for path in (folder / "step-00000005").iterdir()}
     assert names == {"__0_0.distcp", "__1_0.distcp", ".metadata", "complete.json"}
