@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ RECORD_FILE = "training/export.json"
 FORMAT = 1
 _MARGIN = 64 * 2**20
 _GENERATION = "generation_config.json"
+_WEIGHTS = re.compile(r"[^/]+\.safetensors")
 _TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -291,4 +293,8 @@ def _read_record(storage: Storage) -> dict[str, Any] | None:
         record = json.loads(storage.read(RECORD_FILE))
     except (FileNotFoundError, ValueError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("files"), list) else None
+    if not isinstance(record, dict) or not isinstance(record.get("files"), list):
+        return None
+    # what is named here is removed, and the record may have come with somebody else's folder
+    mine = [name for name in record["files"] if isinstance(name, str) and _WEIGHTS.fullmatch(name)]
+    return {**record, "files": mine}

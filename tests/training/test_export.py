@@ -341,6 +341,19 @@ def test_an_unfinished_export_of_another_state_is_made_anew(tmp_path: Path) -> N
     assert_exported(tmp_path / "out", base, later)
 
 
+def test_an_unfinished_export_that_names_other_files_removes_none(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    record, mine = tmp_path / "out/training/export.json", tmp_path / "mine.safetensors"
+    record.parent.mkdir(parents=True)
+    others = [mine, tmp_path / "out/notes.txt", tmp_path / "out/training/best.safetensors"]
+    for file in others:
+        file.write_text("the user's")
+    named = ["../mine.safetensors", str(mine), "notes.txt", "training/best.safetensors", 1]
+    record.write_text(json.dumps({"identity": "another", "files": named}))
+    run(base, save_state(str(tmp_path / "state"), changed(base, in_new_layers)), str(tmp_path / "out"))
+    assert all(file.exists() for file in others)
+
+
 def test_a_finished_export_is_done_once_and_mended(tmp_path: Path) -> None:
     base = families.make("llama", tmp_path / "base")
     trained = changed(base, in_new_layers)
