@@ -19,12 +19,14 @@ from contextlib import closing, contextmanager
 from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from lesa_ray.checkpoint.ranges import read_into, side_by_side
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
+from lesa_ray.training.state_metadata import parse_metadata
 
 METADATA_FILE = ".metadata"
 
@@ -38,6 +40,15 @@ class StateReader(FileSystemReader):
         self.path: Any = ""
         self._storage = storage
         self._coming: Iterator[tuple[Any, IO[bytes]]] = iter(())
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As PyTorch's, without what a pickle could do. Raises: as `parse_metadata`; FileNotFoundError."""
+        if kwargs.get("rank") is not None:
+            raise FileNotFoundError("no worker has metadata of its own")
+        metadata = parse_metadata(self._storage.read(METADATA_FILE))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """As PyTorch's, which asks for shards (`_slice_file`) file by file; they are fetched in that order."""
@@ -84,8 +95,7 @@ class _Files(FileSystemBase):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         if mode == "rb":
-            # shards, which `StateReader` fetches, are ranges of the other files
-            yield io.BytesIO(self._storage.read(METADATA_FILE) if path == METADATA_FILE else b"")
+            yield io.BytesIO()  # what lies in files `StateReader` reads
             return
         with self._storage.create(_final(path)) as file:
             yield _Unclosed(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -23,6 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lesa_ray import Expanded
@@ -255,6 +257,7 @@ def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.tensor import Shard, distribute_tensor
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
@@ -442,6 +445,45 @@ def test_a_damaged_state(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         run(base, str(state), str(tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.*"))
+
+
+class Runs:
+    """A pickle of it makes a folder where it is loaded."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.place),)
+
+
+def test_what_a_state_says_is_not_run(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = tmp_path / "state"
+    save_state(str(state), changed(base, in_new_layers))
+    file = state / ".metadata"
+    whole = file.read_bytes()
+
+    def refused(content: object, said: str) -> None:
+        file.write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match=rf"training checkpoint .*state: is damaged \(.*{said}"):
+            run(base, str(state), str(tmp_path / "out"))
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "state"}
+
+    refused(Runs(tmp_path / "made"), r"it holds posix\.mkdir, which no checkpoint of tensors does")
+    metadata = pickle.loads(whole)
+    metadata.storage_meta.save_id = Runs(tmp_path / "made")
+    refused(metadata, r"posix\.mkdir")
+    metadata = pickle.loads(whole)
+    metadata.state_dict_metadata["model.lm_head.weight"] = BytesStorageMetadata()  # PyTorch unpickles what it reads
+    refused(metadata, "BytesStorageMetadata")
+    metadata = pickle.loads(whole)
+    next(iter(metadata.storage_data.values())).relative_path = "../other/__0_0.distcp"
+    refused(metadata, "names a file outside of the checkpoint")
+    refused({"a": "mapping"}, "is not the metadata of a checkpoint")
+    file.write_bytes(b"\x80\x04}R.")
+    with pytest.raises(UserError, match="is damaged"):
+        run(base, str(state), str(tmp_path / "out"))
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
