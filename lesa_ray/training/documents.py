@@ -7,6 +7,7 @@ Decides
   that puts a space before every text, as Llama 2's does, puts one there too.)
 - Bytes that are not UTF-8 become replacement characters, in Parquet's strings too, halves of surrogate pairs in JSON
   question marks.
+- A line of JSON is at most 64 MiB: a packed file of some kilobytes may hold one that fills any memory.
 - Documents without a character are skipped. So are rows whose text is null.
 - Which split a document belongs to is a hash of its first 64 KiB: the same wherever it stands, the same for copies.
 """
@@ -33,6 +34,7 @@ from lesa_ray.training.sources import PACKED, Part, open_dataset
 LONGEST = 2**18
 """Characters after which a document is cut."""
 _KEY_BYTES = 2**16
+_LONGEST_LINE = 2**26
 _SEARCH = 2**20
 _BUFFER = 2**20
 _READ_AHEAD = 2**23
@@ -191,20 +193,21 @@ def _lines(part: Part, bad: OnBad) -> Iterator[Row]:
         at = 0
         if not whole and start:  # the line that begins before `start` is the part's before
             raw.seek(start - 1)
-            at = start - 1 + len(raw.readline())
+            at = start - 1 + _skip_line(raw)
         number = 0
         while whole or at < end:
-            try:
-                line = stream.readline()
-            except (OSError, EOFError, zlib.error) as error:
-                if not packed or (isinstance(error, OSError) and error.errno) or is_outage(error):
-                    raise
-                raise UserError(f"DATA {url}: is not packed as its name says, or damaged ({explain(error)})") from error
+            with _unpacking(url, packed):
+                line = stream.readline(_LONGEST_LINE + 1)
             if not line:
                 return
             number += 1
             where = f"{url}: line {number}" if not start else f"{url}: the line at byte {at}"
             at += len(line)
+            if len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
+                bad(UserError(f"DATA {where} is longer than {_LONGEST_LINE:,} bytes"))
+                with _unpacking(url, packed):
+                    at += _skip_line(stream)
+                continue
             if number == 1 and not start:
                 line = line.removeprefix(_BOM)
             if not line.strip():
@@ -219,6 +222,28 @@ def _lines(part: Part, bad: OnBad) -> Iterator[Row]:
                 continue
             share = raw.tell() / max(part.source.nbytes, 1) if packed else (at - start) / max(end - start, 1)
             yield Row(where, values, min(share, 1.0))
+
+
+def _skip_line(stream: Any) -> int:
+    """How many bytes were left up to the end of the line; reading goes on behind it."""
+    skipped = 0
+    while piece := stream.readline(_BUFFER):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+@contextmanager
+def _unpacking(url: str, packed: bool) -> Iterator[None]:
+    """Around what is read from a file that may be packed. Raises: UserError if it is not what its name says; errors of
+    the store pass."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        if not packed or (isinstance(error, OSError) and error.errno) or is_outage(error):
+            raise
+        raise UserError(f"DATA {url}: is not packed as its name says, or damaged ({explain(error)})") from error
 
 
 def _unpacked(raw: io.BufferedReader, url: str) -> Any:

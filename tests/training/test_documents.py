@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,6 +216,33 @@ def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1]}), tmp_path / "h.parquet")
     with pytest.raises(UserError, match=r"h.parquet: row 1: there is no text in a column 'text'"):
         read(tmp_path / "h.parquet")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_a_line_that_fills_memory_is_left_out(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_LONGEST_LINE", 2**20)
+    line = json.dumps({"text": "a"}).encode() + b"\n"
+    longest = json.dumps({"text": "b" * (2**20 - 12)}).encode() + b"\n"
+    assert len(longest) == 2**20 + 1, "its end is no part of a line"
+    content = line + longest + b'{"text": "' + b" " * 2**25 + b'"}\n' + line + b" " * 2**21
+    file = tmp_path / f"a.{ending}"
+    file.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else content)
+    told: list[str] = []
+    tracemalloc.start()
+    texts = [
+        fragment.text[:1]
+        for part in parts_of(deal(find(file), 2**23))
+        for fragment in read_fragments(part, "text", NO_DATASET, bad=lambda error: told.append(str(error)))
+        if fragment.begins
+    ]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == ["a", "b", "a"]
+    assert told[0] == f"DATA {file}: line 3 is longer than 1,048,576 bytes"
+    assert len(told) == 2
+    assert peak < 2**24 + documents._READ_AHEAD
+    with pytest.raises(UserError, match="is longer than"):
+        read(file)
 
 
 def test_strings_of_parquet_that_are_not_utf8_are_read(tmp_path: Path) -> None:

@@ -257,7 +257,6 @@ def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.tensor import Shard, distribute_tensor
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
