@@ -11,6 +11,7 @@ from typing import Any
 
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.places import is_of_a_store
 from lesa_ray.training.run import RUN_FILE, Run, read_json
 
 _GENERATIONS = 16
@@ -46,6 +47,6 @@ def _before(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if record is not None:
             yield name, record
         earlier = record.get("config", {}).get("checkpoint") if record is not None else manifest and manifest["base"]
-        if not earlier:
+        if not isinstance(earlier, str) or not earlier or not is_of_a_store(earlier):
             return
         name = earlier

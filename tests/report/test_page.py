@@ -639,7 +639,7 @@ def test_a_real_expansion_and_its_training(
     # the arms of a comparison tell where their expansions are
     content = samples.comparison()
     content["arms"][1]["runs"][0]["expansion"] = copies.out
-    content["arms"][3]["runs"][0]["expansion"] = str(tmp_path / "gone")
+    content["arms"][3]["runs"][0]["expansion"] = f"local://{copies.out}"  # no store's address: anyone may have put it
     study = samples.write(tmp_path / "toy", "comparison.json", content)
     text, missing, figures = sections_of(lesa.out, f"{trained}/expansion.json", study)
     names = figures.keys()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 
 from lesa_ray.training.lineage import replayed
 from lesa_ray.training.run import Run, claim, prepare
@@ -65,3 +68,26 @@ def test_so_is_one_behind_an_expansion_and_further_training(
     line = replayed(run(str(on), data, tmp_path / "out"))
     assert line is not None
     assert f"{base} was trained" in line
+
+
+class Asked(AbstractFileSystem):
+    """Notes what is asked of it."""
+
+    protocol = "lineage-asked"
+    names: ClassVar[list[str]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self.names.append(path)
+        raise FileNotFoundError(path)
+
+
+@pytest.mark.parametrize("behind", ["lineage-asked://host/base", "s3://bucket::lineage-asked://host/base", 3])
+def test_an_address_of_any_kind_is_not_followed(
+    behind: object, bases: Bases, grow: Grow, data: str, tmp_path: Path
+) -> None:
+    fsspec.register_implementation("lineage-asked", Asked, clobber=True)
+    deeper = grow(bases("llama"), method="llama-pro", out=str(tmp_path / "deeper")).out
+    manifest = Path(deeper, "expansion.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "base": behind}))
+    assert replayed(run(deeper, data, tmp_path / "out")) is None
+    assert not Asked.names

@@ -20,6 +20,7 @@ from lesa_ray.checkpoint.manifest import MANIFEST_FILE, Manifest
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import reaching
+from lesa_ray.places import is_of_a_store
 from lesa_ray.report.page.rows import thinned
 from lesa_ray.report.page.schema import Analysis, Comparison
 from lesa_ray.report.page.words import listed
@@ -183,6 +184,8 @@ def _add_plans(run: str, comparison: Comparison, material: Material) -> None:
 
 
 def _distant_manifest(url: str, run: str) -> Manifest | None:
+    if not is_of_a_store(url):
+        return None
     try:
         content = _read(Storage(url), MANIFEST_FILE)
         return None if content is None else _manifest(content, run)
