@@ -12,10 +12,21 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from lesa_ray.errors import UserError
 from lesa_ray.machines import OneGpu
+from lesa_ray.places import shown
 from lesa_ray.sizes import Bytes
 
 SvdRoute = Literal["auto", "exact", "gram", "randomized", "none"]
@@ -51,10 +62,25 @@ Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """A field of several strings; one alone may be given as it is."""
 
 
+def _all_shown(content: Any) -> Any:
+    if isinstance(content, str):
+        return shown(content)
+    if isinstance(content, dict):
+        return {name: _all_shown(value) for name, value in content.items()}
+    return [_all_shown(value) for value in content] if isinstance(content, list | tuple) else content
+
+
 class Settings(BaseModel):
-    """Base of all settings: immutable, unknown keys refused, and numbers that are none (NaN, infinity)."""
+    """Base of all settings: immutable, unknown keys refused, and numbers that are none (NaN, infinity).
+
+    As JSON, which is what records and fingerprints take, places are as others may see them (`shown`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return _all_shown(content) if info.mode == "json" else content
 
 
 class LesaSettings(Settings):

@@ -4,6 +4,8 @@
 `KeptError` leaves what was finished).
 `MachineError`: the machine failed (disk full, storage unreachable, a worker lost for good). One line; exit code 1;
 what was finished stays, and the same command goes on from there.
+
+Messages get into logs, records and dashboards: what a URL holds of secrets is not in them.
 """
 
 from __future__ import annotations
@@ -11,8 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lesa_ray.places import shown
 
-class UserError(ValueError):
+
+class _Told(Exception):
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(shown(word) if isinstance(word, str) else word for word in words))
+
+
+class UserError(_Told, ValueError):
     """Wrong input: exit code 2, nothing written."""
 
 
@@ -25,7 +34,7 @@ class RoomError(UserError):
     """Less room was stated than the work needs. What is finished is as good with more room, and stays."""
 
 
-class MachineError(RuntimeError):
+class MachineError(_Told, RuntimeError):
     """A fault of the machine: exit code 1, the same command resumes."""
 
 

@@ -11,6 +11,7 @@ import errno
 from collections.abc import Iterator
 
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.places import shown
 
 _STORAGE_MODULES = frozenset(
     {"botocore", "aiobotocore", "aiohttp", "huggingface_hub", "fsspec", "s3fs", "httpx", "httpx2", "requests"}
@@ -93,5 +94,5 @@ def explain(error: BaseException) -> str:
     """One line that says what the machine or the storage refused."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the device ({error.filename or 'while writing'})"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(shown(str(error)).split()) or type(error).__name__
     return text if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {text}"

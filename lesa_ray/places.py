@@ -1,8 +1,25 @@
-"""Places that others name, and what others may see of a place."""
+"""Places that others name, and what others may see of a place.
+
+A URL may hold a password, or in its query what signs it. It is read as it was given; records, messages and
+fingerprints, which are published, have it without.
+"""
 
 from __future__ import annotations
 
+import re
+
 _STORES = frozenset({"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
+# what stands before an @ is a container of Azure's, or a repository of the hub
+_USER = re.compile(r"\b(?!(?:az|abfss?|adl|wasbs?|hf)://)([a-z][a-z0-9+.-]*://)[^/?\s]*@", re.IGNORECASE)
+_QUERY = re.compile(
+    r"""\b(https?://[^\s?'"<>]*)\?(?:[^\s'"<>]*?(?=[]:;,.)]*(?:[\s'"<>]|$)))""", re.IGNORECASE
+)  # but for the words around it
+_WHOLE = re.compile(r"([a-z0-9+.-]+::)*https?://\S*", re.IGNORECASE)
+_SIGNS = re.compile(
+    r"x-(amz|goog|oss|cos|ms)-.*|.*(sig|token|key|secret|pass|auth|credential|expire|policy|accessid).*"
+    r"|s[eprstv]|spr|sip|sk(oid|tid|[tesv])|srt",  # the last are Azure's
+    re.IGNORECASE,
+)
 
 
 def is_of_a_store(place: str) -> bool:
@@ -10,3 +27,21 @@ def is_of_a_store(place: str) -> bool:
     make requests to any host, and fsspec's chains of them (`::`) may run code."""
     scheme, sign, _ = place.partition("://")
     return not sign or (scheme in _STORES and "::" not in place)
+
+
+def shown(text: str) -> str:
+    """A place, or a text that names some, with no user or password in a URL and no query in one of the web."""
+    if "://" not in text:
+        return text
+    text = _USER.sub(r"\1", text)
+    return text.partition("?")[0] if _WHOLE.fullmatch(text) else _QUERY.sub(r"\1", text)
+
+
+def unsigned(place: str) -> str:
+    """A place as it is told from others: as it is shown, with what in the query of a URL signs nothing."""
+    seen = shown(place)
+    _, sign, query = place.partition("?")
+    if not sign or not _WHOLE.fullmatch(place):
+        return seen
+    kept = [part for part in query.split("&") if not _SIGNS.fullmatch(part.partition("=")[0])]
+    return f"{seen}?{'&'.join(kept)}" if kept else seen

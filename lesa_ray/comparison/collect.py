@@ -29,6 +29,7 @@ from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
 from lesa_ray.comparison.statistics import finals, whole
 from lesa_ray.fleet.stages import Stage, that_count
 from lesa_ray.fleet.state import THREADS, Outcome, Standing, look
+from lesa_ray.places import shown
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.identity import canonical, code_version
 from lesa_ray.training.train_settings import TrainConfig
@@ -86,7 +87,7 @@ class Collector:
             "name": config.name,
             "file": comparison.file,
             "base": {
-                "checkpoint": config.base,
+                "checkpoint": shown(config.base),
                 "family": comparison.base.family,
                 "parameters": comparison.base.parameters,
                 "layers": comparison.base.layers,
@@ -203,7 +204,7 @@ class Collector:
         if known["heldout_rows"] is not None:  # those that the loss is over
             asked = comparison.config.pretrain.get("eval_rows", TrainConfig.model_fields["eval_rows"].default)
             known["heldout_rows"] = min(known["heldout_rows"], asked)
-        named = comparison.config.blocks or ", ".join(comparison.config.data)
+        named = comparison.config.blocks or ", ".join(map(shown, comparison.config.data))
         return {**known, "seq_len": comparison.seq_len, "named": named}
 
     def _arm(

@@ -20,6 +20,7 @@ from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching
+from lesa_ray.places import shown
 from lesa_ray.training.block_folder import made_with, prepare
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -120,7 +121,7 @@ def _are_made(asked: TokenizeConfig) -> bool:
         log.warning(
             "data %s: changed, moved or gone since token blocks were made of it; the run goes on with those, another "
             "OUT begins with what is there now",
-            " ".join(asked.data),
+            " ".join(map(shown, asked.data)),
         )
     storage.remove_tree(WORK_DIR)
     return True

@@ -27,6 +27,7 @@ from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.perplexity import Row
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.evaluation.texts import Document, find_files, read_documents
+from lesa_ray.places import shown
 from lesa_ray.training.sources import Source, count_endings
 from lesa_ray.training.tokens import UNSCORED, Split, open_blocks, read_manifest
 
@@ -53,7 +54,7 @@ class TextData:
 
     @property
     def name(self) -> str:
-        return " ".join(self.sources)
+        return " ".join(map(shown, self.sources))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lesa_ray.expansion.widths import RULE
 from lesa_ray.expansion.workbench import units_storage
 from lesa_ray.faults import reaching
 from lesa_ray.layerwise.folder import has_our_code, naming_our_code, write_code
+from lesa_ray.places import shown
 
 _MARGIN = 64 * 2**20
 
@@ -67,7 +68,7 @@ def check_room(expansion: Expansion) -> None:
 
 def claim(expansion: Expansion) -> None:
     """Mark OUT as this expansion's."""
-    mark(Storage(expansion.job.config.out), expansion.fingerprint, base=expansion.job.config.base)
+    mark(Storage(expansion.job.config.out), expansion.fingerprint, base=shown(expansion.job.config.base))
 
 
 def take_up(expansion: Expansion) -> None:
@@ -136,7 +137,7 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
     manifest = Manifest(
         format=FORMAT,
         fingerprint=expansion.fingerprint,
-        base=job.config.base,
+        base=shown(job.config.base),
         family=job.anatomy.family,
         method=job.method.name,
         paper=job.method.paper,

@@ -64,7 +64,7 @@ def data_identity(names: Sequence[str], dataset_config: str | None = None, datas
     from lesa_ray.training.sources import find_sources
 
     found = find_sources(names, dataset_config, dataset_split)
-    return [[source.name.rsplit("/", 1)[-1], source.nbytes, source.mark, source.shards] for source in found]
+    return [[source.place.rsplit("/", 1)[-1], source.nbytes, source.mark, source.shards] for source in found]
 
 
 def pinned(data: str | tuple[str, ...], found: Sequence[Any]) -> str | tuple[str, ...]:

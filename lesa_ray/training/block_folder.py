@@ -24,6 +24,7 @@ from lesa_ray.checkpoint.mark import is_free, mark, marked_by, read_mark
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
+from lesa_ray.places import shown
 from lesa_ray.training import tokens
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -80,7 +81,7 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """That of the token blocks."""
-        found = [[source.name, source.nbytes, source.mark, source.shards] for source in self.sources]
+        found = [[source.place, source.nbytes, source.mark, source.shards] for source in self.sources]
         return _fingerprint({**self.identity, "sources": found})
 
 
@@ -120,9 +121,10 @@ def made_with(manifest: dict[str, Any], config: TokenizeConfig) -> bool:
         return False
     try:
         made = TokenizeConfig.model_validate({**manifest["settings"], "out": config.out})
+        asked = TokenizeConfig.model_validate(config.model_dump(mode="json"))  # as a manifest has it
     except (KeyError, TypeError, ValueError):
         return False
-    return made.model_copy(update={"bad_rows": config.bad_rows}) == config
+    return made.model_copy(update={"bad_rows": config.bad_rows, "out": asked.out}) == asked
 
 
 def check_out(data: str, out: str) -> None:
@@ -252,8 +254,8 @@ def _source_records(
             digests[part.source.name].append(digest)
     return [
         {
-            "name": source.name,
-            "given": source.given,
+            "name": shown(source.name),
+            "given": shown(source.given),
             "bytes": source.nbytes,
             "digest": parts[0] if len(parts) == 1 else _together(parts),
         }

@@ -27,6 +27,7 @@ from lesa_ray.checkpoint.search import find_files
 from lesa_ray.checkpoint.walking import above
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
+from lesa_ray.places import unsigned
 
 PLAIN = (".txt", ".md", ".py")
 PACKED = (".jsonl.gz", ".json.gz", ".jsonl.zst")
@@ -57,6 +58,11 @@ class Source:
     """What was asked for: the file itself, its folder, a pattern."""
     shards: int = 0
     """Of a dataset of the hub; 0 for files."""
+
+    @property
+    def place(self) -> str:
+        """Its name without what signs it: the same however it is reached."""
+        return unsigned(self.name)
 
     @property
     def kind(self) -> str:
@@ -95,7 +101,7 @@ class Piece:
     @cached_property
     def key(self) -> str:
         """A name for what it is made of: another if a file of it changes, the same wherever it stands in the data."""
-        made_of = [[p.source.name, p.source.nbytes, p.source.mark, p.index, p.count, p.take] for p in self.parts]
+        made_of = [[p.source.place, p.source.nbytes, p.source.mark, p.index, p.count, p.take] for p in self.parts]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
     @property

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -52,8 +57,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: list[list[str]]) 
     monkeypatch.setattr(layout, "GROUPS_PER_FILE", 1)
     monkeypatch.setattr(sources, "PIECE_BYTES", PIECE)
 
-    def call(data: Path, tokenizer: str, listener: Any = None, **settings: Any) -> Tokenized:
-        given = {"data": [str(data)], "tokenizer": tokenizer, "out": str(tmp_path / "out"), "seq_len": SEQ}
+    def call(data: Path | list[str], tokenizer: str, listener: Any = None, **settings: Any) -> Tokenized:
+        given = {
+            "data": data if isinstance(data, list) else [str(data)],
+            "tokenizer": tokenizer,
+            "out": str(tmp_path / "out"),
+            "seq_len": SEQ,
+        }
         return tokenize(TokenizeConfig.model_validate({**given, **settings}), listener)
 
     return call
@@ -118,6 +128,53 @@ def test_a_wrong_row_does_not_cost_what_is_finished(
     assert mended.resumed
     whole = run(data, gpt2, holdout=0.1, out=str(tmp_path / "whole"))
     assert bytes_of(mended.blocks.url) == bytes_of(whole.blocks.url)
+
+
+class Guarded(SimpleHTTPRequestHandler):
+    """Serves a folder to who has the password, and one of two signatures."""
+
+    def send_head(self) -> Any:
+        signed = urlsplit(self.path).query in ("part=1&X-Amz-Signature=FIRST", "part=1&X-Amz-Signature=SECOND")
+        if signed and self.headers.get("Authorization") == f"Basic {b64encode(b'bob:hunter2').decode()}":
+            return super().send_head()
+        self.send_error(403)
+        return None
+
+    def log_message(self, *content: object) -> None: ...
+
+
+def told(said: str, folder: Path) -> list[str]:
+    """What is said, or written into files, with what lets `Guarded` be read."""
+    written = [said, *(file.read_bytes().decode(errors="replace") for file in folder.rglob("*") if file.is_file())]
+    return [text for text in written if any(word in text for word in ("hunter2", "FIRST", "SECOND"))]
+
+
+def test_what_reads_a_url_is_in_no_file_and_may_change(
+    read: list[list[str]], gpt2: str, tmp_path: Path, run: Run
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    lines_of(data, c="no")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Guarded, directory=str(data))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def urls(signature: str) -> list[str]:
+            at = f"bob:hunter2@127.0.0.1:{server.server_port}"
+            return [f"http://{at}/{name}.jsonl?part=1&X-Amz-Signature={signature}" for name in "abc"]
+
+        with pytest.raises(KeptError, match=r"DATA http://127[^?@]*/c\.jsonl: line 3 is not JSON") as found:
+            run(urls("FIRST"), gpt2)
+        assert len(read) == 3
+        read.clear()
+        assert not told(str(found.value), out)
+        result = run(urls("SECOND"), gpt2, bad_rows="skip")
+        assert result.resumed
+        assert [len(names) for names in read] == [1]
+        assert run(urls("FIRST"), gpt2, bad_rows="skip").reused
+        server.shutdown()
+    place = f"http://127.0.0.1:{server.server_port}"
+    assert result.blocks.manifest["settings"]["data"] == [f"{place}/{name}.jsonl" for name in "abc"]
+    assert result.blocks.manifest["first_bad_rows"][0].startswith(f"{place}/c.jsonl: line 3 is not JSON")
+    assert not told("", out)
 
 
 def test_what_was_left_out_is_looked_at_again_where_that_is_not_wanted(
