@@ -1,12 +1,21 @@
-"""The model card (README.md) of a trained checkpoint: what it is, what it was trained on, what that changed."""
+"""The model card (README.md) of a trained checkpoint: what it is, what it was trained on, what that changed.
+
+The base's `expansion.json` may be somebody else's: what is taken from it is of the form it should have, so that it adds
+nothing of its own to a card that is published.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from lesa_ray.checkpoint.manifest import Manifest
 from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.expansion.registry import METHODS
 
+_HUB = re.compile(r"hf://([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:[@/]\S*)?", re.ASCII)
+_PAPER = re.compile(r"https://[\w./-]+", re.ASCII)
+_NOT_OF_NAMES = re.compile(r"[^\w. +-]")
 _LABELS = {
     "data": "data",
     "trained": "what was trained",
@@ -41,7 +50,9 @@ def training_card(
         lines += [f"base_model: {hub}", "base_model_relation: finetune"]
     lines += ["library_name: transformers"]
     if manifest is not None:
-        lines += ["tags:", "- depth-up-scaling", f"- {manifest['method']}"]
+        lines += ["tags:", "- depth-up-scaling"]
+        method = manifest["method"] if manifest["method"] in METHODS else None
+        lines += [f"- {method}"] if method else []
     lines += ["---", ""]
     if base is None:
         lines += [f"# A {family} model", "", f"A {family} model trained from random weights.", ""]
@@ -49,11 +60,14 @@ def training_card(
         name = _short(base.base)
         lines += [f"# {name}, trained on", "", f"`{name}` ({family}), trained on.", ""]
     if manifest is not None:
-        named = f"[{manifest['method']}]({manifest['paper']})" if manifest["paper"] else manifest["method"]
+        named = method or "a method of another version"
+        if _PAPER.fullmatch(manifest["paper"]):
+            named = f"[{named}]({manifest['paper']})"
+        new = [layer for layer in manifest["new_layers"] if isinstance(layer, int)]
         lines += [
             f"Before that it was grown deeper with {named} from "
-            f"`{_short(manifest['base'])}`, {len(manifest['layers']) - len(manifest['new_layers'])} → "
-            f"{len(manifest['layers'])} layers. New layers: {', '.join(map(str, manifest['new_layers']))}; "
+            f"`{_short(manifest['base'])}`, {len(manifest['layers']) - len(new)} → "
+            f"{len(manifest['layers'])} layers. New layers: {', '.join(map(str, new))}; "
             "`expansion.json` says where each layer comes from.",
             "",
         ]
@@ -70,14 +84,14 @@ def training_card(
 def _hub_id(base: Checkpoint | None, manifest: Manifest | None) -> str | None:
     """The repository this descends from, if it is one of the hub's."""
     for url in (base.storage.url if base else "", manifest["base"] if manifest else ""):
-        if url.startswith("hf://"):
-            return url.removeprefix("hf://").split("@")[0]
+        if found := _HUB.fullmatch(url):
+            return found[1]
     return None
 
 
 def _short(name: str) -> str:
     """Where its folder lies is nobody's business."""
-    return name.rstrip("/").rsplit("/", 1)[-1].split("@")[0]
+    return _NOT_OF_NAMES.sub("", name.rstrip("/").rsplit("/", 1)[-1].split("@")[0])
 
 
 def _shown(value: object) -> str:

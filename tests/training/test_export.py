@@ -494,6 +494,21 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_card_takes_no_words_of_its_own_from_an_expansion() -> None:
+    manifest: Any = {
+        "base": "hf://me/model\nlicense: mit\n---\n# Buy",
+        "method": "lesa\n- best",
+        "paper": "https://host) [this](https://other",
+        "layers": [{}, {}],
+        "new_layers": [1, "![](https://host/pixel)"],
+    }
+    card = training_card(None, manifest, {"model_type": "llama"}, {})
+    front = "---\nlibrary_name: transformers\ntags:\n- depth-up-scaling\n---\n"
+    assert card.startswith(front)
+    assert not any(word in card for word in ("license: mit", "# Buy", "best", "https://"))
+    assert "New layers: 1; " in card
+
+
 def test_files_can_be_written_elsewhere(tmp_path: Path) -> None:
     """The plan and its files travel: each file is written from a copy that was pickled."""
     base = families.make("llama", tmp_path / "base")
