@@ -203,7 +203,8 @@ class ChatEncoder:
             (example,) = self(Row("a trial", {"messages": messages}), messages)
         except UserError:  # a template of other needs
             return self.eos
-        return int(example.ids[np.flatnonzero(example.scored)[-1]])
+        learnt = np.flatnonzero(example.scored)
+        return int(example.ids[learnt[-1]]) if len(learnt) else self.eos  # a template may leave the answer out
 
     def _marked(self, messages: Messages, tools: Any) -> Example:
         out = self._tokenizer.apply_chat_template(

@@ -73,8 +73,9 @@ def test_the_answers_and_their_ends_are_learnt(tokenizer: Any, ends: str, messag
         (styles.llama2(styles.MISTRAL), "</s>"),
         (styles.llama3(styles.PLAIN), "<|end|>"),
         (styles.qwen("{{ raise_exception('no') }}"), "<|im_end|>"),
+        (styles.qwen("hello"), "<|im_end|>"),
     ],
-    ids=["marked", "llama3", "mistral", "plain", "refuses"],
+    ids=["marked", "llama3", "mistral", "plain", "refuses", "no answer"],
 )
 def test_generation_stops_where_answers_end(tokenizer: Any, end: str) -> None:
     assert ChatEncoder(tokenizer, "it").stop() == tokenizer.convert_tokens_to_ids(end)
