@@ -38,6 +38,9 @@ from lesa_ray.expansion.workbench import run_unit
 from lesa_ray.faults import explain
 from lesa_ray.interrupt import as_before
 from lesa_ray.job_folder import job_environment
+from lesa_ray.places import shown
+
+log = logging.getLogger(__name__)
 
 PASSED_ON = (
     "AWS_ENDPOINT_URL",
@@ -116,8 +119,20 @@ def _passed_on() -> dict[str, Any]:
 
     What the submitted job's own names is left out: it is there already, and Ray refuses to hear it twice."""
     known = job_environment().get("env_vars") or {}
-    names = [name for name in PASSED_ON if name in os.environ and name not in known]
-    return {"env_vars": {name: os.environ[name] for name in names}} if names else {}
+    passed = {}
+    for name in PASSED_ON:
+        value = os.environ.get(name)
+        if value is None or name in known:
+            continue
+        if value != shown(value):
+            log.warning(
+                "%s: holds a user or a password, which Ray would show; the cluster's machines are not given it, set it "
+                "in their own environment",
+                name,
+            )
+            continue
+        passed[name] = value
+    return {"env_vars": passed} if passed else {}
 
 
 def on_this_machine() -> NodeAffinitySchedulingStrategy:

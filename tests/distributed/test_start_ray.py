@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray.distributed import ray_runner
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.ray_runner import _started_here, start_ray
 
@@ -143,3 +144,15 @@ def test_a_cluster_that_ray_refuses_is_a_fault(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(MachineError, match="Ray cluster nosuch://head:1: cannot be reached"):
         start_ray()
+
+
+def test_a_place_with_a_password_is_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ray_runner.PASSED_ON:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_ENDPOINT", "https://bob:hunter2@mirror")
+    assert ray_runner._passed_on() == {"env_vars": {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}}
+    assert "HF_ENDPOINT: holds a user or a password" in caplog.text
+    assert "hunter2" not in caplog.text
