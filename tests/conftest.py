@@ -70,7 +70,13 @@ def local_ray() -> Iterator[None]:
 
     from lesa_ray.distributed.cluster import EMBEDDED
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, labels=EMBEDDED)
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, labels=EMBEDDED)
+            break
+        except Exception as error:  # a node whose agent needs more than 15 seconds, as on a machine that is busy
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
     yield
     ray.shutdown()
 

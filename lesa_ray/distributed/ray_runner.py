@@ -80,11 +80,15 @@ def start_ray() -> bool:
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     _close_token_folder()
-    try:
-        with as_before():
-            ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
-    except Exception as error:  # Ray has no class of its own for a node that does not come up
-        raise MachineError(f"Ray does not start on this machine ({explain(error)[:200]})") from error
+    for again in (True, False):
+        try:
+            with as_before():
+                ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
+            break
+        except Exception as error:  # Ray has no class of its own for a node that does not come up
+            # On a machine that is busy, one gives up on its agent after 15 seconds (ray-project/ray#65983).
+            if not (again and "timed out during startup" in str(error)):
+                raise MachineError(f"Ray does not start on this machine ({explain(error)[:200]})") from error
     return True
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -109,6 +110,27 @@ def test_an_address_that_another_user_wrote_is_not_taken(tmp_path: Path, monkeyp
     for writer, taken in ((os.getuid(), True), (0, True), (os.getuid() + 1, False)):
         monkeypatch.setattr(os, "fstat", lambda _, writer=writer: SimpleNamespace(st_uid=writer))
         assert _started_here() == ("10.0.0.1:6379" if taken else None)
+
+
+def test_a_node_that_comes_up_slowly_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    slow, broken = "The current node timed out during startup. This", "no room"
+    for failures, starts in (([slow], 2), ([slow, slow], 2), ([broken], 1)):
+        left, started = list(failures), []
+
+        def init(left: list[str] = left, started: list[str] = started, **settings: Any) -> None:
+            started.append(settings["address"])
+            if left:
+                raise Exception(left.pop(0))
+
+        monkeypatch.setattr(ray, "init", init)
+        if len(failures) < starts:
+            assert start_ray()
+        else:
+            with pytest.raises(MachineError, match=rf"^Ray does not start on this machine \(.*{failures[-1]}"):
+                start_ray()
+        assert started == ["local"] * starts
 
 
 @pytest.mark.parametrize(
