@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,8 +106,11 @@ def test_an_address_that_another_user_wrote_is_not_taken(tmp_path: Path, monkeyp
     written.parent.mkdir()
     written.write_text("10.0.0.1:6379\n")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    real = os.fstat
     for writer, taken in ((os.getuid(), True), (0, True), (os.getuid() + 1, False)):
-        monkeypatch.setattr(os, "fstat", lambda _, writer=writer: SimpleNamespace(st_uid=writer))
+        monkeypatch.setattr(
+            os, "fstat", lambda file, uid=writer: os.stat_result((*real(file)[:4], uid, *real(file)[5:]))
+        )
         assert _started_here() == ("10.0.0.1:6379" if taken else None)
 
 
