@@ -108,9 +108,11 @@ def test_an_address_that_another_user_wrote_is_not_taken(tmp_path: Path, monkeyp
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     real = os.fstat
     for writer, taken in ((os.getuid(), True), (0, True), (os.getuid() + 1, False)):
-        monkeypatch.setattr(
-            os, "fstat", lambda file, uid=writer: os.stat_result((*real(file)[:4], uid, *real(file)[5:]))
-        )
+
+        def status(file: int, writer: int = writer) -> os.stat_result:
+            return os.stat_result((*real(file)[:4], writer, *real(file)[5:]))
+
+        monkeypatch.setattr(os, "fstat", status)
         assert _started_here() == ("10.0.0.1:6379" if taken else None)
 
 
