@@ -46,14 +46,14 @@ def copy_side_files(source: Storage, target: Storage, files: Mapping[str, int], 
     """Copy those of a checkpoint's `files` (name → bytes) that hold for other weights too, and what it has in folders
     beside them. Without `code`, what Python files there are stays behind, and what names them (`auto_map`).
 
-    A link in a local checkpoint that leads out of it is left out, with a warning: a clone from a stranger may link to
-    what its user would not publish (`LICENSE -> ~/.ssh/id_rsa`)."""
+    A link in a local checkpoint that leads to no checkpoint's file is left out, with a warning: a clone from a stranger
+    may link to what its user would not publish (`LICENSE -> ~/.ssh/id_rsa`)."""
     wanted = {name: files[name] for name in side_files(files) if code or not name.endswith(".py")}
     wanted |= _more_templates(source)
     if source.is_local:
-        for name in [name for name in wanted if not _is_inside(source.root, name)]:
+        for name in [name for name in wanted if not _is_a_checkpoints(source.root, name)]:
             del wanted[name]
-            _LOG.warning("%s: %r is not copied: it is a link that leads out of there", source.url, name)
+            _LOG.warning("%s: %r is not copied: it is a link to what is no checkpoint's", source.url, name)
 
     def copy(name: str) -> None:
         if not code and name.endswith(_CONFIGURATIONS) and (plain := _without_code(source.read(name))) is not None:
@@ -81,9 +81,15 @@ def _more_templates(storage: Storage) -> dict[str, int]:
     return {f"{_TEMPLATES}/{name}": size for name, size in found.items() if name.endswith(".jinja")}
 
 
-def _is_inside(root: str, name: str) -> bool:
-    """Whether a file of a local folder lies in it, be it behind a link; or beside it, where the hub's cache has what
-    it links to: `snapshots/<commit>/config.json -> ../../blobs/<digest>`."""
+def _is_a_checkpoints(root: str, name: str) -> bool:
+    """Whether a file of a local folder, behind its links, lies in that folder; or in the hub's cache, as that of a
+    snapshot does (`snapshots/<commit>/tokenizer.json -> ../../blobs/<digest>`); or is the file of that name of another
+    checkpoint, as in a folder of links to one."""
     folder, place = f"{os.path.realpath(root)}/", os.path.realpath(os.path.join(root, name))
-    cache, is_snapshot, _ = folder.rpartition("/snapshots/")
-    return place.startswith((folder, f"{cache}/blobs/") if is_snapshot else folder)
+    if place.startswith(folder):
+        return True
+    above = os.path.dirname(place)
+    if os.path.basename(above) == "blobs" and os.path.isdir(os.path.join(os.path.dirname(above), "snapshots")):
+        return True
+    other = place.removesuffix(f"/{name}")
+    return other != place and all(os.path.exists(os.path.join(other, one)) for one in ("config.json", "tokenizer.json"))

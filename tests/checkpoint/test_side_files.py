@@ -82,6 +82,26 @@ def test_a_snapshot_of_the_hub_s_cache_is_links(tmp_path: Path) -> None:
         assert copied(cache / folder, tmp_path / folder.replace("/", "-")) == {"tokenizer.json": "words"}
 
 
+def test_a_folder_of_links_to_a_checkpoint_is_one(tmp_path: Path) -> None:
+    """That lies in a folder, or in the hub's cache."""
+    folder, cache = tmp_path / "models", tmp_path / "hub"
+    (cache / "blobs").mkdir(parents=True)
+    for place in (folder, cache / "snapshots"):
+        place.mkdir()
+        for number, name in enumerate(("config.json", "tokenizer.json", "key")):
+            if place == folder:
+                (place / name).write_text(name)
+            else:
+                (cache / "blobs" / str(number)).write_text(name)
+                (place / name).symlink_to(f"../blobs/{number}")
+        mine = tmp_path / f"links-to-{place.name}"
+        mine.mkdir()
+        for name in ("config.json", "tokenizer.json"):
+            (mine / name).symlink_to(place / name)
+        (mine / "licence").symlink_to(folder / "key")
+        assert copied(mine, tmp_path / f"out-{place.name}") == {"tokenizer.json": "tokenizer.json"}
+
+
 def test_large_ones_are_not_held(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
