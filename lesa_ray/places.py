@@ -26,7 +26,7 @@ def is_of_a_store(place: str) -> bool:
     """Whether a place that somebody else's file names is to be opened: a path, or a URL of a store. Other addresses
     make requests to any host, and fsspec's chains of them (`::`) may run code."""
     scheme, sign, _ = place.partition("://")
-    return "::" not in place and (not sign or scheme in _STORES)
+    return not sign or (scheme in _STORES and "::" not in place)
 
 
 def shown(text: str) -> str:
