@@ -62,12 +62,13 @@ Several = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """A field of several strings; one alone may be given as it is."""
 
 
-def _all_shown(content: Any) -> Any:
+def all_shown(content: Any) -> Any:
+    """Settings, or what else JSON can hold, with places as others may see them."""
     if isinstance(content, str):
         return shown(content)
     if isinstance(content, dict):
-        return {name: _all_shown(value) for name, value in content.items()}
-    return [_all_shown(value) for value in content] if isinstance(content, list | tuple) else content
+        return {name: all_shown(value) for name, value in content.items()}
+    return [all_shown(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 class Settings(BaseModel):
@@ -80,7 +81,7 @@ class Settings(BaseModel):
     @model_serializer(mode="wrap")
     def _without_secrets(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
-        return _all_shown(content) if info.mode == "json" else content
+        return all_shown(content) if info.mode == "json" else content
 
 
 class LesaSettings(Settings):

@@ -9,17 +9,19 @@ from __future__ import annotations
 import re
 
 _STORES = frozenset({"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
-# what stands before an @ is a container of Azure's, or a repository of the hub
-_USER = re.compile(r"\b(?!(?:az|abfss?|adl|wasbs?|hf)://)([a-z][a-z0-9+.-]*://)[^/?\s]*@", re.IGNORECASE)
+# what stands before an @ is a container of Azure's, or a repository of the hub or of GitHub
+_USER = re.compile(r"\b(?!(?:az|abfss?|adl|wasbs?|hf|github)://)([a-z][a-z0-9+.-]*://)([^/?\s]*)@", re.IGNORECASE)
 _QUERY = re.compile(
     r"""\b(https?://[^\s?'"<>]*)\?(?:[^\s'"<>]*?(?=[]:;,.)]*(?:[\s'"<>]|$)))""", re.IGNORECASE
 )  # but for the words around it
 _WHOLE = re.compile(r"([a-z0-9+.-]+::)*https?://\S*", re.IGNORECASE)
 _SIGNS = re.compile(
-    r"x-(amz|goog|oss|cos|ms)-.*|.*(sig|token|key|secret|pass|auth|credential|expire|policy|accessid).*"
-    r"|s[eprstv]|spr|sip|sk(oid|tid|[tesv])|srt",  # the last are Azure's
+    r"x-(amz|goog|oss|cos)-.*|signature|expires|policy|key-pair-id|(aws|oss)accesskeyid|googleaccessid|security-token"
+    r"|token|access_token",
     re.IGNORECASE,
 )
+_AZURE_SIGNS = re.compile(r"sig|s[eprstv]|spr|sip|srt|sk(oid|tid|[tesv])|sdd|saoid|suoid|scid|ses", re.IGNORECASE)
+"""Beside `sig` alone: they are short names of anything elsewhere."""
 
 
 def is_of_a_store(place: str) -> bool:
@@ -30,10 +32,11 @@ def is_of_a_store(place: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """A place, or a text that names some, with no user or password in a URL and no query in one of the web."""
+    """A place, or a text that names some, with no password in a URL, and in one of the web no user (which may be a
+    token) and no query."""
     if "://" not in text:
         return text
-    text = _USER.sub(r"\1", text)
+    text = _USER.sub(_without_password, text)
     return text.partition("?")[0] if _WHOLE.fullmatch(text) else _QUERY.sub(r"\1", text)
 
 
@@ -43,5 +46,14 @@ def unsigned(place: str) -> str:
     _, sign, query = place.partition("?")
     if not sign or not _WHOLE.fullmatch(place):
         return seen
-    kept = [part for part in query.split("&") if not _SIGNS.fullmatch(part.partition("=")[0])]
+    parts = {part: part.partition("=")[0] for part in query.split("&")}
+    azure = "sig" in parts.values()
+    kept = [
+        part for part, name in parts.items() if not (_SIGNS.fullmatch(name) or (azure and _AZURE_SIGNS.fullmatch(name)))
+    ]
     return f"{seen}?{'&'.join(kept)}" if kept else seen
+
+
+def _without_password(url: re.Match[str]) -> str:
+    scheme, user = url[1], url[2].partition(":")[0]
+    return scheme if scheme.lower() in ("http://", "https://") or not user else f"{scheme}{user}@"

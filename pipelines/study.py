@@ -124,7 +124,7 @@ def try_arms(config: StudyConfig, base: StudyBase, blocks: TokenBlocks | None) -
     _train_config(config, base, blocks)  # which settings are wrong is told first
     with tempfile.TemporaryDirectory(prefix="lesa-ray-study-") as folder, quiet_transformers():
         settings = build_model(given, f"{_where(config, base)}: architecture").config
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, trust_remote_code=False)
         model.save_pretrained(folder)
         return build(comparison_of(config, base, folder, blocks), _where(config, base))
 

@@ -21,14 +21,18 @@ SECRET = "http://bob:hunter2@host:8000/a.jsonl?X-Amz-Date=1&X-Amz-Signature=SECR
         ("https://h/a?sv=1&se=2&sig=x%3D", "https://h/a", "https://h/a"),
         ("https://h/a?part=2&token=b:c", "https://h/a", "https://h/a?part=2"),
         ("http://bob:p@ss@h/a", "http://h/a", "http://h/a"),
-        ("simplecache::https://bob:b@h/a?key='b", "simplecache::https://h/a", "simplecache::https://h/a"),
-        ("sftp://bob:b@h/a", "sftp://h/a", "sftp://h/a"),
+        ("simplecache::https://bob:b@h/a?token='b", "simplecache::https://h/a", "simplecache::https://h/a"),
+        ("sftp://bob:b@h/a", "sftp://bob@h/a", "sftp://bob@h/a"),
+        ("sftp://bob@h/a", "sftp://bob@h/a", "sftp://bob@h/a"),
+        ("https://token@h/a", "https://h/a", "https://h/a"),
+        ("http://h/a?keyword=x&st=1", "http://h/a", "http://h/a?keyword=x&st=1"),
         *(
             (same, same, same)
             for same in (
                 *("data/part-?.jsonl", "/data/a@b.txt", "somebody/texts@main", "s3://bucket/part-?.jsonl"),
                 *("hf://gpt2@main", "hf://datasets/a/b@main/c.parquet", "http://host/a.jsonl"),
                 "abfs://container@account.dfs.core.windows.net/a",
+                "github://org:repo@ref/a",
             )
         ),
     ],
@@ -46,7 +50,7 @@ def test_no_message_or_record_holds_secrets() -> None:
     assert explain(OSError(f"{SECRET}: 403, forbidden")) == "OSError: http://host:8000/a.jsonl: 403, forbidden"
     config = ExpandConfig(base="sftp://bob:hunter2@host/base", out="out", method="lesa")
     assert config.base in repr(config)
-    assert config.model_dump(mode="json", exclude={"out"})["base"] == "sftp://host/base"
+    assert config.model_dump(mode="json", exclude={"out"})["base"] == "sftp://bob@host/base"
     assert config.model_dump()["base"] == config.base
 
 

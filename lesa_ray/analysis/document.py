@@ -10,6 +10,7 @@ from typing import Any
 from lesa_ray import __version__
 from lesa_ray.analysis.subject import Subject
 from lesa_ray.expansion.widths import SIDES
+from lesa_ray.places import shown
 
 VERSION = 1
 """Of analysis.json."""
@@ -39,7 +40,7 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
     return {
         "kind": "analysis",
         "version": VERSION,
-        "checkpoint": subject.config.base,
+        "checkpoint": shown(subject.config.base),
         "identity": {
             "weights": checkpoint.digests(),
             "config": hashlib.sha256(checkpoint.storage.read("config.json")).hexdigest(),

@@ -25,6 +25,8 @@ _TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates beside the first."""
 _CONFIGURATIONS = "_config.json"
 """How the names of those end that may name code: the tokenizer's, a processor's."""
+_OF_A_CHECKPOINT = ("config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+"""One of them is in every folder that a model or a tokenizer is loaded from."""
 _TRAINING_RECORDS = (
     "trainer_state.json",
     "pretrain.json",
@@ -83,13 +85,16 @@ def _more_templates(storage: Storage) -> dict[str, int]:
 
 def _is_a_checkpoints(root: str, name: str) -> bool:
     """Whether a file of a local folder, behind its links, lies in that folder; or in the hub's cache, as that of a
-    snapshot does (`snapshots/<commit>/tokenizer.json -> ../../blobs/<digest>`); or is the file of that name of another
-    checkpoint, as in a folder of links to one."""
+    snapshot does (`snapshots/<commit>/tokenizer.json -> ../../blobs/<digest>`), or with git-annex in its repository; or
+    is the file of that name of another checkpoint, as in a folder of links to one."""
     folder, place = f"{os.path.realpath(root)}/", os.path.realpath(os.path.join(root, name))
     if place.startswith(folder):
         return True
     above = os.path.dirname(place)
     if os.path.basename(above) == "blobs" and os.path.isdir(os.path.join(os.path.dirname(above), "snapshots")):
         return True
+    repository, annexed, _ = place.rpartition("/.git/annex/objects/")
+    if annexed and folder.startswith(f"{repository}/"):
+        return True
     other = place.removesuffix(f"/{name}")
-    return other != place and all(os.path.exists(os.path.join(other, one)) for one in ("config.json", "tokenizer.json"))
+    return other != place and any(os.path.exists(os.path.join(other, one)) for one in _OF_A_CHECKPOINT)

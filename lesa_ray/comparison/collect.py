@@ -27,6 +27,7 @@ from lesa_ray.comparison.arms import listed
 from lesa_ray.comparison.curves import AXES, Axis, Point, curve_of, reached
 from lesa_ray.comparison.graph import Comparison, PlannedArm, PlannedRun
 from lesa_ray.comparison.statistics import finals, whole
+from lesa_ray.config import all_shown
 from lesa_ray.fleet.stages import Stage, that_count
 from lesa_ray.fleet.state import THREADS, Outcome, Standing, look
 from lesa_ray.places import shown
@@ -98,7 +99,7 @@ class Collector:
             "tokens": config.tokens,
             "seeds": list(config.seeds),
             "reference": comparison.reference,
-            "settings": {"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune},
+            "settings": all_shown({"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune}),
             "machine": dict(machine) if machine is not None else earlier.get("machine") or {},
             "lesa_ray": code_version(),
             "notes": list(comparison.notes),
@@ -140,7 +141,7 @@ class Collector:
         expand, pretrain = (self._stages[stage].identity for stage in (run.expand or "", run.pretrain))
         assert expand is not None
         assert pretrain is not None
-        given = {"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune}
+        given = all_shown({"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune})
         common = {
             "base": expand.inputs["base"],
             "data": pretrain.inputs["data"],
@@ -204,8 +205,8 @@ class Collector:
         if known["heldout_rows"] is not None:  # those that the loss is over
             asked = comparison.config.pretrain.get("eval_rows", TrainConfig.model_fields["eval_rows"].default)
             known["heldout_rows"] = min(known["heldout_rows"], asked)
-        named = comparison.config.blocks or ", ".join(map(shown, comparison.config.data))
-        return {**known, "seq_len": comparison.seq_len, "named": named}
+        named = [comparison.config.blocks] if comparison.config.blocks else comparison.config.data
+        return {**known, "seq_len": comparison.seq_len, "named": ", ".join(map(shown, named))}
 
     def _arm(
         self, planned: PlannedArm, standings: Mapping[str, Standing], curves: Mapping[str, list[Point]]

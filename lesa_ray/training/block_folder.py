@@ -24,7 +24,7 @@ from lesa_ray.checkpoint.mark import is_free, mark, marked_by, read_mark
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
-from lesa_ray.places import shown
+from lesa_ray.places import shown, unsigned
 from lesa_ray.training import tokens
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -117,7 +117,7 @@ def _pinned(config: TokenizeConfig) -> dict[str, str]:
 
 def made_with(manifest: dict[str, Any], config: TokenizeConfig) -> bool:
     """Whether token blocks were made with these settings; those that were not known then had their defaults."""
-    if manifest.get("bad_rows") and config.bad_rows == "stop":
+    if (manifest.get("bad_rows") and config.bad_rows == "stop") or manifest.get("queries") != _queries(config):
         return False
     try:
         made = TokenizeConfig.model_validate({**manifest["settings"], "out": config.out})
@@ -125,6 +125,12 @@ def made_with(manifest: dict[str, Any], config: TokenizeConfig) -> bool:
     except (KeyError, TypeError, ValueError):
         return False
     return made.model_copy(update={"bad_rows": config.bad_rows, "out": asked.out}) == asked
+
+
+def _queries(config: TokenizeConfig) -> str | None:
+    """A digest of what tells URLs of the web apart that the settings show alike; None where nothing does."""
+    told = [unsigned(data) for data in config.data]
+    return None if told == list(map(shown, config.data)) else hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def check_out(data: str, out: str) -> None:
@@ -229,6 +235,7 @@ def finish(
         "splits": splits,
         "tokenizer": files_digest(run.tokenizer),
         "settings": run.settings,
+        **({} if (queries := _queries(config)) is None else {"queries": queries}),
         "packages": {"lesa-ray": __version__} | {name: version(name) for name in _PACKAGES},
         "sources": _summary(files),
         "unread_files": run.unread,

@@ -147,6 +147,10 @@ def each_once(
         for source in sources_of(name, left_out):
             if found.setdefault(source.name, source).mark != source.mark and source.shards:
                 raise UserError(f"DATA {name}: is given as {found[source.name].given}, too; give one revision of it")
+    places: dict[str, str] = {}
+    for source in found.values():
+        if places.setdefault(source.place, source.name) != source.name:
+            raise UserError(f"DATA {source.place}: is given twice, signed in two ways; give it once")
     if unread is not None:
         unread |= left_out - found.keys()
     return list(found.values())

@@ -88,7 +88,7 @@ def test_a_folder_of_links_to_a_checkpoint_is_one(tmp_path: Path) -> None:
     (cache / "blobs").mkdir(parents=True)
     for place in (folder, cache / "snapshots"):
         place.mkdir()
-        for number, name in enumerate(("config.json", "tokenizer.json", "key")):
+        for number, name in enumerate(("config.json", "tokenizer.model", "key")):
             if place == folder:
                 (place / name).write_text(name)
             else:
@@ -96,10 +96,20 @@ def test_a_folder_of_links_to_a_checkpoint_is_one(tmp_path: Path) -> None:
                 (place / name).symlink_to(f"../blobs/{number}")
         mine = tmp_path / f"links-to-{place.name}"
         mine.mkdir()
-        for name in ("config.json", "tokenizer.json"):
+        for name in ("config.json", "tokenizer.model"):
             (mine / name).symlink_to(place / name)
         (mine / "licence").symlink_to(folder / "key")
-        assert copied(mine, tmp_path / f"out-{place.name}") == {"tokenizer.json": "tokenizer.json"}
+        assert copied(mine, tmp_path / f"out-{place.name}") == {"tokenizer.model": "tokenizer.model"}
+
+
+def test_what_git_annex_keeps_is_a_checkpoints(tmp_path: Path) -> None:
+    base, kept = tmp_path / "repository" / "base", tmp_path / "repository" / ".git" / "annex" / "objects"
+    for folder in (base, kept, tmp_path / "other" / ".git" / "annex" / "objects"):
+        folder.mkdir(parents=True)
+    for repository in ("repository", "other"):
+        (tmp_path / repository / ".git/annex/objects/MD5-1").write_text(repository)
+        (base / f"{repository}.model").symlink_to(f"../../{repository}/.git/annex/objects/MD5-1")
+    assert copied(base, tmp_path / "out") == {"repository.model": "repository"}
 
 
 def test_large_ones_are_not_held(tmp_path: Path) -> None:

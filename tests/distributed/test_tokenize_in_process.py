@@ -23,6 +23,7 @@ from lesa_ray.distributed.tokenize import Tokenized, tokenize
 from lesa_ray.errors import KeptError, UserError
 from lesa_ray.report.data import describe_tokens, token_lines
 from lesa_ray.training import layout, sources, tokens
+from lesa_ray.training.block_folder import made_with
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.run import check_data
 from lesa_ray.training.tokens import open_blocks
@@ -157,9 +158,9 @@ def test_what_reads_a_url_is_in_no_file_and_may_change(
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Guarded, directory=str(data))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
-        def urls(signature: str) -> list[str]:
+        def urls(signature: str, part: int = 1) -> list[str]:
             at = f"bob:hunter2@127.0.0.1:{server.server_port}"
-            return [f"http://{at}/{name}.jsonl?part=1&X-Amz-Signature={signature}" for name in "abc"]
+            return [f"http://{at}/{name}.jsonl?part={part}&X-Amz-Signature={signature}" for name in "abc"]
 
         with pytest.raises(KeptError, match=r"DATA http://127[^?@]*/c\.jsonl: line 3 is not JSON") as found:
             run(urls("FIRST"), gpt2)
@@ -170,7 +171,14 @@ def test_what_reads_a_url_is_in_no_file_and_may_change(
         assert result.resumed
         assert [len(names) for names in read] == [1]
         assert run(urls("FIRST"), gpt2, bad_rows="skip").reused
+        with pytest.raises(UserError, match=r"a\.jsonl: is given twice, signed in two ways"):
+            run([*urls("FIRST"), *urls("SECOND")], gpt2, out=str(tmp_path / "twice"))
         server.shutdown()
+    for part, same in ((1, True), (2, False)):
+        asked = TokenizeConfig.model_validate(
+            {**result.blocks.manifest["settings"], "data": urls("SECOND", part), "out": str(out)}
+        )
+        assert made_with(result.blocks.manifest, asked) is same
     place = f"http://127.0.0.1:{server.server_port}"
     assert result.blocks.manifest["settings"]["data"] == [f"{place}/{name}.jsonl" for name in "abc"]
     assert result.blocks.manifest["first_bad_rows"][0].startswith(f"{place}/c.jsonl: line 3 is not JSON")

@@ -45,7 +45,7 @@ def training_figure(trainings: Sequence[Training]) -> Figure | None:
     if any(heldout[run.label][0] for run in shown):
         panels.append(_panel("held-out rows", {r.label: heldout[r.label] for r in shown}, strokes, marks=True))
     if any(losses[run.label][0] for run in shown):
-        title = "training rows" if size == 1 else f"training rows, means of {size} steps"
+        title = "training rows" if size == 1 else "training rows, means of neighbours"
         panels.append(_panel(title, {r.label: losses[r.label] for r in shown}, strokes))
     return Figure(
         "training",
