@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lesa_ray.checkpoint.special_floats import decoded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -21,6 +23,12 @@ def without_code(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_code(inner) for name, inner in value.items() if name != AUTO_MAP_KEY}
     return [without_code(inner) for inner in value] if isinstance(value, list) else value
+
+
+def for_transformers(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as the classes of transformers get to see it."""
+    plain: dict[str, Any] = decoded(without_code(raw))
+    return plain
 
 
 def forget_code(config: PreTrainedConfig) -> None:

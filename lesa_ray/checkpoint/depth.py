@@ -14,8 +14,7 @@ import re
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import DEPTH_KEYS, config_depth
-from lesa_ray.checkpoint.brought_code import without_code
-from lesa_ray.checkpoint.special_floats import decoded
+from lesa_ray.checkpoint.brought_code import for_transformers
 from lesa_ray.errors import UserError
 
 PER_LAYER = (
@@ -161,7 +160,7 @@ def completed_config(raw: dict[str, Any], base: str) -> dict[str, Any] | None:
     if raw.get("model_type") not in CONFIG_MAPPING:
         return None
     try:
-        full: dict[str, Any] = CONFIG_MAPPING[raw["model_type"]].from_dict(decoded(without_code(raw))).to_dict()
+        full: dict[str, Any] = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw)).to_dict()
     except Exception as error:  # each family validates in its own way
         raise UserError(
             f"BASE {base}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"

@@ -30,9 +30,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
-from lesa_ray.checkpoint.brought_code import forget_code, without_code
+from lesa_ray.checkpoint.brought_code import for_transformers, forget_code
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
-from lesa_ray.checkpoint.special_floats import decoded
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
@@ -107,7 +106,7 @@ def _parsed(name: str, raw: dict[str, Any]) -> Any:
     if family not in CONFIG_MAPPING:
         raise UserError(f"checkpoint {name}: transformers does not know the family {family!r} of its config.json")
     try:
-        config = CONFIG_MAPPING[family].from_dict(decoded(without_code(raw)))
+        config = CONFIG_MAPPING[family].from_dict(for_transformers(raw))
         config.get_text_config()
         return config
     except Exception as error:  # each family validates in its own way

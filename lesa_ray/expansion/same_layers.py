@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import layer_of
-from lesa_ray.checkpoint.brought_code import without_code
-from lesa_ray.checkpoint.special_floats import decoded
+from lesa_ray.checkpoint.brought_code import for_transformers
 from lesa_ray.errors import UserError
 
 
@@ -46,7 +45,7 @@ def _layers(raw: dict[str, Any]) -> dict[int, dict[str, Any]]:
     from lesa_ray.layerwise.register import register
 
     register()
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(decoded(without_code(raw)))
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     found: dict[int, dict[str, Any]] = {}

@@ -39,11 +39,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lesa_ray.checkpoint.anatomy import layer_of
-from lesa_ray.checkpoint.brought_code import without_code
+from lesa_ray.checkpoint.brought_code import for_transformers
 from lesa_ray.checkpoint.ranges import PIECE, read_into, side_by_side
 from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FLOAT_BYTES, TORCH_NAMES, Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
-from lesa_ray.checkpoint.special_floats import decoded
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.register import register
 from lesa_ray.training.buffers import initial_buffers, place_buffers
@@ -57,7 +56,7 @@ def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
     if family not in CONFIG_MAPPING:
         raise UserError(f"{where}: transformers does not know the family {family!r} of its config.json")
     try:
-        config = AutoConfig.for_model(**{**decoded(without_code(raw)), "use_cache": False})
+        config = AutoConfig.for_model(**{**for_transformers(raw), "use_cache": False})
         for key, value in config.to_dict().items():
             if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
                 setattr(config, key, 0.0)
