@@ -27,11 +27,11 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lesa_ray import ExpandConfig, Expanded, UserError, expand
 from lesa_ray.report import terminal
+from lesa_ray.report.console import Console
 from lesa_ray.sizes import size
 from lesa_ray.training.train_settings import TrainConfig
 from pipelines.jobs import exits
@@ -50,7 +50,7 @@ METHODS = ("lesa", "llama-pro", "solar", "avg-deus", "opt-deus")
 """Those that were published."""
 TRAINED_ON = ("lesa", "llama-pro")
 SAME = 1e-6  # nats: losses closer than this are called equal; sums in another order differ by about 1e-7
-console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+console = Console(soft_wrap=True, highlight=False)
 
 
 def architecture(vocab_size: int) -> dict[str, Any]:

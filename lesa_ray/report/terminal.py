@@ -23,7 +23,7 @@ from lesa_ray.printable import printable
 from lesa_ray.report.console import Console
 from lesa_ray.sizes import size
 
-console = Console(stderr=True, markup=False, emoji=False)  # a name with [brackets] or :colons: stays as it is
+console = Console(stderr=True)
 if not console.is_terminal:
     console.width = 140  # a log file wraps nothing
 _CELL = 9

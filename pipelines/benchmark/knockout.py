@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
@@ -30,6 +29,7 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import OutTensor, Span, plan_shards, write_shard
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
+from lesa_ray.report.console import Console
 
 _UNIT = {"scale": "unit", "epochs": 20}
 _RIDGE = {"predictor": "ridge", "ridge": 1.0}
@@ -169,7 +169,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"--arms {unknown[0]}: unknown; use some of {'; '.join(ARMS)}")
     arms = {name: ARMS[name] for name in names}
-    console = Console(markup=False, emoji=False)
+    console = Console()
     if not console.is_terminal:
         console.width = 140  # a log file wraps nothing
     scores = knock_out(given.base, layers, arms, console)

@@ -21,7 +21,6 @@ from typing import Annotated, Any, get_args
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -30,6 +29,7 @@ from lesa_ray.config import load_settings
 from lesa_ray.layerwise.profiles import ProfileName
 from lesa_ray.layerwise.settings import LayerwiseConfig, architecture, with_one_multiple
 from lesa_ray.layerwise.study import BASELINE
+from lesa_ray.report.console import Console
 from lesa_ray.training.flops import step_flops
 from lesa_ray.training.model import build
 from pipelines.jobs import exits

@@ -29,7 +29,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
@@ -42,12 +41,13 @@ from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.lesa.predictor import Predictor, train
 from lesa_ray.lesa.rates import Rates
 from lesa_ray.lesa.report import FitReport
+from lesa_ray.report.console import Console
 from lesa_ray.report.estimate import cluster_line, unit_table
 from lesa_ray.report.terminal import duration
 from lesa_ray.sizes import size
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-console = Console(width=160, markup=False, emoji=False)
+console = Console(width=160)
 
 
 class Model(Settings):

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +35,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.report.console import Console
 from lesa_ray.training.batches import step_rows
 from lesa_ray.training.flops import peak_flops
 from lesa_ray.training.loop import Loop, Trainer
