@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from lesa_ray.expansion.prepare import check_out
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault
 from lesa_ray.gpu import full_gpu_is_a_fault, keep_float32
+from lesa_ray.report.page.commands import command
 
 if TYPE_CHECKING:
     from lesa_ray.distributed.cluster import Share
@@ -179,15 +179,8 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
 
 def _command(config: AnalyzeConfig) -> str:
     """What makes the same again."""
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"base", "lesa"})
-    words = ["lesa-ray", "analyze", config.base]
-    for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [word for one in (value if isinstance(value, list) else [value]) for word in (flag, str(one))]
-    return shlex.join(words)
+    settings = config.model_dump(mode="json")
+    return command(["lesa-ray", "analyze", config.base], AnalyzeConfig, settings, {"base", "lesa"})
 
 
 def _in_turn(work: _Work, pieces: list[str], finished: Callable[[str, Any], None], listener: Listener) -> None:
