@@ -99,7 +99,7 @@ class Collector:
             "tokens": config.tokens,
             "seeds": list(config.seeds),
             "reference": comparison.reference,
-            "settings": all_shown({"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune}),
+            "settings": self._settings,
             "machine": dict(machine) if machine is not None else earlier.get("machine") or {},
             "lesa_ray": code_version(),
             "notes": list(comparison.notes),
@@ -134,6 +134,13 @@ class Collector:
         )
 
     @property
+    def _settings(self) -> dict[str, Any]:
+        """Those of all arms, by kind of stage, as others may see them."""
+        config = self._comparison.config
+        settings = {"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune}
+        return {kind: all_shown(one) for kind, one in settings.items()}
+
+    @property
     def _digest(self) -> str:
         """Of what all arms have in common."""
         config = self._comparison.config
@@ -141,12 +148,11 @@ class Collector:
         expand, pretrain = (self._stages[stage].identity for stage in (run.expand or "", run.pretrain))
         assert expand is not None
         assert pretrain is not None
-        given = all_shown({"expand": config.expand, "pretrain": config.pretrain, "finetune": config.finetune})
         common = {
             "base": expand.inputs["base"],
             "data": pretrain.inputs["data"],
             "tokens": config.tokens,
-            "settings": {kind: None if one is None else that_count(kind, one) for kind, one in given.items()},
+            "settings": {kind: None if one is None else that_count(kind, one) for kind, one in self._settings.items()},
         }
         return hashlib.sha256(canonical(common)).hexdigest()
 
