@@ -10,7 +10,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lesa_ray.report.page import curves, fit, likeness, pictures, plans, ranking, residual, spectra, tasks, weights
+from lesa_ray.report.page import (
+    curves,
+    fit,
+    likeness,
+    losses,
+    pictures,
+    plans,
+    ranking,
+    residual,
+    spectra,
+    tasks,
+    weights,
+)
 from lesa_ray.report.page.compared import views, with_untrained
 from lesa_ray.report.page.figure import Figure, Table
 from lesa_ray.report.page.schema import Analysis, Comparison, Trial
@@ -78,8 +90,8 @@ def _comparison(comparison: Comparison, number: int, missing: list[str]) -> Sect
     section.tables = [(caption, ranking.ranking_table(beside))]
     nothing = "no run has the figures for it"
     made = (
-        ("Final losses", nothing, ranking.final_figure(comparison, beside)),
-        ("The loss right after expansion", nothing, ranking.before_figure(comparison, arms)),
+        ("Final losses", nothing, losses.final_figure(comparison, beside)),
+        ("The loss right after expansion", nothing, losses.before_figure(comparison, arms)),
         ("Loss curves", nothing, curves.curves_figure(comparison, arms)),
         (
             "Cost at equal loss",
