@@ -50,13 +50,8 @@ def check_loggers(loggers: Sequence[str]) -> None:
             raise UserError(f"loggers: {name} is not installed; run `pip install {_PACKAGES[name]}` on every node")
 
 
-def read_metrics(out: str) -> list[dict[str, Any]]:
-    """The rows of a run, in order; empty if there are none. A line cut short by a kill is left out."""
-    return list(metrics_rows(out))
-
-
 def metrics_rows(out: str, having: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """The same one by one, a piece of the file in memory at a time.
+    """The rows of a run, in order, a piece of the file in memory at a time. A line cut short by a kill is left out.
 
     having: only rows with one of these numbers, each after the last row before it that says how many tokens went by if
     it does not say so itself. Others are not parsed: they are most of a long run's."""

@@ -31,10 +31,10 @@ from lesa_ray.distributed.train import pretrain
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.machines import Machines
 from lesa_ray.training import checkpoints, worker
-from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.run import LEASE_DIR, Run, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.training.blocks import make_blocks
+from tests.training.metric_rows import read_metrics
 from tests.training.workers import run_workers
 from tests.waiting import titles, until
 

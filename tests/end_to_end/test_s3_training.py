@@ -21,11 +21,11 @@ from lesa_ray.distributed.train import pretrain
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.training import checkpoints, worker
 from lesa_ray.training.finish import export_checkpoint, finish_run
-from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.run import Run, claim, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.moody import Moody
 from tests.training.blocks import make_blocks
+from tests.training.metric_rows import read_metrics
 from tests.training.workers import run_workers
 
 Bases = Callable[[str], str]

@@ -20,13 +20,13 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.record import walk
-from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.run import claim, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.worker import train
 from tests import families
 from tests.fleet.commands import Put, RayCluster, ended
 from tests.moody import Moody
+from tests.training.metric_rows import read_metrics
 from tests.training.workers import run_workers
 
 NOWHERE = {"RAY_ADDRESS": "127.0.0.1:1"}

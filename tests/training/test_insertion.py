@@ -28,13 +28,13 @@ from lesa_ray.training.freeze import freeze, trained_names
 from lesa_ray.training.gates import Gates
 from lesa_ray.training.insertion import Insertion, plan_insertion, ramp_steps
 from lesa_ray.training.loop import Place, Trainer, make_optimizer
-from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.model import build, layers_of, load, shard, stored_types, trained_parameters
 from lesa_ray.training.run import claim, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.worker import train
 from tests import families
 from tests.training.blocks import make_blocks
+from tests.training.metric_rows import read_metrics
 from tests.training.test_model import BATCH, LENGTH, STEPS, config_for, rows
 from tests.training.workers import run_workers
 

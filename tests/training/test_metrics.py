@@ -20,7 +20,8 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.comparison.curves import curve, curve_of
 from lesa_ray.errors import UserError
 from lesa_ray.training import metrics
-from lesa_ray.training.metrics import MetricsLog, check_loggers, metrics_rows, read_metrics
+from lesa_ray.training.metrics import MetricsLog, check_loggers, metrics_rows
+from tests.training.metric_rows import read_metrics
 
 SETTINGS = {"lr": 1e-3, "schedule": {"kind": "cosine"}}
 

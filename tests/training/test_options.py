@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.training import checkpoints, worker
 from lesa_ray.training.conversion import Conversion
-from lesa_ray.training.metrics import read_metrics
 from lesa_ray.training.model import load
 from lesa_ray.training.run import prepare
 from lesa_ray.training.train_settings import TrainConfig
@@ -24,6 +23,7 @@ from lesa_ray.training.trained_state import TrainedState
 from lesa_ray.training.worker import set_up, train
 from tests import families
 from tests.training.blocks import make_blocks
+from tests.training.metric_rows import read_metrics
 from tests.training.workers import run_workers
 
 Bases = Callable[[str], str]
