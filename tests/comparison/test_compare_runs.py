@@ -15,9 +15,9 @@ from lesa_ray import cli
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.comparison.collect import FILE
 from lesa_ray.store.catalog import Store
-from lesa_ray.training.metrics import read_metrics
 from tests import families
 from tests.training.blocks import make_blocks
+from tests.training.metric_rows import read_metrics
 
 BATCH, SEQ_LEN, STEPS = 4, 32, 6
 

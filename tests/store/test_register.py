@@ -1,0 +1,75 @@
+"""Compare-and-swap: what a store can do, and what a folder's lock does."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from lesa_ray import MachineError
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store import register
+from lesa_ray.store.lease import Leases
+from tests.moody import Moody
+
+
+@pytest.mark.timeout(180)
+def test_what_a_store_can_do_is_found_out_once(place: str) -> None:
+    control = Storage(f"{place}/control")
+    found = register.register_of(control.within("leases"), control)
+    kinds = {"folder": register.LocalRegister, "s3": register.S3Register}
+    if control.is_local:
+        assert isinstance(found, kinds["folder"])
+        assert not control.exists(register.CONDITIONS_FILE)
+        return
+    honoured = b"true" in control.read(register.CONDITIONS_FILE)
+    assert (found is not None) == honoured
+    assert list(control.list()) == [register.CONDITIONS_FILE]  # nothing is left of the trial
+    control.write(register.CONDITIONS_FILE, b'{"honoured": false}')
+    assert not register.honours_conditions(control)
+    assert register.register_of(control.within("leases"), control) is None  # all go by what is noted
+
+
+@pytest.mark.timeout(180)
+def test_a_refusal_of_something_else_says_nothing_of_the_store(
+    conditional: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that was too slow is a 400, as may be a condition that a server does not know."""
+    moody = Moody(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moody.url)
+    S3FileSystem.clear_instance_cache()
+    refusal = 400, b"<?xml version='1.0'?><Error><Code>Refused</Code><Message>No.</Message></Error>"
+    once, always = (Storage(f"{conditional}/{name}") for name in ("once", "always"))
+    seen: list[str] = []
+
+    def answers(request: str, headers: Message) -> tuple[int, bytes] | None:
+        if "If-None-Match" not in headers:
+            return None
+        seen.append(request)
+        return None if "once" in request and len(seen) > 1 else refusal
+
+    try:
+        moody.answers = answers
+        assert register.honours_conditions(once)
+        assert not register.honours_conditions(always)
+        assert list(always.list()) == [register.CONDITIONS_FILE]
+    finally:
+        moody.stop()
+
+
+def test_a_process_that_is_suspended_while_it_writes_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = Leases(Storage(str(tmp_path)))
+    lease = leases.acquire("thing", "me")
+    assert lease is not None
+    monkeypatch.setattr(register, "_LOCK_SECONDS", 0.2)
+    with (tmp_path / "leases" / ".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(MachineError, match=r"\.lock: locked by a process that is suspended"):
+            leases.acquire("another", "me")
+    lease.release()
