@@ -56,8 +56,8 @@ def expand(
     from lesa_ray.report import terminal
 
     if dry_run:
-        from lesa_ray.expansion.out import out_state
-        from lesa_ray.expansion.prepare import check_out, prepare
+        from lesa_ray.expansion.out import check_out, out_state
+        from lesa_ray.expansion.prepare import prepare
         from lesa_ray.expansion.rehearsal import check_function
 
         check_out(settings.base, settings.out)

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from lesa_ray.errors import UserError
+from lesa_ray.errors import UserError, first_line
 from lesa_ray.machines import OneGpu
 from lesa_ray.places import shown
 from lesa_ray.sizes import Bytes
@@ -273,7 +273,7 @@ def read_yaml(path: str) -> dict[str, object]:
     try:
         data = yaml.safe_load(content)
     except yaml.YAMLError as error:
-        raise UserError(f"config {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"config {path}: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of settings, found {type(data).__name__}")
     if found := next(_infinite(data), None):

@@ -56,3 +56,9 @@ class SomeWrong(WithReport, UserError):
 
 class SomeFailed(WithReport, MachineError):
     """The same where the machine failed for one of them."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says is wrong, cut to a line of ours; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

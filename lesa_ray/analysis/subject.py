@@ -25,8 +25,9 @@ from lesa_ray.analysis.weight_type import DIRECTIONS, analyse_type
 from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, read_blocks
 from lesa_ray.checkpoint.finite import assert_finite
+from lesa_ray.checkpoint.header import FLOAT_BYTES
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from lesa_ray.checkpoint.reader import FLOAT_BYTES, Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.memory import default_budget, scratch_dir

@@ -14,15 +14,16 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from lesa_ray.checkpoint.names import LAYER
 from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry
+    from lesa_ray.checkpoint.header import TensorEntry
+    from lesa_ray.checkpoint.reader import Checkpoint
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys that hold the number of layers, in the order in which they are looked for."""
 
-_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<type>.+)$")
 _EXPERT = re.compile(r"(?P<before>^|\.)experts\.(?P<number>\d+)\.")
 _EXPERTS = re.compile(r"(?P<before>^|\.)experts\.")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -107,12 +108,6 @@ class Anatomy:
         return tuple(t for t in self.types.values() if t.kind == "vector")
 
 
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor or parameter belongs to; None outside the layers."""
-    match = _LAYER.match(name)
-    return int(match["index"]) if match else None
-
-
 def longest_window(text_config: Any) -> int | None:
     """Positions a model was made for, by its text configuration; None if it has no such bound (Mamba)."""
     positions = getattr(text_config, "max_position_embeddings", None)
@@ -138,7 +133,7 @@ def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True, hint: str = "") 
     stacks: dict[str, dict[int, dict[str, TensorEntry]]] = {}
     outside = []
     for entry in checkpoint.tensors.values():
-        match = _LAYER.match(entry.name)
+        match = LAYER.match(entry.name)
         if match is None:
             outside.append(entry.name)
             continue

@@ -6,16 +6,14 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from lesa_ray.checkpoint.finite import FiniteCheck
+from lesa_ray.checkpoint.header import TORCH_NAMES
 from lesa_ray.checkpoint.ranges import PIECE, ends_early, read_ahead
-from lesa_ray.checkpoint.reader import TORCH_NAMES
+from lesa_ray.checkpoint.shards import OutTensor, Span
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
-
-if TYPE_CHECKING:
-    from lesa_ray.checkpoint.writer import OutTensor, Span
 
 
 class Readers:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from lesa_ray.checkpoint.brought_code import without_code
-from lesa_ray.checkpoint.reader import INDEX_FILE
+from lesa_ray.checkpoint.shards import INDEX_FILE
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import copy_file
 

@@ -25,7 +25,7 @@ from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.errors import KeptError, MachineError, RoomError, UserError
-from lesa_ray.expansion.prepare import check_out
+from lesa_ray.expansion.out import check_out
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault
 from lesa_ray.gpu import full_gpu_is_a_fault, keep_float32

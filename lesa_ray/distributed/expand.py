@@ -22,8 +22,10 @@ from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import MachineError, RoomError, UserError
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.out import (
     abandon,
+    check_out,
     check_room,
     claim,
     finish,
@@ -32,7 +34,7 @@ from lesa_ray.expansion.out import (
     out_state,
     take_up,
 )
-from lesa_ray.expansion.prepare import Expansion, check_out, prepare
+from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import check_function
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
 from lesa_ray.expansion.workbench import finished_record

@@ -23,16 +23,17 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import Shard, write_shard
+from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.memory import INTERPRETER_BYTES
 from lesa_ray.expansion.method import Unit
-from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import Listener, own_peak_memory, weight_of
 from lesa_ray.expansion.workbench import run_unit
 from lesa_ray.faults import explain

@@ -13,10 +13,10 @@ from typing import Any
 
 from lesa_ray.budget import require_budget
 from lesa_ray.expansion.cluster_spec import ClusterSpec
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.lesa_task import lesa_route, lesa_task
 from lesa_ray.expansion.memory import INTERPRETER_BYTES, UNIT_SHARE
 from lesa_ray.expansion.method import Unit
-from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.schedule import Placed, Work, peak_memory, schedule
 from lesa_ray.expansion.workbench import unit_tensors
 from lesa_ray.gpu import DEVICE_SHARE

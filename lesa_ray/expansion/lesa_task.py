@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lesa_ray.checkpoint.anatomy import WeightType
-from lesa_ray.checkpoint.reader import FLOAT_BYTES
+from lesa_ray.checkpoint.header import FLOAT_BYTES
 from lesa_ray.expansion.method import Device, Job, RunContext
 from lesa_ray.lesa.cost import require_device_memory, require_host_memory
 from lesa_ray.lesa.route import Route, route_of

@@ -8,17 +8,17 @@ finds its own fingerprint goes on where the last one stopped; any other content 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.mark import is_free, mark, marked_by
-from lesa_ray.checkpoint.reader import INDEX_FILE
+from lesa_ray.checkpoint.shards import INDEX_FILE, Shard, index_bytes
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
-from lesa_ray.checkpoint.writer import Shard, index_bytes
 from lesa_ray.errors import MachineError, UserError
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.plan import Old
-from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.widths import RULE
 from lesa_ray.expansion.workbench import units_storage
 from lesa_ray.faults import reaching
@@ -28,6 +28,20 @@ from lesa_ray.places import shown
 _MARGIN = 64 * 2**20
 
 State = Literal["fresh", "resume", "done"]
+
+
+def check_out(base: str, out: str) -> None:
+    """Raises: UserError if OUT is BASE, or lies inside it, or is a file."""
+    base, out = os.path.expanduser(base), os.path.expanduser(out)
+    if "://" in out or not os.path.isdir(base):
+        if "://" in out and (out.rstrip("/") + "/").startswith(base.rstrip("/") + "/"):
+            raise UserError(f"OUT {out}: lies inside BASE; give a place of its own")
+    else:
+        inner, outer = os.path.realpath(out), os.path.realpath(base)
+        if os.path.commonpath([inner, outer]) == outer:
+            raise UserError(f"OUT {out}: lies inside BASE; give a folder of its own")
+    if os.path.isfile(out):
+        raise UserError(f"OUT {out}: is a file; give a folder that is empty or not there yet")
 
 
 def out_state(expansion: Expansion) -> State:

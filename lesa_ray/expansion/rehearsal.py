@@ -19,10 +19,10 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
+from lesa_ray.expansion.layout import Expansion, lay_out
 from lesa_ray.expansion.miniature import miniature, quiet_transformers, shake
 from lesa_ray.expansion.out import finish, make_manifest
 from lesa_ray.expansion.plan import Old
-from lesa_ray.expansion.prepare import Expansion, prepare
 from lesa_ray.expansion.same_layers import check_old_layers
 from lesa_ray.expansion.workbench import run_unit
 
@@ -100,7 +100,7 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
         before = model(tokens)[0]
     model.save_pretrained(base)
     del model
-    small = prepare(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * _LAYERS, new_width=new_width))
+    small = lay_out(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * _LAYERS, new_width=new_width))
     for unit in small.units:
         run_unit(small.job, unit, small.made_in, small.checkpoints, out)
     for shard in small.shards:

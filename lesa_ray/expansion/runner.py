@@ -12,10 +12,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
+from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import Shard, write_shard
+from lesa_ray.checkpoint.writer import write_shard
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.method import Device, Unit
-from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.workbench import run_unit
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lesa_ray.checkpoint.anatomy import layer_of
 from lesa_ray.checkpoint.brought_code import for_transformers
+from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.errors import UserError
 
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.finite import assert_finite
-from lesa_ray.checkpoint.reader import Checkpoint, TensorEntry, read_entries
+from lesa_ray.checkpoint.header import TensorEntry, read_entries
+from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.shards import OutTensor
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
-from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
+from lesa_ray.checkpoint.writer import TensorFileWriter
 from lesa_ray.expansion.memory import default_budget, return_freed_memory, scratch_dir
 from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
 from lesa_ray.expansion.methods.resizing import run_resizing
@@ -50,7 +52,7 @@ def unit_tensors(job: Job, unit: Unit) -> tuple[OutTensor, ...]:
 
 def result_dtype(job: Job, dtype: str) -> str:
     """The dtype (as safetensors spells it) that a tensor of the base has in the result."""
-    from lesa_ray.checkpoint.reader import FLOAT_BYTES, FORMAT_NAMES
+    from lesa_ray.checkpoint.header import FLOAT_BYTES, FORMAT_NAMES
 
     return FORMAT_NAMES[job.config.dtype] if job.config.dtype and dtype in FLOAT_BYTES else dtype
 

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from lesa_ray.errors import first_line
 from lesa_ray.gpu import fits_device
 from lesa_ray.lesa.bounds import CUSOLVER_ROWS, SPLIT_MATRICES, SYEVD_ROWS
 from lesa_ray.lesa.split_eigh import split_eigh
@@ -46,7 +47,7 @@ def _in_parts(gram: Tensor, most: int) -> Tensor:
             return split_eigh(gram.tril() + gram.tril(-1).mT, most)[1]
         why = "the GPU has no room to split it"
     except RuntimeError as error:  # a SplitError, no memory after all, or another size that a library refuses
-        why = str(error).splitlines()[0]
+        why = first_line(error)
     log.warning(
         "cuSOLVER does not take a matrix of %d rows, and %s; eigh runs on the host with %d threads (--cpus-per-task)",
         len(gram), why, torch.get_num_threads(),

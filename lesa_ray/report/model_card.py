@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lesa_ray.checkpoint.manifest import Manifest
-from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.expansion.layout import Expansion
 
 
 def model_card(expansion: Expansion, manifest: Manifest) -> str:

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lesa_ray.checkpoint.manifest import Manifest
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.plan import New, Old, Plan
-from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.printable import printable
 from lesa_ray.report.console import Console
 from lesa_ray.sizes import size

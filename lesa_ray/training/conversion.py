@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from lesa_ray.checkpoint.reader import TensorEntry
+from lesa_ray.checkpoint.header import TensorEntry
 from lesa_ray.errors import UserError
 from lesa_ray.training.buffers import persistent_buffers
 

@@ -26,14 +26,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray import __version__
+from lesa_ray.checkpoint.header import TORCH_NAMES, TensorEntry
 from lesa_ray.checkpoint.manifest import read_manifest
-from lesa_ray.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TORCH_NAMES, Checkpoint, TensorEntry
+from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.shards import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    OutTensor,
+    Shard,
+    Span,
+    index_bytes,
+    plan_shards,
+    shard_limit,
+)
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, index_bytes, plan_shards, write_shard
+from lesa_ray.checkpoint.writer import copy_file, write_shard
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.expansion.prepare import shard_limit
 from lesa_ray.layerwise.folder import has_our_code, naming_our_code, write_code
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState

@@ -12,8 +12,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FORMAT_NAMES, Checkpoint
-from lesa_ray.checkpoint.writer import OutTensor
+from lesa_ray.checkpoint.header import ELEMENT_NAMES, FORMAT_NAMES
+from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.shards import OutTensor
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
 from lesa_ray.training.buffers import persistent_buffers

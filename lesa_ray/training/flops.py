@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from lesa_ray.checkpoint.anatomy import layer_of
+from lesa_ray.checkpoint.names import layer_of
 
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lesa_ray.checkpoint.anatomy import layer_of
 from lesa_ray.checkpoint.manifest import Manifest
+from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.errors import UserError
 
 _NORM = re.compile(r"(^|[._])(\w*norm\w*|ln_?\w*)\.(weight|bias)$", re.IGNORECASE)

@@ -38,10 +38,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lesa_ray.checkpoint.anatomy import layer_of
 from lesa_ray.checkpoint.brought_code import for_transformers
+from lesa_ray.checkpoint.header import ELEMENT_NAMES, FLOAT_BYTES, TORCH_NAMES
+from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.checkpoint.ranges import PIECE, read_into, side_by_side
-from lesa_ray.checkpoint.reader import ELEMENT_NAMES, FLOAT_BYTES, TORCH_NAMES, Checkpoint
+from lesa_ray.checkpoint.reader import Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.register import register

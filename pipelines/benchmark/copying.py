@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lesa_ray.checkpoint.shards import OutTensor, header_bytes
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import OutTensor, header_bytes
 
 LAYERS, GROWN, D_MODEL, D_FF, VOCABULARY = 24, 36, 2048, 5632, 32_000
 CONFIG = {

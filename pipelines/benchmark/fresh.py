@@ -48,8 +48,9 @@ def in_fresh_process(unit: Unit) -> Run:
 def _run(unit: Unit) -> Run:
     import torch
 
+    from lesa_ray.checkpoint.shards import OutTensor
     from lesa_ray.checkpoint.storage import Storage
-    from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
+    from lesa_ray.checkpoint.writer import TensorFileWriter
     from lesa_ray.expansion.memory import return_freed_memory
     from lesa_ray.expansion.runner import own_peak_memory
     from lesa_ray.lesa.fit import fit_weight_type

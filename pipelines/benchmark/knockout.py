@@ -25,8 +25,9 @@ from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
 from lesa_ray.checkpoint.blocks import Block, read_blocks
 from lesa_ray.checkpoint.depth import deeper_config
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.shards import OutTensor, Span, plan_shards
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import OutTensor, Span, plan_shards, write_shard
+from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
 from lesa_ray.report.console import Console

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from lesa_ray.checkpoint.finite import assert_finite
-from lesa_ray.checkpoint.reader import Checkpoint, read_entries
+from lesa_ray.checkpoint.header import read_entries
+from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.shards import OutTensor
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import OutTensor, TensorFileWriter
+from lesa_ray.checkpoint.writer import TensorFileWriter
 from lesa_ray.lesa.streams import Load
 
 

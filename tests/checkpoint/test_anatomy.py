@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from lesa_ray import UserError
-from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, layer_of, read_anatomy
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
+from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.checkpoint.reader import open_checkpoint
 from tests import families
 

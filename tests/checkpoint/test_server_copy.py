@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lesa_ray import ExpandConfig, UserError, expand
 from lesa_ray.checkpoint import part_plan, server_copy
-from lesa_ray.checkpoint.reader import read_entries
+from lesa_ray.checkpoint.header import read_entries
+from lesa_ray.checkpoint.shards import OutTensor, Shard, Span
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import OutTensor, Shard, Span, copy_file, write_shard
+from lesa_ray.checkpoint.writer import copy_file, write_shard
 from lesa_ray.expansion.runner import InlineRunner
 from tests.moody import Moody
 

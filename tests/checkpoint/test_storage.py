@@ -17,7 +17,7 @@ from s3fs.errors import translate_boto_error
 from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.search import find_files
 from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
-from lesa_ray.expansion.prepare import check_out
+from lesa_ray.expansion.out import check_out
 from lesa_ray.faults import reaching
 
 Place = Callable[[str], Storage]

@@ -12,19 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
+from lesa_ray.checkpoint.header import read_entries
 from lesa_ray.checkpoint.ranges import PIECE
-from lesa_ray.checkpoint.reader import read_entries
+from lesa_ray.checkpoint.shards import OutTensor, Shard, Span, header_bytes, index_bytes, plan_shards
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.checkpoint.writer import (
-    OutTensor,
-    Shard,
-    Span,
-    TensorFileWriter,
-    header_bytes,
-    index_bytes,
-    plan_shards,
-    write_shard,
-)
+from lesa_ray.checkpoint.writer import TensorFileWriter, write_shard
 from tests.allocations import Largest
 
 

@@ -20,11 +20,11 @@ import ray
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint.mark import LEASE_DIR
-from lesa_ray.checkpoint.writer import Shard
+from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.distributed import ray_runner
 from lesa_ray.distributed.ray_runner import RayRunner
 from lesa_ray.distributed.tenancy import tenancy
-from lesa_ray.expansion.prepare import Expansion
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.runner import InlineRunner, Listener, Silent
 from tests.waiting import titles
 

@@ -13,8 +13,9 @@ from lesa_ray import ExpandConfig, UserError
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.plan import gaps_by_importance
-from lesa_ray.expansion.prepare import Expansion, prepare
+from lesa_ray.expansion.prepare import prepare
 
 Bases = Callable[[str], str]
 COSINES = [0.5, 0.9, 0.7, 0.8, 0.1]

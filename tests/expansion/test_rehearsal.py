@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint import residual
-from lesa_ray.expansion.prepare import Expansion, prepare
+from lesa_ray.expansion.layout import Expansion
+from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import rehearse
 from lesa_ray.expansion.runner import InlineRunner
 from tests import families

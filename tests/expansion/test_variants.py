@@ -10,8 +10,8 @@ import pytest
 
 from lesa_ray import ExpandConfig, MachineError, expand
 from lesa_ray.config import LesaSettings
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.method import Unit
-from lesa_ray.expansion.prepare import Expansion
 from lesa_ray.expansion.runner import InlineRunner, Listener
 from tests import families
 

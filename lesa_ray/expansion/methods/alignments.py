@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lesa_ray.budget import require_budget
 from lesa_ray.checkpoint.anatomy import Anatomy
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, parts_in, read_blocks
-from lesa_ray.checkpoint.reader import FLOAT_BYTES
+from lesa_ray.checkpoint.header import FLOAT_BYTES
 from lesa_ray.expansion.method import Job, Kept, RunContext, Tensors, Unit
 from lesa_ray.lesa.bounds import EXACT
 
