@@ -21,11 +21,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from lesa_ray.comparison.layerwise_study import (
+    LayerwiseStudyConfig,
+    Row,
+    Summary,
+    check_tokens,
+    models_of,
+    reading,
+    summarise,
+    to_json,
+)
 from lesa_ray.config import load_settings
 from lesa_ray.errors import UserError
 from lesa_ray.job_folder import check_kept
 from lesa_ray.layerwise.profiles import ProfileName
-from lesa_ray.layerwise.study import Row, StudyConfig, Summary, check_tokens, models_of, reading, summarise, to_json
 from lesa_ray.training.train_settings import TrainConfig
 from pipelines.jobs import exits
 
@@ -37,7 +46,7 @@ TrainAll = Callable[[Sequence[TrainConfig]], Iterable[tuple[TrainConfig, "Traine
 """Pre-trains each, or finds that it is done; gives them as they end, or what is wrong with one."""
 
 
-def run_study(config: StudyConfig, train_all: TrainAll) -> dict[str, Any]:
+def run_study(config: LayerwiseStudyConfig, train_all: TrainAll) -> dict[str, Any]:
     """Every run; what results.json holds.
 
     A run that cannot be is among its `missing`. Raises: UserError, before anything is trained, or if no run can be;
@@ -91,7 +100,7 @@ def run_study(config: StudyConfig, train_all: TrainAll) -> dict[str, Any]:
     return write()
 
 
-def make_blocks(config: StudyConfig) -> TokenBlocks:
+def make_blocks(config: LayerwiseStudyConfig) -> TokenBlocks:
     """Token blocks of Python's standard library, as the demo's. Raises: UserError where `out` is a URL."""
     if "://" in config.out:
         raise UserError(
@@ -202,7 +211,7 @@ def main(
     from lesa_ray.report.terminal import console
 
     with exits("layerwise_study"), results_apart():
-        settings = load_settings(StudyConfig, config, out=out, data=data)
+        settings = load_settings(LayerwiseStudyConfig, config, out=out, data=data)
         check_kept("out", settings.out)
         many = settings.parallel > 1
         content = run_study(settings, side_by_side(settings.parallel) if many else in_turn(train_with_ray))

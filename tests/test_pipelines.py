@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.comparison.layerwise_study import LayerwiseStudyConfig
 from lesa_ray.comparison.settings import ComparisonConfig
-from lesa_ray.comparison.study_settings import StudyConfig as BasesConfig
+from lesa_ray.comparison.study_settings import StudyConfig
 from lesa_ray.config import ExpandConfig, LesaSettings, Settings, load_settings
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.settings import FleetConfig
-from lesa_ray.layerwise.study import StudyConfig
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.tokens import open_blocks
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
@@ -67,13 +67,13 @@ SHIPPED: dict[str, type[Settings]] = {
     "expand": ExpandConfig,
     "finetune": FinetuneConfig,
     "fleet": FleetConfig,
-    "layerwise_study": StudyConfig,
-    "layerwise_study_small": StudyConfig,
+    "layerwise_study": LayerwiseStudyConfig,
+    "layerwise_study_small": LayerwiseStudyConfig,
     "pretrain": TrainConfig,
-    "study_cluster": BasesConfig,
-    "study_gpu": BasesConfig,
-    "study_minutes": BasesConfig,
-    "study_small": BasesConfig,
+    "study_cluster": StudyConfig,
+    "study_gpu": StudyConfig,
+    "study_minutes": StudyConfig,
+    "study_small": StudyConfig,
     "tokenize": TokenizeConfig,
 }
 

@@ -25,10 +25,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lesa_ray.comparison.layerwise_study import BASELINE
 from lesa_ray.config import load_settings
 from lesa_ray.layerwise.profiles import ProfileName
 from lesa_ray.layerwise.settings import LayerwiseConfig, architecture, with_one_multiple
-from lesa_ray.layerwise.study import BASELINE
 from lesa_ray.report.console import Console
 from lesa_ray.training.flops import step_flops
 from lesa_ray.training.model import build

@@ -41,7 +41,7 @@ _MOST_COMMON = 0.25
 """The largest share that one id may have. In English and code the commonest token has 3 to 8 %."""
 
 
-class StudyConfig(Settings):
+class LayerwiseStudyConfig(Settings):
     """What is compared, and how it is trained."""
 
     out: str = "layerwise-study"
@@ -77,7 +77,7 @@ class StudyConfig(Settings):
     """Settings of `lesa-ray pretrain`, the same for all runs."""
 
     @model_validator(mode="after")
-    def _sound(self) -> StudyConfig:
+    def _sound(self) -> LayerwiseStudyConfig:
         for name in ("profiles", "layers", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
@@ -152,7 +152,7 @@ class Summary:
     """Against the isotropic model of this depth."""
 
 
-def models_of(config: StudyConfig, blocks: TokenBlocks) -> dict[tuple[int, ProfileName], LayerwiseConfig]:
+def models_of(config: LayerwiseStudyConfig, blocks: TokenBlocks) -> dict[tuple[int, ProfileName], LayerwiseConfig]:
     """The models by depth and profile, those of a depth with one multiple of their widths.
 
     Raises: UserError if there is none with which all meet the budget."""
@@ -235,7 +235,7 @@ def reading(summaries: Sequence[Summary]) -> list[str]:
 
 
 def to_json(
-    config: StudyConfig, checked: dict[str, float], rows: Sequence[Row], missing: Sequence[str]
+    config: LayerwiseStudyConfig, checked: dict[str, float], rows: Sequence[Row], missing: Sequence[str]
 ) -> dict[str, Any]:
     """Everything, as it is written to results.json. missing: runs that cannot be, and why, a line each."""
     summaries = summarise(rows)

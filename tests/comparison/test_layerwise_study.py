@@ -14,10 +14,10 @@ import typer
 from scipy.stats import ttest_rel
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.comparison.layerwise_study import LayerwiseStudyConfig, Row, check_tokens, models_of, reading, summarise
 from lesa_ray.config import load_settings
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.settings import sizes_of
-from lesa_ray.layerwise.study import Row, StudyConfig, check_tokens, models_of, reading, summarise
 from lesa_ray.training.tokens import content_digest, open_blocks, write_rows
 from lesa_ray.training.train_settings import TrainConfig
 from pipelines import layerwise_study
@@ -33,8 +33,8 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def settings(**changes: Any) -> StudyConfig:
-    return load_settings(StudyConfig, None, **{"out": "unused", "data": "unused", **TINY, **changes})
+def settings(**changes: Any) -> LayerwiseStudyConfig:
+    return load_settings(LayerwiseStudyConfig, None, **{"out": "unused", "data": "unused", **TINY, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_models_of_a_depth_share_a_multiple(data: str) -> None:
 
 @pytest.mark.parametrize(("name", "vocab_size"), [("layerwise_study", 50_277), ("layerwise_study_small", 4096)])
 def test_the_shipped_studies_have_models_of_equal_size(name: str, vocab_size: int, data: str) -> None:
-    config = load_settings(StudyConfig, str(PIPELINES / f"{name}.yaml"))
+    config = load_settings(LayerwiseStudyConfig, str(PIPELINES / f"{name}.yaml"))
     models = models_of(config, replace(open_blocks(data), vocab_size=vocab_size))
     assert len(models) == len(config.layers) * len(config.profiles) == 10
     for model in models.values():
