@@ -1,11 +1,12 @@
 # make setup   a virtual environment in .venv, with bin/lesa-ray
 # make demo    set-up, then the main job on a small model made here
-# make test    set-up, then all tests
+# make test    set-up, then the tests, but for those that take minutes each
 # make test-all  the same, and those that take minutes each
 # make lint    set-up, then ruff and mypy
 PYTHON ?= python3
 EXTRAS ?= dev
-READY := .venv/.ready
+comma := ,
+READY := .venv/.ready-$(subst $(comma),-,$(EXTRAS))
 
 .PHONY: setup demo test test-all lint clean
 .DELETE_ON_ERROR:

@@ -1,7 +1,7 @@
 """Job: which way to grow is worth it? The same comparison on several bases, and what they say together.
 
     python -m pipelines.study --config pipelines/study_minutes.yaml    # two CPU cores
-    python -m pipelines.study --config pipelines/study_small.yaml      # the same, about an hour
+    python -m pipelines.study --config pipelines/study_small.yaml      # the same, an hour and a half
     python -m pipelines.study --config pipelines/study_gpu.yaml        # one GPU
     lesa-ray submit -- python -m pipelines.study --config pipelines/study_cluster.yaml
 

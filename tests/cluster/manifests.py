@@ -65,3 +65,9 @@ def validate(document: dict[str, Any]) -> None:
     """Raises: jsonschema.ValidationError."""
     schema = schema_of(document["kind"], document["apiVersion"].split("/")[1])
     jsonschema.Draft7Validator(schema).validate(document)
+
+
+def gibibytes(quantity: str) -> int:
+    number, unit = quantity[:-2], quantity[-2:]
+    assert unit == "Gi"
+    return int(number)

@@ -11,7 +11,7 @@ from lesa_ray.fleet.settings import FleetConfig
 from lesa_ray.fleet.stages import merged
 from lesa_ray.machines import Machines
 from lesa_ray.training.train_settings import TrainConfig
-from tests.cluster.manifests import CLUSTER, of_kind
+from tests.cluster.manifests import CLUSTER, gibibytes, of_kind
 
 INSTANCES = {"m7i.xlarge": (4, 0), "m7i.4xlarge": (16, 0), "r7i.12xlarge": (48, 0), "g6e.12xlarge": (48, 4)}
 """CPUs and GPUs, of EC2's page of instance types."""
@@ -59,3 +59,14 @@ def test_every_stage_of_the_fleet_has_room(machines: Machines) -> None:
         assert run.gpus_per_worker is not None
         bundle = {"GPU": run.gpus_per_worker, "CPU": run.cpus_per_worker or 1.0}
         assert machines.room(bundle) >= run.worker_range[0], (family.name, bundle)
+
+
+def test_the_largest_checkpoint_that_is_measured_has_room_on_the_disk() -> None:
+    """One on S3 is copied there first: the grown 70B, 210 GB, beside its base's 141 if both are measured there."""
+    (cluster,) = of_kind("RayCluster")
+    (large,) = (group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "large")
+    asked = large["template"]["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+    assert gibibytes(asked) * 2**30 > 250e9
+    kind = yaml.safe_load((CLUSTER / "aws.yaml").read_text())["available_node_types"]["large"]
+    (disk,) = kind["node_config"]["BlockDeviceMappings"]
+    assert disk["Ebs"]["VolumeSize"] * 2**30 > 210e9 + 141e9 + 100e9  # the image and Docker's take some 100

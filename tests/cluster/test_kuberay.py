@@ -16,7 +16,7 @@ from lesa_ray.cli import app
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.expansion.memory import SCRATCH_VARIABLE
 from lesa_ray.training.train_settings import TrainConfig
-from tests.cluster.manifests import CLUSTER, MANIFESTS, documents, of_kind, validate
+from tests.cluster.manifests import CLUSTER, MANIFESTS, documents, gibibytes, of_kind, validate
 
 SETTINGS = {"expand": ExpandConfig, "pretrain": TrainConfig}
 
@@ -132,12 +132,6 @@ def test_a_pod_with_gpus_has_a_machine_to_itself() -> None:
         workers = int(words[words.index("--workers") + 1])
         assert workers % MACHINE["nvidia.com/gpu"] == 0
         assert workers <= group["maxReplicas"] * MACHINE["nvidia.com/gpu"]
-
-
-def gibibytes(quantity: str) -> int:
-    number, unit = quantity[:-2], quantity[-2:]
-    assert unit == "Gi"
-    return int(number)
 
 
 def test_the_plain_cron_job_submits_to_that_cluster_with_its_token() -> None:
