@@ -20,7 +20,7 @@ class AnalyzeConfig(Settings):
     out: str | None = None
     """Folder (or fsspec URL) that gets analysis.json and analysis.html. By default nothing is written."""
     page: bool = True
-    """Write analysis.html too, where matplotlib is installed (`pip install 'lesa-ray[report]'`)."""
+    """Write analysis.html too; it takes `pip install 'lesa-ray[report]'`, and is left out without."""
     data: Several = ()
     """Text (files, folders, globs, URLs of what `tokenize` reads) or one folder of token blocks, for what
     each layer adds to the residual stream. Without it the weights alone are looked at."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.analysis.document import make_report
@@ -29,12 +29,16 @@ from lesa_ray.expansion.out import check_out
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault
 from lesa_ray.gpu import full_gpu_is_a_fault, keep_float32
+from lesa_ray.places import shown
 from lesa_ray.report.page.commands import command
+from lesa_ray.report.page.packages import missing_package
 
 if TYPE_CHECKING:
     from lesa_ray.distributed.cluster import Share
     from lesa_ray.evaluation.checkpoints import Bounds
     from lesa_ray.evaluation.measure import Job as Forward
+
+log = logging.getLogger(__name__)
 
 FILE, PAGE_FILE = "analysis.json", "analysis.html"
 _RESIDUAL = "residual stream"
@@ -157,11 +161,8 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
         report = make_report(subject, done, done.get(_RESIDUAL))
         if storage is not None:
             write_report(report, storage, FILE)
-            if config.page and find_spec("matplotlib") is not None:
-                from lesa_ray.report.page.build import analysis_page
-
-                listener.phase("drawing the page", 0)
-                storage.write(PAGE_FILE, analysis_page(report, _command(config)).encode())
+            if config.page:
+                _write_page(report, config, storage, listener)
         shelf.clear()
     except UserError as error:  # wrong data, or a GPU that is not there, says nothing against finished weights
         if storage is not None and done and not isinstance(error, _WrongWeights):
@@ -175,6 +176,17 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
             raise MachineError(f"BASE {config.base}: {explain(error)[:300]}") from error
         raise
     return report
+
+
+def _write_page(report: dict[str, Any], config: AnalyzeConfig, storage: Storage, listener: Listener) -> None:
+    """Write the page, or say why there is none."""
+    if missing := missing_package():
+        log.warning("%s/%s is left out: %s", shown(storage.url), PAGE_FILE, missing)
+        return
+    from lesa_ray.report.page.build import analysis_page
+
+    listener.phase("drawing the page", 0)
+    storage.write(PAGE_FILE, analysis_page(report, _command(config)).encode())
 
 
 def _command(config: AnalyzeConfig) -> str:

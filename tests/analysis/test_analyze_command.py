@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lesa_ray.report.page import packages
 from tests.evaluation import tiny
 from tests.test_cli import run
 
@@ -32,6 +33,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     code, printed, line = run(capsys, monkeypatch, *command)
     assert (code, printed) == (0, "")
     assert "analysis.json" in line
+
+
+def test_a_page_that_is_left_out_is_told_of(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whichever of the extra's packages is not there; without --out, or with --no-page, none was asked for."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=3)
+    command = ["analyze", base, "--no-fit", "--no-match", "--json"]
+    for package in ("matplotlib", "jinja2"):
+        monkeypatch.setattr(packages, "find_spec", lambda name, package=package: None if name == package else object())
+        assert run(capsys, monkeypatch, *command, "--out", tmp_path / package)[0] == 0
+        assert [file.name for file in (tmp_path / package).iterdir()] == ["analysis.json"]
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{tmp_path / package}/analysis.html is left out: {package} is not installed; "
+            "run `pip install 'lesa-ray[report]'`"
+        ]
+        caplog.clear()
+    for more in ([], ["--out", tmp_path / "out", "--no-page"]):
+        assert run(capsys, monkeypatch, *command, *more)[0] == 0
+        assert not caplog.records
 
 
 def poison(base: Path) -> None:

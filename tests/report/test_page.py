@@ -15,7 +15,7 @@ from PIL import Image
 
 from lesa_ray import Expanded
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.report.page import build as build_module
+from lesa_ray.report.page import packages
 from lesa_ray.report.page.build import analysis_page, write_report
 from lesa_ray.report.page.figure import svgs
 from lesa_ray.report.page.measures import orderliness
@@ -235,7 +235,7 @@ def test_what_else_is_refused(
     with pytest.raises(UserError, match="not a report of lesa-ray's"):
         write_report([good], str(tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["report.html"]
-    monkeypatch.setattr(build_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lesa-ray\[report\]'"):
         write_report([good], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -11,13 +11,13 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
 from lesa_ray.report.page.figure import png
+from lesa_ray.report.page.packages import missing_package
 from lesa_ray.report.page.render import GENERATOR, render
 from lesa_ray.report.page.schema import Analysis
 from lesa_ray.report.page.sections import make_sections
@@ -79,9 +79,8 @@ def analysis_page(content: Mapping[str, Any], command: str) -> str:
 
 def require_packages() -> None:
     """Raises: UserError if what draws figures and fills the page is not installed."""
-    for package in ("matplotlib", "jinja2"):
-        if find_spec(package) is None:
-            raise UserError(f"report: {package} is not installed; run `pip install 'lesa-ray[report]'`")
+    if missing := missing_package():
+        raise UserError(f"report: {missing}")
 
 
 def _earlier_figures(storage: Storage) -> set[str]:
