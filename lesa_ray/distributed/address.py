@@ -1,4 +1,4 @@
-"""What RAY_ADDRESS may say, looked at before anything is claimed or started.
+"""Which Ray is meant, and what RAY_ADDRESS may say, looked at before anything is claimed or started.
 
 Ray's own job client takes the variable for the dashboard's URL, `ray.init` for the cluster's HOST:PORT. Here it is the
 latter; `lesa-ray submit`, which is such a client, has RAY_API_SERVER_ADDRESS for the dashboard and takes either."""
@@ -20,3 +20,25 @@ def check_address() -> None:
         )
     if "://" not in address and address not in ("local", "auto") and not address.rpartition(":")[2].isdigit():
         raise UserError(f"RAY_ADDRESS {address}: is no address; expected HOST:PORT, or local for a Ray of its own")
+
+
+def named_ray() -> str | None:
+    """The Ray to use, for every command alike: RAY_ADDRESS (`local` is one of this process's own), else what
+    `ray start` left on this machine; None where there is neither, and small work may do without."""
+    return os.environ.get("RAY_ADDRESS") or started_here()
+
+
+def started_here() -> str | None:
+    """The address that the last `ray start` on this machine wrote down; `ray stop` removes it.
+
+    Ray's own `auto` would also take a Ray that is embedded in some other process, and end when that does. What another
+    user wrote is not taken: in a folder for all (`/tmp`) anybody could name a cluster that is to get this one's work.
+    """
+    root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        with open(os.path.join(root, "ray", "ray_current_cluster"), encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_uid not in (os.getuid(), 0):
+                return None
+            return file.read().strip() or None
+    except OSError:
+        return None

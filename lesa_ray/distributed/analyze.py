@@ -2,9 +2,9 @@
 
     headers, data ▸ a piece of work for each weight type, each block, the forward pass ▸ analysis.json
 
-In this process, one piece after another with all its cores and its GPU, where no RAY_ADDRESS names a cluster: starting
-Ray takes longer than small models do. Else each piece is a Ray task with a GPU of its own, where there are some, the
-largest first. With `out` each finished piece is kept there until all are, so the same command goes on after a
+In this process, one piece after another with all its cores and its GPU, where no Ray is named (`address.named_ray`):
+starting one takes longer than small models do. Else each piece is a Ray task with a GPU of its own, where there are
+some, the largest first. With `out` each finished piece is kept there until all are, so the same command goes on after a
 fault.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from lesa_ray.analysis.document import make_report
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work_on_type
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.distributed.address import named_ray
 from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.errors import KeptError, MachineError, RoomError, UserError
 from lesa_ray.expansion.out import check_out
@@ -129,10 +129,10 @@ class _Shelf:
 def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray: bool | None = None) -> dict[str, Any]:
     """Look at a checkpoint; the content of analysis.json, which `config.out` gets too.
 
-    use_ray: None decides by RAY_ADDRESS. Raises: UserError for wrong input, with nothing left behind; KeptError for
-    what is wrong beside the weights, found when some of these were finished (with `out`, which keeps them);
-    MachineError for a fault, after which the same call goes on (with `out`); NotWritten if `out` does not take the
-    finished report."""
+    use_ray: None decides by whether a Ray is named. Raises: UserError for wrong input, with nothing left behind;
+    KeptError for what is wrong beside the weights, found when some of these were finished (with `out`, which keeps
+    them); MachineError for a fault, after which the same call goes on (with `out`); NotWritten if `out` does not take
+    the finished report."""
     listener = listener or Silent()
     listener.phase("reading the headers", 0)
     subject = open_subject(config)
@@ -149,7 +149,7 @@ def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray:
     done = {piece: result for piece in work.pieces if (result := shelf.get(piece)) is not None}
     missing = [piece for piece in work.pieces if piece not in done]
     if use_ray is None:
-        use_ray = bool(os.environ.get("RAY_ADDRESS"))
+        use_ray = named_ray() is not None
 
     def finished(piece: str, result: Any) -> None:
         done[piece] = result

@@ -4,14 +4,13 @@
 
 Whatever is wrong and can be seen in headers is found before anything is loaded. What is found later, in one checkpoint,
 stops no other: the report has what was measured, and the error in place of the rest. One checkpoint on data alone is
-measured in this process, since starting Ray would cost more, unless RAY_ADDRESS names a cluster. Tasks always run in a
-process of Ray's: lm-evaluation-harness prints to standard output as it pleases, where `--json` belongs.
+measured in this process, since starting Ray would cost more, unless one is named (`address.named_ray`). Tasks always
+run in a process of Ray's: lm-evaluation-harness prints to standard output as it pleases, where `--json` belongs.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lesa_ray import __version__
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.address import named_ray
 from lesa_ray.distributed.report_file import try_place, write_report
 from lesa_ray.errors import MachineError, SomeFailed, SomeWrong, UserError
 from lesa_ray.evaluation.checkpoints import Bounds, read_bounds
@@ -48,7 +48,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure every checkpoint of `config`; the report as JSON values, which `config.out` gets too.
 
-    use_ray: None decides by the number of checkpoints, tasks and RAY_ADDRESS.
+    use_ray: None decides by the number of checkpoints, tasks, and whether a Ray is named.
     Raises: UserError for wrong input, naming the checkpoint or the data; MachineError for a fault; SomeWrong or
     SomeFailed, with the report, which `config.out` has then too, if that is so of some checkpoints and not of others;
     NotWritten if the report was made but `config.out` does not take it."""
@@ -61,7 +61,7 @@ def evaluate(
     config = config.model_copy(update={"tasks": resolve_tasks(config.tasks)})
     job = make_job(config, open_data(config), bounds)
     if use_ray is None:
-        use_ray = len(bounds) > 1 or bool(config.tasks) or bool(os.environ.get("RAY_ADDRESS"))
+        use_ray = len(bounds) > 1 or bool(config.tasks) or named_ray() is not None
     if use_ray:
         listener.phase("starting Ray", 0)
         ends = _side_by_side(job, bounds, listener)

@@ -7,7 +7,6 @@ This is the same on a laptop and on a cluster; what differs is the runner.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from lesa_ray.checkpoint.manifest import Manifest, read_manifest
 from lesa_ray.checkpoint.mark import LEASE_DIR
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import ExpandConfig
-from lesa_ray.distributed.address import check_address
+from lesa_ray.distributed.address import check_address, named_ray
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import MachineError, RoomError, UserError
 from lesa_ray.expansion.layout import Expansion
@@ -143,7 +142,7 @@ def _rehearsing(expansion: Expansion) -> Iterator[Callable[[], None]]:
 
 
 def _default_runner(computes: bool, out: Storage, listener: Listener) -> Runner:
-    if not computes and (out.is_local or os.environ.get("RAY_ADDRESS") in (None, "", "local")):
+    if not computes and (out.is_local or named_ray() in (None, "local")):
         return InlineRunner()  # one disk is no faster for many tasks, and starting Ray takes longer than the copy
     try:
         from lesa_ray.distributed.ray_runner import RayRunner

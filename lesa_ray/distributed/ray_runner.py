@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
-from lesa_ray.distributed.address import check_address
+from lesa_ray.distributed.address import check_address, named_ray
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
@@ -68,8 +68,7 @@ def start_ray() -> bool:
     check_address()
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    named = os.environ.get("RAY_ADDRESS")
-    address = named or _started_here()
+    address = named_ray()
     try:
         if address not in ("local", None):
             with as_before():
@@ -77,7 +76,7 @@ def start_ray() -> bool:
             return False
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
         left = "; `ray start` left its address here: run `ray stop` if it is gone, or set RAY_ADDRESS=local"
-        hint = "" if named else left
+        hint = "" if os.environ.get("RAY_ADDRESS") else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     _close_token_folder()
@@ -101,22 +100,6 @@ def _close_token_folder() -> None:
     with contextlib.suppress(OSError):  # a home that is read-only; Ray says so if it needs it
         os.makedirs(folder, exist_ok=True)
         os.chmod(folder, 0o700)
-
-
-def _started_here() -> str | None:
-    """The address that the last `ray start` on this machine wrote down; `ray stop` removes it.
-
-    Ray's own `auto` would also take a Ray that is embedded in some other process, and end when that does. What another
-    user wrote is not taken: in a folder for all (`/tmp`) anybody could name a cluster that is to get this one's work.
-    """
-    root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    try:
-        with open(os.path.join(root, "ray", "ray_current_cluster"), encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_uid not in (os.getuid(), 0):
-                return None
-            return file.read().strip() or None
-    except OSError:
-        return None
 
 
 def _passed_on() -> dict[str, Any]:

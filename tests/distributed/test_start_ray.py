@@ -16,9 +16,14 @@ import pytest
 import ray
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.distributed import ray_runner
-from lesa_ray.distributed.address import check_address
-from lesa_ray.distributed.ray_runner import _started_here, start_ray
+from lesa_ray.distributed.address import check_address, started_here
+from lesa_ray.distributed.analyze import analyze
+from lesa_ray.distributed.evaluate import evaluate
+from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.evaluation.settings import EvaluateConfig
+from tests.evaluation import tiny
 
 SCRIPT = """
 import json, os, sys
@@ -32,6 +37,8 @@ try:
     )
     import ray
     from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.evaluation.settings import EvaluateConfig
+from tests.evaluation import tiny
 
     assert start_ray() is False
     print("FOUND", json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote(), timeout=180)))
@@ -113,7 +120,37 @@ def test_an_address_that_another_user_wrote_is_not_taken(tmp_path: Path, monkeyp
             return os.stat_result((*real(file)[:4], writer, *real(file)[5:]))
 
         monkeypatch.setattr(os, "fstat", status)
-        assert _started_here() == ("10.0.0.1:6379" if taken else None)
+        assert started_here() == ("10.0.0.1:6379" if taken else None)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("command", ["analyze", "evaluate"])
+def test_what_ray_start_left_is_taken_for_one_checkpoint_too(
+    command: str, apart: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=2)
+    (tmp_path / "some.txt").write_text("To be, or not to be.")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", apart)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    asked: list[object] = []
+
+    def init(address: str, **settings: Any) -> None:
+        asked.append(address)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(ray, "init", init)
+    run: Callable[[], Any] = {
+        "analyze": lambda: analyze(AnalyzeConfig(base=base, fit=False, match=False)),
+        "evaluate": lambda: evaluate(EvaluateConfig(checkpoints=(base,), data=(str(tmp_path / "some.txt"),))),
+    }[command]
+    assert run()
+    assert not asked
+    (Path(apart) / "ray").mkdir()
+    (Path(apart) / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+    with pytest.raises(MachineError, match=r"^Ray cluster 10\.0\.0\.1:6379: cannot be reached .*run `ray stop`"):
+        run()
+    assert asked == ["10.0.0.1:6379"]
 
 
 def test_a_node_that_comes_up_slowly_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
