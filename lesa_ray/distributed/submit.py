@@ -42,6 +42,7 @@ from lesa_ray.sizes import size
 DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start`, `ray dashboard` and `kubectl port-forward` put a cluster's dashboard on this machine."""
 _ATTEMPTS = 30  # to hand in a job, and to reach a cluster again while following one, which goes on meanwhile
+_CONNECTIONS = 6  # to reach it first
 _PAUSE_SECONDS = 2.0
 _SILENT_SECONDS = 60.0  # without a piece of log; then the job is asked after, and its log from the start
 _ANSWER_SECONDS = 20.0
@@ -54,23 +55,23 @@ _MOST_BYTES = 100_000_000  # of files that travel; the code has one or two milli
 def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, wait: bool = True) -> int:
     """Run `command` on the cluster at `address`; the job's own exit code, or 0 at once without `wait`.
 
-    address: the URL of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or `DASHBOARD`.
+    address: the URL of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS where that is one, or
+    `DASHBOARD`.
     cpus: what the command itself takes of a node, beside its tasks; with 0 it runs on the head.
     Standard output is the job's log, or its name without `wait`; standard error says what becomes of it.
-    Raises: UserError if there is no command, the cluster asks for a token, or its Ray or Python is another one.
-    MachineError if the cluster cannot be reached, or the job ended otherwise than by itself.
+    Raises: UserError if there is no command, the address is not a dashboard's, the cluster asks for a token, or its Ray
+    or Python is another one. MachineError if the cluster cannot be reached, or the job ended otherwise than by itself.
     """
     if not command:
         raise UserError("COMMAND: missing; for example: lesa-ray submit -- python -m pipelines.expand --config FILE")
     if cpus < 0:
         raise UserError(f"--cpus {cpus:g}: must be 0 or more")
-    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    url = url if url not in (None, "local") else DASHBOARD  # `local` is start_ray's word for no cluster
+    url = _dashboard(address)
     where = _without_password(url)
     logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of every file that stays here
     with _faults_of(url):
         os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's client takes the variable even where it is given an address
-        client = _Client(url)
+        client = _connected(url)
         _check_versions(client, where)
         with packaged(command) as (folder, entrypoint):
             job = _submitted(
@@ -91,6 +92,39 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
     except KeyboardInterrupt:
         _say(f"{job} goes on; `ray job logs --follow {job}` shows it, `ray job stop {job}` ends it")
         return 130
+
+
+def _dashboard(address: str | None) -> str:
+    """Where the job goes.
+
+    Raises: UserError for what is no URL: Ray's client would ask there for the dashboard's, as it asks a cluster's own
+    port, and be told the address by which the head knows it.
+    """
+    given = {"--address": address, **{name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}}
+    name, url = next(((name, url) for name, url in given.items() if url), ("", "local"))
+    if url == "local":  # start_ray's word for no cluster
+        return DASHBOARD
+    if "://" not in url and url != "auto":
+        host = url.rpartition("@")[2].partition("/")[0]
+        host = host.rpartition(":")[0] or host
+        raise UserError(
+            f"{name} {url}: is not the URL of a dashboard, which takes jobs (HOST:6379 is Ray's own port); give one, "
+            f"such as http://{host}:8265, with --address or RAY_API_SERVER_ADDRESS"
+        )
+    return url
+
+
+def _connected(url: str) -> _Client:
+    """A client of the dashboard there. One that refuses is tried again for some seconds: the forwarding of a port that
+    was begun a moment ago (`kubectl port-forward`, `ray dashboard`) may not listen yet."""
+    for attempt in range(_CONNECTIONS - 1):
+        try:
+            return _Client(url)
+        except ConnectionError:
+            if attempt == 0:
+                _say(f"nothing answers at {_without_password(url)} yet; waiting")
+        time.sleep(_PAUSE_SECONDS)
+    return _Client(url)
 
 
 @contextlib.contextmanager

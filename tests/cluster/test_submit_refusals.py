@@ -7,6 +7,7 @@ import platform
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,11 +23,19 @@ HERE = {"/api/v0/cluster_metadata": {"data": {"pythonVersion": platform.python_v
 OURS = {"/api/version": {"ray_version": ray.__version__}, "/api/v0/cluster_metadata": {"data": {"pythonVersion": "?"}}}
 
 
+def free_port() -> int:
+    """One at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture
 def submit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Submit:
     """Run `lesa-ray submit` in this process: its exit code and its last line."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(jobs, "_PAUSE_SECONDS", 0.01)
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["lesa-ray", "submit", *arguments])
@@ -47,7 +56,9 @@ def dashboard() -> Iterator[Callable[[dict[str, Any], int], str]]:
     `refusals`: what it says to a job before it takes it; without them none must be submitted."""
     servers = []
 
-    def start(answers: dict[str, Any], status: int = 200, refusals: list[tuple[int, str]] | None = None) -> str:
+    def start(
+        answers: dict[str, Any], status: int = 200, refusals: list[tuple[int, str]] | None = None, port: int = 0
+    ) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 known = self.path in answers or (refusals is not None and "/packages/" in self.path)
@@ -69,7 +80,7 @@ def dashboard() -> Iterator[Callable[[dict[str, Any], int], str]]:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"
@@ -101,13 +112,50 @@ def test_a_cluster_that_asks_for_a_token(submit: Submit, dashboard: Callable[...
 
 
 def test_no_cluster_there_and_no_password_shown(submit: Submit) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code, line = submit("--address", f"http://user:hidden@127.0.0.1:{port}", "--", "python", "x.py")
     assert code == 1
     assert f"cluster http://127.0.0.1:{port}: no job was started" in line
     assert "hidden" not in line
+
+
+def test_a_port_that_is_forwarded_a_little_later(
+    dashboard: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            dashboard(OURS | HERE, 200, [], port)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    assert jobs.submit(["python", "x.py"], address, wait=False) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("a-job\n", f"lesa-ray: nothing answers at {address} yet; waiting\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "instead"),
+    [
+        ("RAY_ADDRESS", "10.0.0.1:6379", "http://10.0.0.1:8265"),
+        ("RAY_API_SERVER_ADDRESS", "head:8265", "http://head:8265"),
+        ("--address", "[::1]:8265", "http://[::1]:8265"),
+    ],
+)
+def test_an_address_that_is_no_dashboards(
+    variable: str, given: str, instead: str, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    if not variable.startswith("-"):
+        monkeypatch.setenv(variable, given)
+    code, line = submit(*([variable, given] if variable.startswith("-") else []), "--", "python", "x.py")
+    assert code == 2
+    assert line.startswith(f"lesa-ray: {variable} {given}: is not the URL of a dashboard")
+    assert f"such as {instead}, with --address or RAY_API_SERVER_ADDRESS" in line
 
 
 def test_a_cluster_that_takes_no_jobs_yet_is_waited_for(
