@@ -15,8 +15,9 @@ import typer
 from lesa_ray.cli_analyze import COMMANDS as ANALYSIS
 from lesa_ray.cli_compare import COMMANDS as COMPARISON
 from lesa_ray.cli_fleet import COMMANDS
+from lesa_ray.cli_keys import LESA_OPTIONS, Command
 from lesa_ray.cli_layerwise import COMMANDS as LAYERWISE
-from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, print_json, with_options, working
+from lesa_ray.cli_options import AsJson, ConfigFile, OptionalBase, described, print_json, with_options, working
 from lesa_ray.cli_report import COMMANDS as REPORT
 from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.ending import INTERRUPTED, ending
@@ -35,12 +36,12 @@ app = typer.Typer(
 _growing = with_options(
     ExpandConfig,
     leave_out=("base", "out"),
-    inner={"lesa": ("svd", "rank", "predictor", "share_experts", "epochs", "holdout")},
+    inner={"lesa": LESA_OPTIONS},
 )
 """The options of `expand` and `inspect`."""
 
 
-@app.command()
+@app.command(cls=Command)
 @_growing
 def expand(
     base: OptionalBase = None,
@@ -94,7 +95,7 @@ def expand(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 @_growing
 def inspect(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A folder, a Hugging Face repo id, or an fsspec URL.")],
@@ -135,7 +136,11 @@ def _show(expansion: Any, cluster: str | None, as_json: bool) -> None:
 def tokenize(
     places: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DATA... TOKENIZER OUT", help="Text to read, a tokenizer, a new folder or URL."),
+        typer.Argument(
+            metavar="DATA... TOKENIZER OUT",
+            help=f"DATA: {described(TokenizeConfig, 'data', '')} "
+            f"TOKENIZER: {described(TokenizeConfig, 'tokenizer', '')} OUT: a new folder or an fsspec URL.",
+        ),
     ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -287,7 +292,7 @@ def submit(
 
 
 for command in (*COMMANDS, *COMPARISON, *ANALYSIS, *REPORT, *LAYERWISE):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_trained(result: Any, as_json: bool) -> None:

@@ -104,42 +104,57 @@ def _ray_is_up() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
+def described(kind: type[Settings], name: str, required: str = "required") -> str:
+    """What a setting is, up to the first empty line of its docstring, and its default, or `required` (if that says
+    something) where it has none."""
+    field = kind.model_fields[name]
+    told = " ".join((field.description or "").split("\n\n")[0].split())
+    shown = required if field.is_required() else _shown(field.get_default(call_default_factory=True))
+    if not shown:
+        return told
+    return f"{told} [{shown}]" if field.is_required() else f"{told} [default: {shown}]"
+
+
 def _option(kind: Any, name: str, prefix: str = "") -> Any:
     """The annotation of one option; its help begins with `prefix`."""
     field = kind.model_fields[name]
-    described = " ".join((field.description or "").split("\n\n")[0].split())
+    text = described(kind, name, "required; here or in --config")
     if prefix:
-        described = f"{prefix}{described[:1].lower()}{described[1:]}"
-    shown = _shown(field.default)
-    text = f"{described} [default: {shown}]" if shown and not field.is_required() else described
+        text = f"{prefix}{text[:1].lower()}{text[1:]}"
     flag = f"--{name.replace('_', '-')}"
-    types_of = _members(field.annotation)
+    types_of = members(field.annotation)
     if bool in types_of:
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text)]
-    if any(typing.get_origin(t) is tuple and typing.get_args(t)[-1] is Ellipsis for t in types_of):
-        return Annotated[list[str] | None, typer.Option(flag, help=f"{text} Repeatable.")]
-    literals = [t for t in types_of if typing.get_origin(t) is Literal]
-    if literals:
-        choices = "|".join(str(value) for value in typing.get_args(literals[0]))
+    several = [t for t in types_of if typing.get_origin(t) is tuple and typing.get_args(t)[-1] is Ellipsis]
+    if several:
+        choices = _choices(typing.get_args(several[0])[0])
+        return Annotated[list[str] | None, typer.Option(flag, help=f"{text} Repeatable.", metavar=choices)]
+    if choices := _choices(field.annotation):
         return Annotated[str | None, typer.Option(flag, help=text, metavar=choices)]
     plain = [t for t in types_of if t in _PLAIN]
-    several = len([t for t in types_of if t is not type(None)]) > 1
-    chosen = str if several or not plain else plain[0]
+    mixed = len([t for t in types_of if t is not type(None)]) > 1
+    chosen = str if mixed or not plain else plain[0]
     return Annotated[chosen | None, typer.Option(flag, help=text)]
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def _choices(annotation: Any) -> str | None:
+    """The words that a value is one of, if it is."""
+    words = [word for one in members(annotation) if typing.get_origin(one) is Literal for word in typing.get_args(one)]
+    return "|".join(map(str, words)) or None
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
     """The types that a value may have. One that is read from another (a size from "8GB") stays whole."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
-        return tuple(member for one in typing.get_args(annotation) for member in _members(one))
+        return tuple(member for one in typing.get_args(annotation) for member in members(one))
     if typing.get_origin(annotation) is Annotated:
         plain, *checks = typing.get_args(annotation)
-        return (annotation,) if any(isinstance(check, BeforeValidator) for check in checks) else _members(plain)
+        return (annotation,) if any(isinstance(check, BeforeValidator) for check in checks) else members(plain)
     return (annotation,)
 
 
 def _shown(default: Any) -> str:
-    if default is None or default == () or isinstance(default, Settings):
+    if default in (None, (), {}) or isinstance(default, Settings):
         return ""
     if isinstance(default, tuple):
         return ",".join(str(value) for value in default)

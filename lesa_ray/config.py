@@ -193,6 +193,7 @@ class ExpandConfig(Settings):
     recipe: Recipe = "paper"
     """Where a paper and its released code differ, the paper's choice or the code's."""
     lesa: LesaSettings = LesaSettings()
+    """Settings of LESA."""
     variants: tuple[str, ...] = ()
     """Other checkpoints of the same shape whose layer triples join LESA's training rows (paper, section 4.4)."""
     seed: Seed = 0

@@ -77,6 +77,7 @@ class ComparisonConfig(GraphConfig):
     by default its method and settings). A list of values is an arm for each. `method: base` is the base itself, trained
     on: a control with a `pretrain` of its own, as the learning rate that suits new layers may not suit it."""
     controls: Controls = Controls()
+    """Controls, each of which is there unless it is false."""
     reference: str | None = None
     """The arm (by name) whose final loss the others are measured by, and whose compute the control gets. By default the
     first arm."""

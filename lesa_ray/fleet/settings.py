@@ -33,7 +33,9 @@ class Amount(Settings):
     """What a stage is reckoned to take of the cluster while it runs."""
 
     cpus: float = Field(default=0.0, ge=0)
+    """CPU cores."""
     gpus: float = Field(default=0.0, ge=0)
+    """GPUs."""
 
 
 class Family(Settings):
@@ -50,7 +52,7 @@ class Family(Settings):
     stages: StageSettings = Field(default_factory=dict)
     """Settings of stages for this family alone, on top of the fleet's."""
     resources: dict[StageName, Amount] = Field(default_factory=dict)
-    """The same of `resources`."""
+    """What a stage of this family is reckoned to take, in place of the fleet's."""
 
 
 class GraphConfig(Settings):
@@ -82,7 +84,9 @@ class FleetConfig(GraphConfig):
     what: ClassVar[str] = "fleet"
 
     families: tuple[Family, ...] = Field(min_length=1)
+    """A list of checkpoints to grow, each with its text."""
     methods: Several = Field(default=("lesa",), min_length=1)
+    """How to grow them, as `lesa-ray expand --method` takes it."""
     factors: tuple[Annotated[float, Field(gt=1, le=64)], ...] = Field(default=(1.5,), min_length=1)
     """Layers afterwards over layers before; `factor` names a single one."""
     stages: StageSettings = Field(min_length=1)
