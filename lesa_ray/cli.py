@@ -1,7 +1,8 @@
 """Grow a pretrained language model deeper, train it on, and see what it costs and what it gives.
 
 Standard output is for results (`--json`), standard error for people. Exit code 0: done; 2: wrong input, one line says
-what, nothing was written; 1: a fault of the machine, the same command goes on; 130: interrupted, likewise.
+what, nothing is left behind but what was finished; 1: a fault of the machine, the same command goes on; 130:
+interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -146,7 +147,9 @@ def tokenize(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Turn text or conversations into token blocks, which training reads: DATA... TOKENIZER OUT."""
+    """Turn text or conversations into token blocks for training.
+
+    All places but the last two are DATA."""
     if places and len(places) < 3:
         raise UserError("DATA, TOKENIZER and OUT: give all three, or --config FILE")
     *data, tokenizer, out = places or (None, None, None)
@@ -179,7 +182,7 @@ def pretrain(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Train a checkpoint on, or a configuration from scratch, on token blocks: CKPT, --data, --out."""
+    """Train a checkpoint on, or a configuration from scratch. On token blocks: CKPT, --data, --out."""
     settings = load_settings(TrainConfig, config, checkpoint=checkpoint, **given)
     check_kept("--out", settings.out)
 
@@ -201,7 +204,7 @@ def finetune(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Fine-tune a checkpoint on conversations, the loss on the answers only: CKPT, --data, --out."""
+    """Fine-tune a checkpoint on conversations. The loss is on the answers only: CKPT, --data, --out."""
     settings = load_settings(FinetuneConfig, config, checkpoint=checkpoint, **given)
     check_kept("--out", settings.out)
 
@@ -222,7 +225,7 @@ def export(
     ] = "last",
     as_json: AsJson = False,
 ) -> None:
-    """Write any checkpoint of a training run as a Hugging Face folder."""
+    """Write a checkpoint of a training run as a Hugging Face folder."""
     check_kept("OUT", out)
     from lesa_ray.training.finish import export_checkpoint
 
@@ -246,7 +249,7 @@ def evaluate(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Measure checkpoints side by side: perplexity on text or token blocks, tasks of lm-evaluation-harness."""
+    """Measure checkpoints side by side. Perplexity on text or token blocks, tasks of lm-evaluation-harness."""
     settings = load_settings(EvaluateConfig, config, checkpoints=checkpoints, **given)
     check_kept("--out", settings.out)
     from lesa_ray.report import terminal
@@ -285,7 +288,7 @@ def submit(
     cpus: Annotated[float, typer.Option(help="CPUs for the command itself; 0 runs it on the head.")] = 1.0,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's name and go.")] = False,
 ) -> None:
-    """Run a command on a Ray cluster as a job, with this project's code and the files it names."""
+    """Run a command on a Ray cluster as a job. It has this project's code and the files it names."""
     from lesa_ray.distributed.submit import submit as run
 
     sys.exit(run(command or [], address=address, cpus=cpus, wait=not no_wait))

@@ -20,7 +20,7 @@ def analyze(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Show what a checkpoint's weights look like, and with --data what its layers do; nothing is trained."""
+    """Show what a checkpoint's weights look like. With --data also what its layers do; nothing is trained."""
     settings = load_settings(AnalyzeConfig, config, base=base, **given)
     check_kept("--out", settings.out)
     begin = time.monotonic()

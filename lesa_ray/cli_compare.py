@@ -23,7 +23,8 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stages, and why each is made; no more.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Grow one base in several ways, train all on the same data, and compare: whatever of FILE is missing.
+    """Grow one base in several ways, train all, and compare. Whatever of FILE is missing is made, on the same data for
+    all.
 
     The result is comparison.json in the artifact store, beside a table here."""
     from lesa_ray.config import load_settings

@@ -23,7 +23,7 @@ def fleet(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stages, and why each is made; no more.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Expand, train and measure families of checkpoints: whatever of FILE is missing or has changed.
+    """Expand, train and measure families of checkpoints. Whatever of FILE is missing, or has changed, is made.
 
     `fleet status FILE` shows where its stages stand, from the artifact store alone."""
     from lesa_ray.config import load_settings
@@ -108,7 +108,7 @@ def verify(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished stage's folder or URL: STORE/KIND/LABEL-HASH.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read every file of a finished stage and compare it with its record; exit code 1 if one differs."""
+    """Compare the files of a finished stage with its record. Every byte is read; exit code 1 if one differs."""
     from lesa_ray.store.catalog import find_run
     from lesa_ray.store.record import compare_files
 
@@ -133,7 +133,8 @@ def gc(
     ] = 7.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what was abandoned in an artifact store: unfinished stages no one works on, uploads never completed."""
+    """Show, or with --yes remove, what was abandoned in a store. Unfinished stages no one works on, uploads never
+    completed."""
     from lesa_ray.report.fleet import garbage_table
     from lesa_ray.report.terminal import console
     from lesa_ray.sizes import size

@@ -19,7 +19,7 @@ def layerwise(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Make a configuration whose layers differ in width, to pre-train from scratch: OUT."""
+    """Make a configuration whose layers differ in width. The model is then pre-trained from scratch."""
     from lesa_ray.config import load_settings
     from lesa_ray.layerwise.folder import write_folder
     from lesa_ray.layerwise.settings import architecture, sizes_of

@@ -22,7 +22,9 @@ def report(
     out: Annotated[str, typer.Option(help="Where report.html and figures/*.png go: a folder or an fsspec URL.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make one HTML page, and images, of what was measured: RUN..., any mix of comparisons, analyses, checkpoints."""
+    """Make one HTML page, and images, of what was measured. RUN... is any mix of what the page can show.
+
+    It takes `pip install 'lesa-ray[report]'`."""
     check_kept("--out", out)
     from lesa_ray.report.page.build import write_report
 

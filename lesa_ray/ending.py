@@ -1,7 +1,8 @@
 """How a command or a job ends when something stops it: one line, and an exit code that says whether it is worth another
 try.
 
-2: wrong input, nothing was written. 1: a fault of the machine, the same command goes on. 130: interrupted, likewise.
+2: wrong input, nothing is left behind but what was finished. 1: a fault of the machine, the same command goes on. 130:
+interrupted, likewise.
 """
 
 from __future__ import annotations

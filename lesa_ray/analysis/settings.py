@@ -46,6 +46,7 @@ class AnalyzeConfig(Settings):
     lesa: LesaSettings = LesaSettings()
     """Settings of that fit."""
     seed: Seed = 0
+    """Of all random numbers."""
     memory_budget: Bytes | None = None
     """Host memory of one weight type's work, in bytes or with a unit. By default four fifths of what is free.
     What does not fit goes to a file, as `expand`'s does (LESA_RAY_SCRATCH)."""

@@ -51,7 +51,8 @@ class LayerwiseConfig(Settings):
     layers: int = Field(default=18, ge=1)
     """Decoder layers."""
     params: Count | None = None
-    """Parameters in all, e.g. 180M, met within 0.5 % by scaling FFN widths. None: the profile's own widths."""
+    """Parameters in all, e.g. 180M, met within 0.5 % by scaling FFN widths. By default what the profile's own
+    widths give."""
     d_model: int = Field(default=768, ge=1)
     """Width of the residual stream."""
     head_dim: int = Field(default=64, ge=2)
@@ -59,11 +60,11 @@ class LayerwiseConfig(Settings):
     kv_heads: int = Field(default=4, ge=1)
     """KV heads of every layer; query heads are multiples of it."""
     beta: tuple[float, ...] | None = None
-    """FFN width over d_model: bottom,top or bottom,middle,top; before it is scaled. None: the profile's own."""
+    """FFN width over d_model: bottom,top or bottom,middle,top; before it is scaled. By default the profile's own."""
     alpha: tuple[float, ...] | None = None
     """Query heads over d_model / head_dim, likewise."""
     multiple: int | None = Field(default=None, ge=1)
-    """What FFN widths are multiples of. None: the largest of 256, 128, 64 … that meets the budget."""
+    """What FFN widths are multiples of. By default the largest of 256, 128, 64 … that meets the budget."""
     vocab_size: int = Field(default=50_304, ge=1)
     """Entries of the vocabulary."""
     seq_len: int = Field(default=1024, ge=1)

@@ -110,8 +110,8 @@ class TrainConfig(Settings):
     cpu_offload: bool = False
     """Keep sharded weights, gradients and optimizer state in the CPU's memory."""
     workers: int | tuple[int, int] = 1
-    """Worker processes, or the fewest and the most: as many as are free at the start, after a fault, and when a
-    checkpoint is complete."""
+    """Worker processes: `8`, or `2-8`, the fewest and the most: as many as are free at the start, after a fault, and
+    when a checkpoint is complete."""
     gpus_per_worker: Gpus | None = None
     """GPUs of a worker. By default one where the cluster has GPUs, else none. A part of one is for a single worker:
     NCCL refuses two of a run on one GPU."""
@@ -220,7 +220,7 @@ class FinetuneConfig(TrainConfig):
     batch: int = Field(default=16, ge=1)
     """Rows of one optimizer step over all workers, each of many conversations."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes through the conversations, instead of steps. None of the three: 3."""
+    """Passes through the conversations, instead of steps. By default 3, if neither steps nor tokens are given."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak of AdamW's learning rate."""
     warmup: float = Field(default=0.03, ge=0)
