@@ -17,12 +17,15 @@ import ray
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed import ray_runner
 from lesa_ray.distributed.address import check_address, started_here
 from lesa_ray.distributed.analyze import analyze
 from lesa_ray.distributed.evaluate import evaluate
+from lesa_ray.distributed.expand import _default_runner
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.expansion.runner import Silent
 from tests.evaluation import tiny
 
 SCRIPT = """
@@ -38,6 +41,7 @@ try:
     import ray
     from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.evaluation.settings import EvaluateConfig
+from lesa_ray.expansion.runner import Silent
 from tests.evaluation import tiny
 
     assert start_ray() is False
@@ -124,8 +128,8 @@ def test_an_address_that_another_user_wrote_is_not_taken(tmp_path: Path, monkeyp
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("command", ["analyze", "evaluate"])
-def test_what_ray_start_left_is_taken_for_one_checkpoint_too(
+@pytest.mark.parametrize("command", ["analyze", "evaluate", "copies"])
+def test_what_ray_start_left_is_taken_for_small_work_too(
     command: str, apart: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=2)
@@ -143,6 +147,7 @@ def test_what_ray_start_left_is_taken_for_one_checkpoint_too(
     run: Callable[[], Any] = {
         "analyze": lambda: analyze(AnalyzeConfig(base=base, fit=False, match=False)),
         "evaluate": lambda: evaluate(EvaluateConfig(checkpoints=(base,), data=(str(tmp_path / "some.txt"),))),
+        "copies": lambda: _default_runner(False, Storage("memory://out"), Silent()),
     }[command]
     assert run()
     assert not asked
