@@ -40,9 +40,6 @@ try:
     )
     import ray
     from lesa_ray.distributed.ray_runner import start_ray
-from lesa_ray.evaluation.settings import EvaluateConfig
-from lesa_ray.expansion.runner import Silent
-from tests.evaluation import tiny
 
     assert start_ray() is False
     print("FOUND", json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote(), timeout=180)))
