@@ -106,14 +106,18 @@ class Solved:
 def check_frame(frame: Frame) -> None:
     """Raises: UserError for sizes that make no model."""
     profile = frame.profile
-    for name, knots in (("beta", profile.beta), ("alpha", profile.alpha)):
+    for name, knots, whole in (("beta", profile.beta, FRAME_BETA), ("alpha", profile.alpha, FRAME_ALPHA)):
         if not 1 <= len(knots) <= 3:
             raise UserError(f"{name} {_list(knots)}: give one value, two (bottom, top) or three (bottom, middle, top)")
+        what = "widths" if name == "beta" else "numbers of heads"
         if min(knots) <= 0:
-            what = "widths" if name == "beta" else "numbers of heads"
             raise UserError(f"{name} {_list(knots)}: gives layers {what} of zero or below; give values above 0")
         if len(knots) == 3 and frame.layers < 3:
             raise UserError(f"{name} {_list(knots)}: three knots need three layers, there are {frame.layers}")
+        if min(multipliers(knots, frame.layers, whole if profile.framed else None)) == 0:
+            raise UserError(
+                f"{name} {_list(knots)}: is rounded to two decimals and gives layers {what} of zero; give larger values"
+            )
     if profile.framed and frame.layers < 3:
         raise UserError(f"layers {frame.layers}: a framed profile needs three, its first and last are fixed")
     if frame.d_model % frame.head_dim:

@@ -82,6 +82,10 @@ def test_without_a_budget_the_profile_is_as_it_is() -> None:
         ({"head_dim": 3}, r"head_dim 3: rotary embeddings need an even one"),
         ({"beta": "-1,4"}, r"beta -1,4: gives layers widths of zero or below"),
         ({"alpha": "0.5,0"}, r"alpha 0.5,0: gives layers numbers of heads of zero or below"),
+        ({"beta": "0.001,0.002", "params": "1B"}, r"beta 0.001,0.002: is rounded to two decimals .* widths of zero"),
+        ({"beta": "0.004,4"}, r"beta 0.004,4: is rounded to two decimals"),
+        ({"alpha": "0.002,1"}, r"alpha 0.002,1: is rounded to two decimals and gives layers numbers of heads of zero"),
+        ({"profile": "framed", "beta": "0.001,0.001"}, r"beta 0.001,0.001: is rounded"),
         ({"beta": "1,2,3,4"}, r"beta 1,2,3,4: give one value, two .* or three"),
         ({"profile": "crown", "layers": 2}, r"needs? three"),
         ({"profile": "framed", "layers": 2}, r"layers 2: a framed profile needs three"),
@@ -95,6 +99,11 @@ def test_what_makes_no_model_is_refused(given: dict[str, Any], says: str) -> Non
     with pytest.raises(UserError, match=says) as refused:
         solved(**given)
     assert "\n" not in str(refused.value)
+
+
+def test_a_frame_makes_up_for_what_is_rounded_to_zero_there() -> None:
+    widths = solved(profile="framed", beta="0.001,4", params="180M").sizes.widths
+    assert widths[0] == widths[-1] == 3072
 
 
 def test_tied_embeddings_count_once() -> None:
