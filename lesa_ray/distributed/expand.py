@@ -79,6 +79,8 @@ def expand(
     expansion = prepare(config)
     if expansion.chosen is not None:
         listener.phase(f"auto: {expansion.job.method.name}, since {expansion.chosen}", 0)
+    if (widths := expansion.job.widths) is not None and widths.note is not None:
+        listener.phase(widths.note, 0)
     state = out_state(expansion)
     if state == "done":
         return _reused(expansion, begin)

@@ -98,7 +98,19 @@ class Expansion:
             "base_config": hashlib.sha256(raw_config).hexdigest(),
             "variants": variants,
             **({"importance": self.importance} if self.importance is not None else {}),
+            **self._heads,
         }
+
+    @property
+    def _heads(self) -> dict[str, Any]:
+        """The slots' heads where these are a tenth or more too few: until they were the nearest multiple such slots got
+        one more for each KV head, and a result of that time is another."""
+        widths = self.job.widths
+        if widths is None:
+            return {}
+        heads = [slot.heads for slot in widths.slots]
+        enough = all(10 * n > 9 * asked for n, asked in zip(heads, widths.asked_heads, strict=True))
+        return {} if enough else {"heads": heads}
 
     @cached_property
     def fingerprint(self) -> str:

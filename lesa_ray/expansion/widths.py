@@ -7,8 +7,9 @@ wider than old ones (`new_width`):
 1. Pad. Layers are read as if all were as wide as the widest: with zero neurons, and zero query heads at the end of each
    group. The function of a layer stays what it is. The method runs on these as on even layers.
 2. Width. A slot's is interpolated linearly, by its place, between the nearest old layers below and above it, times its
-   `new_width`: FFN neurons to a multiple that the base itself uses, query heads to a multiple of the KV heads, both by
-   the rounding of `layerwise.profiles`. KV heads stay: the groups are what layers have in common.
+   `new_width`: FFN neurons to a multiple that the base itself uses, by the rounding of `layerwise.profiles`, query
+   heads to the nearest multiple of the KV heads, one at least. KV heads stay: the groups are what layers have in
+   common. So where every query head has a KV head of its own, heads can only be doubled, trebled and so on.
 3. Cut. Of the method's result the neurons of largest norm are kept, and of each group the heads: input and output
    weights together, in the order they had. An output projection that nobody makes, as it will be zero, does not count.
 4. Add. What is still missing to the slot's width gets output weights of zero, so that the function stays, and input
@@ -62,6 +63,8 @@ RULE = (
 """The rule in a line, for the manifest."""
 WHOLE_LAYERS = "; whole layers can be copied by llama-pro and solar"
 """What expand can do where layers differ in ways that the rule does not know."""
+_OFF = 0.1
+"""Heads that are further off what was asked, as a share of that, are told."""
 _LARGEST_MULTIPLE = 256  # of FFN widths, as layerwise.budget's
 _FINEST = 16
 """Where all layers are alike one width says little of its multiple (64 of 64): it is at most a sixteenth then."""
@@ -91,6 +94,8 @@ class Widths:
     head_dim: int
     multiple: int
     """Of the slots' neurons."""
+    asked_heads: tuple[float, ...] = ()
+    """The slots' query heads before they are rounded."""
 
     @cached_property
     def widest(self) -> Width:
@@ -101,6 +106,24 @@ class Widths:
     def are_even(self) -> bool:
         """Whether all layers, the new ones too, have one width."""
         return len({*self.base, *self.slots}) == 1
+
+    @property
+    def off(self) -> tuple[int, ...]:
+        """Slots, from 0, whose query heads are more than a tenth off what was asked."""
+        pairs = zip(self.slots, self.asked_heads, strict=True)
+        return tuple(at for at, (slot, asked) in enumerate(pairs) if abs(slot.heads - asked) > _OFF * asked)
+
+    @property
+    def note(self) -> str | None:
+        """What a person should know of these slots' heads; None if there are none."""
+        if not self.off:
+            return None
+        most = max(self.off, key=lambda at: abs(self.slots[at].heads / self.asked_heads[at] - 1))
+        others = f", the most of {len(self.off)} new layers" if len(self.off) > 1 else ""
+        return (
+            f"query heads come in steps of the {self.kv_heads} KV heads: {self.slots[most].heads} instead of "
+            f"{self.asked_heads[most]:.3g}{others}"
+        )
 
     def of(self, layer: int) -> Width:
         """A layer's width, by id."""
@@ -153,9 +176,7 @@ def plan_widths(checkpoint: Checkpoint, anatomy: Anatomy, plan: Plan, factors: S
 
     factors: `new_width`. Raises: UserError if layers differ in KV heads, or there are more factors than slots.
     """
-    widths = read_widths(checkpoint, anatomy, WHOLE_LAYERS)
-    slots = slot_widths(plan, widths.base, factors or (1.0,), widths.multiple, widths.kv_heads)
-    return replace(widths, slots=slots)
+    return with_slots(read_widths(checkpoint, anatomy, WHOLE_LAYERS), plan, factors or (1.0,))
 
 
 def read_widths(checkpoint: Checkpoint, anatomy: Anatomy, hint: str = "") -> Widths:
@@ -192,10 +213,9 @@ def base_multiple(neurons: Sequence[int]) -> int:
     return common
 
 
-def slot_widths(
-    plan: Plan, base: Sequence[Width], factors: Sequence[float], multiple: int, kv_heads: int
-) -> tuple[Width, ...]:
-    """The width of each slot of a plan, by id. Raises: UserError if there are more factors than slots."""
+def with_slots(widths: Widths, plan: Plan, factors: Sequence[float]) -> Widths:
+    """The widths with those of a plan's slots. Raises: UserError if there are more factors than slots."""
+    base = widths.base
     places = {output.id: place for place, output in enumerate(plan.outputs)}
     upwards = [output for output in plan.outputs if isinstance(output, New)]
     if len(factors) > len(upwards):
@@ -203,7 +223,7 @@ def slot_widths(
             f"--new-width {','.join(f'{factor:g}' for factor in factors)}: {len(factors)} values for {len(upwards)} "
             "new layers; give one, or at most as many as there are new layers"
         )
-    found: dict[int, Width] = {}
+    found: dict[int, tuple[float, float]] = {}
     for slot, factor in zip(upwards, interpolated(factors, len(upwards)), strict=True):
         below = plan.origin(slot.lower)
         above = next((o.id for o in plan.outputs[places[slot.id] :] if isinstance(o, Old)), below)
@@ -216,8 +236,19 @@ def slot_widths(
             return low[side] + (high[side] - low[side]) * share
 
         neurons, heads = (factor * between(side, base[below], base[above]) for side in SIDES)
-        found[slot.id] = Width(make_divisible(neurons, multiple), make_divisible(heads, kv_heads))
-    return tuple(found[slot.id] for slot in plan.slots)
+        found[slot.id] = neurons, heads
+    asked = [found[slot.id] for slot in plan.slots]
+    return replace(
+        widths,
+        slots=tuple(Width(make_divisible(n, widths.multiple), _nearest(h, widths.kv_heads)) for n, h in asked),
+        asked_heads=tuple(heads for _, heads in asked),
+    )
+
+
+def _nearest(heads: float, kv_heads: int) -> int:
+    """The nearest multiple, of two as near the larger, one at least. Without what `make_divisible` adds lest a width be
+    a tenth too small: steps are coarse here, and × 1.2 would become × 2."""
+    return max(math.floor(heads / kv_heads + 0.5), 1) * kv_heads
 
 
 def interpolated(knots: Sequence[float], count: int) -> list[float]:

@@ -88,6 +88,8 @@ def show_expansion(expansion: Expansion) -> None:
         slots = [job.widths.of(output.id) for output in job.plan.outputs if isinstance(output, New)]
         table.add_row("new FFN widths", ", ".join(f"{width.neurons:,}" for width in slots))
         table.add_row("new query heads", ", ".join(str(width.heads) for width in slots))
+        if job.widths.note is not None:
+            table.add_row("", job.widths.note)
     if (change := class_change(expansion)) is not None:
         table.add_row("class", change)
     table.add_row(
@@ -180,6 +182,7 @@ def _described_widths(expansion: Expansion) -> dict[str, Any]:
         "family": expansion.config["model_type"],
         "ffn": [width.neurons for width in layers],
         "heads": [width.heads for width in layers],
+        "note": widths.note,
     }
 
 

@@ -16,9 +16,9 @@ from lesa_ray.expansion.widths import (
     base_multiple,
     chosen,
     interpolated,
-    slot_widths,
     squares,
     taken,
+    with_slots,
 )
 
 UNEVEN = (Width(64, 4), Width(256, 8), Width(128, 4))
@@ -26,9 +26,8 @@ UNEVEN = (Width(64, 4), Width(256, 8), Width(128, 4))
 
 def sizes(plan: Plan, factors: tuple[float, ...] = (1.0,), multiple: int = 8) -> list[tuple[int, int]]:
     """The widths of a plan's slots from bottom to top."""
-    found = slot_widths(plan, UNEVEN, factors, multiple, kv_heads=2)
-    of = {slot.id: width for slot, width in zip(plan.slots, found, strict=True)}
-    return [(of[o.id].neurons, of[o.id].heads) for o in plan.outputs if o.id in of]
+    found = with_slots(Widths(UNEVEN, (), kv_heads=2, head_dim=8, multiple=multiple), plan, factors)
+    return [(found.of(o.id).neurons, found.of(o.id).heads) for o in plan.outputs if o.id >= 3]
 
 
 def test_a_slots_width_is_that_of_its_place_between_old_layers() -> None:
@@ -38,6 +37,30 @@ def test_a_slots_width_is_that_of_its_place_between_old_layers() -> None:
     # a narrow layer is never rounded away, nor are heads below one for each KV head
     assert sizes(between(3, 4, "0"), (0.01,)) == [(8, 2)]
     assert sizes(between(3, 4, "0"), (3.0,)) == [(480, 18)]
+
+
+def even(heads: int, kv_heads: int, *factors: float) -> Widths:
+    """Of a base of alike layers and one new layer for each factor."""
+    widths = Widths((Width(1024, heads),) * 2, (), kv_heads, head_dim=8, multiple=64)
+    return with_slots(widths, between(2, 2 + len(factors), "top"), factors)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "factor", "rounded"),
+    [(32, 32, 0.25, 32), (32, 32, 1.25, 32), (32, 32, 1.4, 32), (32, 32, 1.5, 64), (32, 8, 0.5, 16), (32, 8, 0.6, 16),
+     (32, 8, 1.2, 40), (14, 2, 0.5, 8), (14, 2, 0.01, 2)],
+)  # fmt: skip
+def test_heads_are_the_nearest_multiple_of_the_kv_heads(heads: int, kv_heads: int, factor: float, rounded: int) -> None:
+    assert [slot.heads for slot in even(heads, kv_heads, factor).slots] == [rounded]
+
+
+def test_a_note_says_where_heads_are_not_what_was_asked() -> None:
+    steps = "query heads come in steps of the 32 KV heads"
+    assert even(32, 32, 0.5).note == f"{steps}: 32 instead of 16"
+    assert even(32, 32, 1.25).note == f"{steps}: 32 instead of 40"
+    assert even(32, 32, 0.75, 0.5, 1.0).note == f"{steps}: 32 instead of 16, the most of 2 new layers"
+    assert even(32, 32, 1.05).note is None
+    assert even(32, 8, 0.5).note is None
 
 
 def test_copies_without_an_upper_neighbour_are_as_wide_as_what_they_copy() -> None:

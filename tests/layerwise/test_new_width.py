@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.cli import app
 from lesa_ray.config import load_settings
+from lesa_ray.distributed.expand import expand
 from lesa_ray.expansion.prepare import prepare
+from lesa_ray.expansion.runner import InlineRunner, Silent
 from lesa_ray.layerwise.conversion import as_layerwise
 from lesa_ray.layerwise.names import CODE_FILES, MODEL_TYPE
 from lesa_ray.report import terminal
@@ -282,6 +284,32 @@ def test_the_plan_says_that_the_class_changes(bases: Bases, tmp_path: Path) -> N
     change = terminal.class_change(laid_out)
     assert change is not None
     assert change.startswith("llama → layerwise_llama")
+
+
+def test_the_plan_and_the_expansion_say_how_far_heads_are_from_what_was_asked(
+    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a base in which every query head has its own KV head; an expansion of before heads were the nearest multiple
+    is not taken for this one."""
+    told: list[str] = []
+
+    class Told(Silent):
+        def phase(self, name: str, total: float) -> None:
+            told.append(name)
+
+    whole = families.make("llama", tmp_path / "base", num_key_value_heads=4)
+    config = ExpandConfig(base=whole, out=str(tmp_path / "out"), method="copy", layers=6, new_width=(1.25,))
+    note = "query heads come in steps of the 4 KV heads: 4 instead of 5"
+    expansion = prepare(config)
+    assert terminal.describe(expansion)["result"]["note"] == note
+    terminal.show_expansion(expansion)
+    assert note in capsys.readouterr().err
+    assert expansion.identity["heads"] == [4]
+    expand(config, InlineRunner(), Told())
+    assert note in told
+    half = prepare(config.model_copy(update={"new_width": (0.5,)}))
+    assert "heads" not in half.identity
+    assert terminal.describe(half)["result"]["note"] == "query heads come in steps of the 4 KV heads: 4 instead of 2"
 
 
 @pytest.mark.parametrize("zero_init", [False, True])
