@@ -52,7 +52,7 @@ def run_study(config: LayerwiseStudyConfig, train_all: TrainAll) -> dict[str, An
     A run that cannot be is among its `missing`. Raises: UserError, before anything is trained, or if no run can be;
     MachineError, after which the same call goes on."""
     from lesa_ray.checkpoint.storage import Storage
-    from lesa_ray.layerwise.settings import architecture
+    from lesa_ray.layerwise.settings import architecture, sizes_of
     from lesa_ray.training.tokens import open_blocks
 
     blocks = open_blocks(config.data) if config.data is not None else make_blocks(config)
@@ -89,6 +89,7 @@ def run_study(config: LayerwiseStudyConfig, train_all: TrainAll) -> dict[str, An
             profile=profile,
             seed=run.seed,
             parameters=trained.parameters,
+            attention=sizes_of(models[layers, profile]).sizes.attention_share,
             tokens=trained.tokens,
             heldout_loss=trained.heldout_after,
             loss=trained.loss,
@@ -184,12 +185,12 @@ def table(summaries: Sequence[Summary]) -> Table:
     shown = Table(title="held-out loss, nats a token; difference to isotropic over the same seeds")
     for name in ("layers", "profile"):
         shown.add_column(name)
-    for name in ("parameters", "seeds", "loss", "SD", "difference", "± 95 %", "tokens/s", "speed"):
+    for name in ("parameters", "attention", "seeds", "loss", "SD", "difference", "± 95 %", "tokens/s", "speed"):
         shown.add_column(name, justify="right")
     for one in summaries:
         shown.add_row(
-            str(one.layers), one.profile, f"{one.parameters:,}", str(one.seeds), f"{one.heldout_loss:.4f}",
-            _spread(one.spread), f"{one.difference:+.4f}", _spread(one.difference_half),
+            str(one.layers), one.profile, f"{one.parameters:,}", f"{100 * one.attention:.1f} %", str(one.seeds),
+            f"{one.heldout_loss:.4f}", _spread(one.spread), f"{one.difference:+.4f}", _spread(one.difference_half),
             f"{one.tokens_per_second:,.0f}", f"{100 * one.speed:.0f} %",
         )  # fmt: skip
     return shown

@@ -125,6 +125,8 @@ class Row:
     profile: str
     seed: int
     parameters: int
+    attention: float
+    """Attention's share of the parameters of all layers."""
     tokens: int
     heldout_loss: float
     loss: float
@@ -139,6 +141,8 @@ class Summary:
     layers: int
     profile: str
     parameters: int
+    attention: float
+    """Attention's share of the parameters of all layers. Query heads come in steps, so models differ in it."""
     seeds: int
     heldout_loss: float
     spread: float | None
@@ -197,6 +201,7 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
                 layers=layers,
                 profile=profile,
                 parameters=own[seeds[0]].parameters,
+                attention=own[seeds[0]].attention,
                 seeds=len(seeds),
                 heldout_loss=losses.mean,
                 spread=losses.sd,

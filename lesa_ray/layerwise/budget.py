@@ -58,6 +58,12 @@ class Sizes:
         return self.ffn_parameters(layer) + self.attention_parameters(layer) + 2 * self.d_model
 
     @property
+    def attention_share(self) -> float:
+        """Of the parameters of all layers, norms left out."""
+        attention, ffn = (sum(map(of, range(self.layers))) for of in (self.attention_parameters, self.ffn_parameters))
+        return attention / (attention + ffn)
+
+    @property
     def parameters(self) -> int:
         return self.embedding_parameters + sum(self.layer_parameters(layer) for layer in range(self.layers))
 

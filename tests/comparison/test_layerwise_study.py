@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 
 from lesa_ray.checkpoint.storage import Storage
@@ -74,7 +75,17 @@ def test_a_study_runs_goes_on_and_says_what_it_found(data: str, tmp_path: Path) 
     mine = {row.seed: row.heldout_loss for row in rows if row.profile == "crown"}
     base = {row.seed: row.heldout_loss for row in rows if row.profile == "isotropic"}
     assert other.difference == pytest.approx(sum(mine[seed] - base[seed] for seed in (0, 1)) / 2)
-    assert table([one, other]).row_count == 2
+    shown = table([one, other])
+    assert shown.row_count == 2
+    weights = {name: {"attention": 0, "mlp": 0} for name in ("isotropic", "crown")}
+    for name, parts in weights.items():
+        for tensor, value in load_file(tmp_path / "study" / config.run_name(name, 4, 0) / "model.safetensors").items():
+            if ".layers." in tensor and value.ndim == 2:
+                parts["mlp" if ".mlp." in tensor else "attention"] += value.numel()
+    for summary, parts in zip((one, other), weights.values(), strict=True):
+        assert summary.attention == pytest.approx(parts["attention"] / sum(parts.values()))
+    column = [each.header for each in shown.columns].index("attention")
+    assert list(shown.columns[column].cells) == [f"{100 * each.attention:.1f} %" for each in (one, other)]
     again = run_study(config, in_turn(train_here))
     assert again["rows"] == content["rows"], "a second time all is read"
 
@@ -153,6 +164,9 @@ def test_the_shipped_studies_have_models_of_equal_size(name: str, vocab_size: in
     if name == "layerwise_study":  # a cluster that grows from nothing has none when the default looks
         assert config.train["gpus_per_worker"] == 1
     models = models_of(config, replace(open_blocks(data), vocab_size=vocab_size))
+    for layers in config.layers:  # heads are rounded, and the baseline must not have gained most by it
+        share = {profile: sizes_of(models[layers, profile]).sizes.attention_share for profile in config.profiles}
+        assert share["isotropic"] == min(share.values())
     assert len(models) == len(config.layers) * len(config.profiles) == 10
     for model in models.values():
         solved = sizes_of(model)
@@ -179,7 +193,7 @@ def test_tokens_read_with_the_wrong_width_are_noticed(data: str, tmp_path: Path)
 
 
 def row(profile: str, seed: int, loss: float, speed: float = 100.0) -> Row:
-    return Row(18, profile, seed, 1000, 10, loss, loss, speed)
+    return Row(18, profile, seed, 1000, 0.2, 10, loss, loss, speed)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
