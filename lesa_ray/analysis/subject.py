@@ -26,7 +26,7 @@ from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, read_blocks
 from lesa_ray.checkpoint.finite import assert_finite
 from lesa_ray.checkpoint.header import FLOAT_BYTES
-from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from lesa_ray.checkpoint.manifest import MANIFEST_FILE, own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
@@ -63,8 +63,11 @@ class Subject:
 
     @cached_property
     def new_layers(self) -> list[int]:
-        """Layers that `expansion.json` calls new, where there is one."""
-        manifest = read_manifest(self.checkpoint.storage) if MANIFEST_FILE in self.checkpoint.files else None
+        """Layers that `expansion.json` calls new, where there is one. Raises: UserError if it is another model's."""
+        if MANIFEST_FILE not in self.checkpoint.files:
+            return []
+        where = f"BASE {self.config.base}"
+        manifest = own_manifest(self.checkpoint.storage, self.anatomy.layers, where, needed=True)
         return manifest["new_layers"] if manifest is not None else []
 
     @property
@@ -205,6 +208,7 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     subject = Subject(config, checkpoint, anatomy, None if widths is None or widths.are_even else widths)
     if not subject.types:
         raise UserError(f"BASE {config.base}: its layers have no matrix to look at")
+    _ = subject.new_layers  # read here, so that what is wrong with it is found before anything begins
     if config.fit and (why := subject.why_not_fitted) is not None:
         raise UserError(f"--fit: BASE {config.base}: {why}")
     if config.match:

@@ -9,6 +9,7 @@ import json
 from typing import Any, Literal, NotRequired, TypedDict
 
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.errors import UserError
 
 MANIFEST_FILE = "expansion.json"
 FORMAT = 1
@@ -48,12 +49,39 @@ class Manifest(TypedDict):
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
-    """The manifest in a folder, or None if there is none (or none that can be read)."""
+    """The manifest in a folder, or None if there is none (or none that can be read). It may be of another model, or
+    another tool's: see `own_manifest`."""
     try:
         manifest: Manifest = json.loads(storage.read(MANIFEST_FILE))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return manifest
+    return manifest if isinstance(manifest, dict) else None
+
+
+def own_manifest(storage: Storage, layers: int, where: str, *, needed: bool) -> Manifest | None:
+    """The manifest of a model of so many layers, or None.
+
+    needed: whether it decides anything; one that is not the model's own counts as none where it does not.
+    Raises: UserError where it does."""
+    manifest = read_manifest(storage)
+    if manifest is None or (why := _flaw(manifest, layers)) is None:
+        return manifest
+    if not needed:
+        return None
+    raise UserError(f"{where}: its {MANIFEST_FILE} is not this model's: {why}; remove it, or put back the model's own")
+
+
+def _flaw(manifest: Manifest, layers: int) -> str | None:
+    """Why it is not the manifest of a model of so many layers, if it is not."""
+    texts = [manifest.get(key) for key in ("base", "method", "paper", "train")]
+    new, told = manifest.get("new_layers"), manifest.get("layers")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(new, list) or not isinstance(told, list):
+        return "it is not of lesa-ray's form"
+    if len(told) != layers:
+        return f"it tells of {len(told)} layers, the model has {layers}"
+    if wrong := [layer for layer in new if type(layer) is not int or not 0 <= layer < layers]:
+        return f"it calls layer {wrong[0]!r} new, the model has {layers} layers"
+    return f"it calls all {layers} layers new" if len(set(new)) == layers else None
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
-from lesa_ray.checkpoint.manifest import read_manifest
+from lesa_ray.checkpoint.manifest import own_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
@@ -27,7 +27,7 @@ from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.finish import Trained
 from lesa_ray.training.freeze import trained_names
 from lesa_ray.training.metrics import check_loggers
-from lesa_ray.training.model import build
+from lesa_ray.training.model import build, layers_of
 from lesa_ray.training.packing_check import check_packing
 from lesa_ray.training.run import LEASE_DIR, RUN_FILE, check_place, is_done
 from lesa_ray.training.tokenizer import load_tokenizer
@@ -94,7 +94,7 @@ def _check_model(config: FinetuneConfig) -> None:
             f"seq_len {config.seq_len}: {where} was made for {positions} tokens; give --seq-len {positions} or less"
         )
     with reaching(where):
-        manifest = read_manifest(checkpoint.storage)
+        manifest = own_manifest(checkpoint.storage, len(layers_of(model)), where, needed="new" in config.train)
     trained_names(model, config.train or ("all",), manifest, where)
     check_packing(checkpoint.config, where, config.seq_len)
     name = config.tokenizer or config.checkpoint

@@ -53,7 +53,7 @@ def out_state(expansion: Expansion) -> State:
             return "fresh"
         if storage.exists("config.json"):
             manifest = read_manifest(storage)
-            if manifest is not None and manifest["fingerprint"] == expansion.fingerprint:
+            if manifest is not None and manifest.get("fingerprint") == expansion.fingerprint:
                 return "done"
             what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
             raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")

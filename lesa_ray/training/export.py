@@ -26,8 +26,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray import __version__
+from lesa_ray.checkpoint.anatomy import config_depth
 from lesa_ray.checkpoint.header import TORCH_NAMES, TensorEntry
-from lesa_ray.checkpoint.manifest import read_manifest
+from lesa_ray.checkpoint.manifest import own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint
 from lesa_ray.checkpoint.shards import (
     INDEX_FILE,
@@ -204,7 +205,8 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
     write_code(storage, plan.config)
     if plan.stop is not None:
         _add_stop(storage, plan.config, plan.stop)
-    manifest = read_manifest(plan.base.storage) if plan.base else None
+    depth = config_depth(plan.config)
+    manifest = own_manifest(plan.base.storage, depth[1], plan.out, needed=False) if plan.base and depth else None
     storage.write(CARD_FILE, training_card(plan.base, manifest, plan.config, facts).encode())
     if len(plan.files) > 1:
         if plan.base is not None:

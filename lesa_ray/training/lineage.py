@@ -46,7 +46,9 @@ def _before(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         if record is not None:
             yield name, record
-        earlier = record.get("config", {}).get("checkpoint") if record is not None else manifest and manifest["base"]
+        earlier = (
+            record.get("config", {}).get("checkpoint") if record is not None else manifest and manifest.get("base")
+        )
         if not isinstance(earlier, str) or not earlier or not is_of_a_store(earlier):
             return
         name = earlier

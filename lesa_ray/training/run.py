@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.anatomy import longest_window
-from lesa_ray.checkpoint.manifest import Manifest, read_manifest
+from lesa_ray.checkpoint.manifest import Manifest, own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, read_file
 from lesa_ray.errors import UserError
@@ -85,13 +85,15 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     if config.checkpoint is not None:
         where = f"checkpoint {config.checkpoint}"
         checkpoint = open_checkpoint(config.checkpoint, where)
-        with reaching(where):
-            manifest = read_manifest(checkpoint.storage)
         architecture = checkpoint.config
     else:
         architecture, where = read_architecture(config), "architecture"
     model = build(architecture, where)
-    layers_of(model)
+    layers = len(layers_of(model))
+    if checkpoint is not None:
+        needed = not config.train or "new" in config.train or bool(config.insert_over)
+        with reaching(where):
+            manifest = own_manifest(checkpoint.storage, layers, where, needed=needed)
     conversions = () if checkpoint is None else tuple(plan_conversions(model, checkpoint.tensors, where))
     check_data(blocks, architecture, model.config.get_text_config(), where)
     if blocks.kind == "chat":

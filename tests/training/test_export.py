@@ -134,6 +134,9 @@ def test_an_expanded_checkpoint_stays_one(
     assert card.startswith("---\nbase_model: somebody/small\nbase_model_relation: finetune\n")
     assert "- llama-pro" in card
     assert "grown deeper with [llama-pro](https://arxiv.org/abs/2401.02415) from" in card
+    manifest.write_text(json.dumps({"made by": "another tool"}))
+    run(expanded.out, save_state(str(tmp_path / "again"), trained), str(tmp_path / "foreign"))
+    assert "grown deeper" not in (tmp_path / "foreign/README.md").read_text()
     assert "grown deeper with llama-pro from" in training_card(None, {**expanded.manifest, "paper": ""}, {}, {})
     assert "5 → 8 layers" in card
     assert "not been trained" not in card
