@@ -2,8 +2,12 @@
 
 Through the Gram matrix of the smaller side: n²·m operations for the product and about 4/3·n³ for its eigenvalues, with
 n ≤ m the two sides, where a singular value decomposition takes several times that. Squaring costs half the digits: a
-value below 1e-8 of the largest (3e-4 for half-precision weights, whose products are summed in float32) is rounding. No
-figure here depends on such values: they weigh next to nothing in an entropy or in a sum of squares.
+value below 1e-8 of the largest (3e-4 for half-precision weights, whose products are summed in float32) is rounding.
+Such values weigh next to nothing in a sum of squares. In an entropy they do where nearly all values are that small: of
+a float16 matrix of rank 1, n = 1,024, the effective rank comes out as 1.21 for 1.05, with σ = e^(−k/3), n = 2,048, as
+9.07 for 8.48; with σ = e^(−k/200), n = 512, and of random weights it is right to four digits. They are not left out, as
+bfloat16's own rounding lies there, too, and is part of the matrix (rank 1, n = 512: 1.23, without them 1.01, exactly
+1.23).
 """
 
 from __future__ import annotations
