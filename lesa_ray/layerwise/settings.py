@@ -93,6 +93,12 @@ class LayerwiseConfig(Settings):
             raise ValueError("recipe: says which of a preset's two variants is meant; give a preset")
         return data
 
+    @model_validator(mode="after")
+    def _ends_with_a_token(self) -> LayerwiseConfig:
+        if self.eos_token_id is not None and self.eos_token_id >= self.vocab_size:
+            raise ValueError(f"eos_token_id {self.eos_token_id}: the vocabulary has {self.vocab_size} entries, from 0")
+        return self
+
     @property
     def shape(self) -> Profile:
         """The profile with the multipliers that were given."""

@@ -92,6 +92,7 @@ def test_without_a_budget_the_profile_is_as_it_is() -> None:
         ({"preset": "crown"}, r"preset crown: unknown; there are isotropic-12, "),
         ({"preset": "crown-18", "params": "1M"}, r"preset crown-18 decides params; leave one of the two out"),
         ({"recipe": "paper"}, r"recipe: .*give a preset"),
+        ({"eos_token_id": 50_304}, r"eos_token_id 50304: the vocabulary has 50304 entries, from 0"),
         ({"params": "many"}, r"params: 'many': give a number such as 180M"),
     ],
 )
