@@ -118,18 +118,26 @@ class Subject:
         """Of a type's matrices in all layers, as they are stored."""
         return self.anatomy.layers * sum(t.d1 * t.d2 * FLOAT_BYTES[t.dtype] for t in self.types[name])
 
+    def keeps(self, name: str, budget: int | None) -> bool:
+        """Whether a type's layers are read once and kept, in a budget of so many bytes; None: any."""
+        return budget is None or self.nbytes(name) <= KEPT_SHARE * budget
+
+    def left(self, name: str, budget: int | None) -> int | None:
+        """Of the budget, beside what is kept."""
+        return budget - self.nbytes(name) if budget is not None and self.keeps(name, budget) else budget
+
     def memory(self, name: str) -> int:
         """Rough peak in bytes of host memory that a piece of work takes beside the interpreter.
 
-        A type: the kept layers, and the larger of the common basis and the fit, by LESA's cost model. A block: some
-        layers in float32, and the similarities of its neurons or head rows.
+        A type: the layers, if they are kept in the budget that was stated, and the larger of the common basis and the
+        fit, by LESA's cost model. A block: some layers in float32, and the similarities of its neurons or head rows.
         """
         if name in self.blocks:
             block = self.blocks[name]
             elements = [self.anatomy.types[matrix].d1 * self.anatomy.types[matrix].d2 for matrix in block.matrices]
             private = max(self.anatomy.types[m].d1 for m in block.named("q", "gate", "up"))
             return 48 * sum(elements) + 24 * private * private
-        members = self.types[name]
+        members, budget = self.types[name], self.config.memory_budget
         task = Task(
             d1=members[0].d1,
             d2=len(members) * members[0].d2,
@@ -137,6 +145,7 @@ class Subject:
             slots=0,
             settings=LesaSettings(rank=min(DIRECTIONS, members[0].d1), ridge_yardstick=False),
             element_bytes=FLOAT_BYTES[members[0].dtype],
+            memory_budget=self.left(name, budget),
         )
         needed = unit_cost(task).host_memory
         if self.fits:
@@ -144,7 +153,7 @@ class Subject:
                 task, d2=members[0].d2, settings=self.config.lesa, checkpoints=len(members), basis=len(members)
             )
             needed = max(needed, unit_cost(fit).host_memory)
-        return self.nbytes(name) + needed
+        return needed + (self.nbytes(name) if self.keeps(name, budget) else 0)
 
     @property
     def old_widths(self) -> set[Width]:
@@ -225,15 +234,14 @@ def work_on_type(
     repeating its neighbour, and what a predictor made by that predictor."""
     config, layers = subject.config, subject.anatomy.layers
     budget = config.memory_budget or default_budget()
-    keeps = budget is None or subject.nbytes(name) <= KEPT_SHARE * budget
-    loads = subject.loads(name, {} if keeps else None)
+    loads = subject.loads(name, {} if subject.keeps(name, budget) else None)
 
     def side_by_side(layer: int) -> Tensor:
         return loads[0](layer) if len(loads) == 1 else torch.cat([load(layer) for load in loads], dim=1)
 
     share = 0.5 if subject.fits else 1.0
     scratch = scratch_dir()
-    left = budget - subject.nbytes(name) if budget is not None and keeps else budget
+    left = subject.left(name, budget)
     figures = analyse_type(
         side_by_side,
         layers,

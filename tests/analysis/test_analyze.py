@@ -150,6 +150,16 @@ def test_large_models_are_not_fitted_or_matched_unasked(bases: Bases, monkeypatc
         assert all(subject.memory(piece) > subject.nbytes(Q) // 2 for piece in pieces)
 
 
+def test_layers_that_a_budget_does_not_keep_are_not_asked_for(bases: Bases) -> None:
+    """Of main memory, for a task on a cluster."""
+    plain = open_subject(AnalyzeConfig(base=bases("llama"), fit=False, match=False))
+    stored = plain.nbytes(Q)
+    for budget, kept in ((4 * stored, stored), (4 * stored - 4, 0), (10_000, 0)):
+        tight = open_subject(AnalyzeConfig(base=bases("llama"), fit=False, match=False, memory_budget=budget))
+        assert tight.keeps(Q, budget) == bool(kept)
+        assert tight.memory(Q) <= plain.memory(Q) - stored + kept
+
+
 def test_layers_are_read_once_where_there_is_room(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     base, reads = bases("llama"), []
     read = subject_module.Subject.read
