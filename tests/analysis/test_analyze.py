@@ -150,14 +150,18 @@ def test_large_models_are_not_fitted_or_matched_unasked(bases: Bases, monkeypatc
         assert all(subject.memory(piece) > subject.nbytes(Q) // 2 for piece in pieces)
 
 
-def test_layers_that_a_budget_does_not_keep_are_not_asked_for(bases: Bases) -> None:
+def test_layers_that_a_budget_does_not_keep_are_not_asked_for(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of main memory, for a task on a cluster."""
     plain = open_subject(AnalyzeConfig(base=bases("llama"), fit=False, match=False))
     stored = plain.nbytes(Q)
-    for budget, kept in ((4 * stored, stored), (4 * stored - 4, 0), (10_000, 0)):
-        tight = open_subject(AnalyzeConfig(base=bases("llama"), fit=False, match=False, memory_budget=budget))
-        assert tight.keeps(Q, budget) == bool(kept)
-        assert tight.memory(Q) <= plain.memory(Q) - stored + kept
+    roomy = open_subject(AnalyzeConfig(base=bases("llama"), fit=False, match=False, memory_budget=10**9))
+    assert plain.memory(Q) == roomy.memory(Q)
+    monkeypatch.setattr(subject_module, "KEPT_SHARE", stored / 10**9)
+    assert roomy.memory(Q) == plain.memory(Q)
+    monkeypatch.setattr(subject_module, "KEPT_SHARE", (stored - 1) / 10**9)
+    assert roomy.memory(Q) == plain.memory(Q) - stored
+    tiny_budget = open_subject(AnalyzeConfig(base=bases("llama"), fit=False, match=False, memory_budget=10_000))
+    assert 0 < tiny_budget.memory(Q) < plain.memory(Q)
 
 
 def test_layers_are_read_once_where_there_is_room(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
