@@ -281,8 +281,8 @@ def submit(
     address: Annotated[
         str | None,
         typer.Option(
-            help="URL of the cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, where that is a "
-            "dashboard's URL, else http://127.0.0.1:8265]"
+            help="URL of the cluster's dashboard. [default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else "
+            "http://127.0.0.1:8265]"
         ),
     ] = None,
     cpus: Annotated[float, typer.Option(help="CPUs for the command itself; 0 runs it on the head.")] = 1.0,

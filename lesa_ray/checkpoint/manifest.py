@@ -68,7 +68,9 @@ def own_manifest(storage: Storage, layers: int, where: str, *, needed: bool) -> 
         return manifest
     if not needed:
         return None
-    raise UserError(f"{where}: its {MANIFEST_FILE} is not this model's: {why}; remove it, or put back the model's own")
+    raise UserError(
+        f"{where}: its {MANIFEST_FILE} is not this model's: {why}; remove it, or take a copy of the model without it"
+    )
 
 
 def _flaw(manifest: Manifest, layers: int) -> str | None:

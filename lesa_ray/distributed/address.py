@@ -1,8 +1,7 @@
 """Which Ray is meant, and what RAY_ADDRESS may say, looked at before anything is claimed or started.
 
 Ray's own job client takes the variable for the dashboard's URL, `ray.init` for the cluster's HOST:PORT. Here it is the
-latter; `lesa-ray submit`, which is such a client, has RAY_API_SERVER_ADDRESS for the dashboard, and takes RAY_ADDRESS
-where that is its URL, or `auto`."""
+latter; `lesa-ray submit`, which is such a client, has RAY_API_SERVER_ADDRESS for the dashboard, and takes either."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def _check_model(config: FinetuneConfig) -> None:
             f"seq_len {config.seq_len}: {where} was made for {positions} tokens; give --seq-len {positions} or less"
         )
     with reaching(where):
-        manifest = own_manifest(checkpoint.storage, len(layers_of(model)), where, needed="new" in config.train)
+        needed = "new" in config.train or bool(config.insert_over)
+        manifest = own_manifest(checkpoint.storage, len(layers_of(model)), where, needed=needed)
     trained_names(model, config.train or ("all",), manifest, where)
     check_packing(checkpoint.config, where, config.seq_len)
     name = config.tokenizer or config.checkpoint

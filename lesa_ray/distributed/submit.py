@@ -55,8 +55,7 @@ _MOST_BYTES = 100_000_000  # of files that travel; the code has one or two milli
 def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, wait: bool = True) -> int:
     """Run `command` on the cluster at `address`; the job's own exit code, or 0 at once without `wait`.
 
-    address: the URL of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS where that is one, or
-    `DASHBOARD`.
+    address: the URL of the cluster's dashboard; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or `DASHBOARD`.
     cpus: what the command itself takes of a node, beside its tasks; with 0 it runs on the head.
     Standard output is the job's log, or its name without `wait`; standard error says what becomes of it.
     Raises: UserError if there is no command, the address is not a dashboard's, the cluster asks for a token, or its Ray
@@ -95,32 +94,31 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
 
 
 def _dashboard(address: str | None) -> str:
-    """Where the job goes.
+    """Where the job goes. RAY_ADDRESS may be Ray's own HOST:PORT (KubeRay sets it in its pods): Ray's client asks there
+    for the dashboard, and is told the address by which the head knows it.
 
-    Raises: UserError for what is no URL: Ray's client would ask there for the dashboard's, as it asks a cluster's own
-    port, and be told the address by which the head knows it.
-    """
-    given = {"--address": address, **{name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}}
-    name, url = next(((name, url) for name, url in given.items() if url), ("", "local"))
-    if url == "local":  # start_ray's word for no cluster
-        return DASHBOARD
-    if "://" not in url and url != "auto":
-        host = url.rpartition("@")[2].partition("/")[0]
-        host = host.rpartition(":")[0] or host
-        raise UserError(
-            f"{name} {url}: is not the URL of a dashboard, which takes jobs (HOST:6379 is Ray's own port); give one, "
-            f"such as http://{host}:8265, with --address or RAY_API_SERVER_ADDRESS"
-        )
-    return url
+    Raises: UserError for what else is no URL."""
+    for name, url in (("--address", address), ("RAY_API_SERVER_ADDRESS", os.environ.get("RAY_API_SERVER_ADDRESS"))):
+        if url and "://" not in url and url not in ("auto", "local"):
+            url = url.rpartition("@")[2]
+            raise UserError(f"{name} {url}: is not the URL of a dashboard, which takes jobs; expected http://HOST:8265")
+        if url:
+            break
+    else:
+        url = os.environ.get("RAY_ADDRESS") or "local"
+    return url if url != "local" else DASHBOARD  # start_ray's word for no cluster
 
 
 def _connected(url: str) -> _Client:
-    """A client of the dashboard there. One that refuses is tried again for some seconds: the forwarding of a port that
-    was begun a moment ago (`kubectl port-forward`, `ray dashboard`) may not listen yet."""
+    """A client of the dashboard there. One that refuses at once is tried again for some seconds: the forwarding of a
+    port that was begun a moment ago (`kubectl port-forward`, `ray dashboard`) may not listen yet."""
     for attempt in range(_CONNECTIONS - 1):
+        begin = time.monotonic()
         try:
             return _Client(url)
         except ConnectionError:
+            if time.monotonic() - begin > _PAUSE_SECONDS:  # no answer at all, which more tries would wait for as long
+                raise
             if attempt == 0:
                 _say(f"nothing answers at {_without_password(url)} yet; waiting")
         time.sleep(_PAUSE_SECONDS)
@@ -304,7 +302,8 @@ def _faults_of(url: str) -> Iterator[None]:
             "or ~/.ray/auth_token to the cluster's"
         ) from error
     except (RayError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise MachineError(f"cluster {where}: no job was started ({_reason(error, url)})") from error
+        hint = "" if "://" in url else "; from outside the cluster give its dashboard's URL (--address)"
+        raise MachineError(f"cluster {where}: no job was started ({_reason(error, url)}){hint}") from error
 
 
 def _reason(error: BaseException, url: str) -> str:

@@ -62,7 +62,7 @@ def test_every_stage_of_the_fleet_has_room(machines: Machines) -> None:
 
 
 def test_the_largest_checkpoint_that_is_measured_has_room_on_the_disk() -> None:
-    """One on S3 is copied there first: the grown 70B, 210 GB, beside its base's 141 if both are measured there."""
+    """One on S3 is copied there first: the grown 70B, 210 GB; where two tasks fit its base's 141 GB beside it."""
     (cluster,) = of_kind("RayCluster")
     (large,) = (group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "large")
     asked = large["template"]["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"]

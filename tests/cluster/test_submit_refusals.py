@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,23 +140,47 @@ def test_a_port_that_is_forwarded_a_little_later(
 
 
 @pytest.mark.parametrize(
-    ("variable", "given", "instead"),
+    ("variable", "given", "shown"),
     [
-        ("RAY_ADDRESS", "10.0.0.1:6379", "http://10.0.0.1:8265"),
-        ("RAY_API_SERVER_ADDRESS", "head:8265", "http://head:8265"),
-        ("--address", "[::1]:8265", "http://[::1]:8265"),
+        ("RAY_API_SERVER_ADDRESS", "head:8265", "head:8265"),
+        ("--address", "[::1]:8265", "[::1]:8265"),
+        ("--address", "me:secret@head:8265", "head:8265"),
     ],
 )
 def test_an_address_that_is_no_dashboards(
-    variable: str, given: str, instead: str, submit: Submit, monkeypatch: pytest.MonkeyPatch
+    variable: str, given: str, shown: str, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     if not variable.startswith("-"):
         monkeypatch.setenv(variable, given)
     code, line = submit(*([variable, given] if variable.startswith("-") else []), "--", "python", "x.py")
     assert code == 2
-    assert line.startswith(f"lesa-ray: {variable} {given}: is not the URL of a dashboard")
-    assert f"such as {instead}, with --address or RAY_API_SERVER_ADDRESS" in line
+    assert line.startswith(f"lesa-ray: {variable} {shown}: is not the URL of a dashboard")
+
+
+def test_a_port_of_rays_own_is_asked_for_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAY_ADDRESS as KubeRay's pods have it goes to Ray's client; from elsewhere that is of no use."""
+
+    def client(url: str) -> None:
+        raise RuntimeError(f"{url} is not known here")
+
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which submit sets
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(jobs, "_Client", client)
+    with pytest.raises(MachineError, match=r"^cluster 10.0.0.1:6379: no job .*6379 is not known here.* \(--address\)$"):
+        jobs.submit(["python", "x.py"])
+
+
+def test_a_host_that_does_not_answer_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def client(url: str) -> None:
+        times.append(30.0)
+        raise ConnectionError(url)
+
+    times = [0.0]
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: times[-1], sleep=pytest.fail))
+    monkeypatch.setattr(jobs, "_Client", client)
+    with pytest.raises(ConnectionError):
+        jobs._connected("http://192.0.2.1:8265")
 
 
 def test_a_cluster_that_takes_no_jobs_yet_is_waited_for(
