@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import ray
@@ -37,6 +36,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from lesa_ray.distributed.ray_runner import PASSED_ON
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
+from lesa_ray.places import shown
 from lesa_ray.sizes import size
 
 DASHBOARD = "http://127.0.0.1:8265"
@@ -66,7 +66,7 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
     if cpus < 0:
         raise UserError(f"--cpus {cpus:g}: must be 0 or more")
     url = _dashboard(address)
-    where = _without_password(url)
+    where = shown(url)
     logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of every file that stays here
     with _faults_of(url):
         os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's client takes the variable even where it is given an address
@@ -98,14 +98,11 @@ def _dashboard(address: str | None) -> str:
     for the dashboard, and is told the address by which the head knows it.
 
     Raises: UserError for what else is no URL."""
-    for name, url in (("--address", address), ("RAY_API_SERVER_ADDRESS", os.environ.get("RAY_API_SERVER_ADDRESS"))):
-        if url and "://" not in url and url not in ("auto", "local"):
-            url = url.rpartition("@")[2]
-            raise UserError(f"{name} {url}: is not the URL of a dashboard, which takes jobs; expected http://HOST:8265")
-        if url:
-            break
-    else:
-        url = os.environ.get("RAY_ADDRESS") or "local"
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if url and "://" not in url and url not in ("auto", "local"):
+        given = f"{'--address' if address else 'RAY_API_SERVER_ADDRESS'} {url.rpartition('@')[2]}"
+        raise UserError(f"{given}: is not the URL of a dashboard, which takes jobs; expected http://HOST:8265")
+    url = url or os.environ.get("RAY_ADDRESS") or "local"
     return url if url != "local" else DASHBOARD  # start_ray's word for no cluster
 
 
@@ -120,7 +117,7 @@ def _connected(url: str) -> _Client:
             if time.monotonic() - begin > _PAUSE_SECONDS:  # no answer at all, which more tries would wait for as long
                 raise
             if attempt == 0:
-                _say(f"nothing answers at {_without_password(url)} yet; waiting")
+                _say(f"nothing answers at {shown(url)} yet; waiting")
         time.sleep(_PAUSE_SECONDS)
     return _Client(url)
 
@@ -215,7 +212,7 @@ def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
     log = _Log()
     lost, over = 0, False
     while True:
-        shown = log.shown
+        before = log.shown
         try:
             whole = asyncio.run(log.show(client, job))
             details = client.get_job_info(job)
@@ -223,10 +220,10 @@ def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
                 break
             lost, over = 0, details.status.is_terminal()  # the rest of the log is tried once more
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            lost = 1 if log.shown > shown else lost + 1
+            lost = 1 if log.shown > before else lost + 1
             if lost > _ATTEMPTS:
                 raise MachineError(
-                    f"cluster {_without_password(url)}: lost ({_reason(error, url)}); "
+                    f"cluster {shown(url)}: lost ({_reason(error, url)}); "
                     f"{job} may go on, `ray job logs --follow {job}` shows it"
                 ) from error
         time.sleep(_PAUSE_SECONDS)
@@ -291,7 +288,7 @@ def _submitted(client: JobSubmissionClient, **job: Any) -> str:
 @contextlib.contextmanager
 def _faults_of(url: str) -> Iterator[None]:
     """What Ray's client raises until the job is there, in this package's two kinds."""
-    where = _without_password(url)
+    where = shown(url)
     try:
         yield
     except UserError:
@@ -307,12 +304,7 @@ def _faults_of(url: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException, url: str) -> str:
-    return explain(error).replace(url, _without_password(url))[:300]
-
-
-def _without_password(url: str) -> str:
-    parts: Any = urlsplit(url)
-    return url if "@" not in parts.netloc else parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return explain(error).replace(url, shown(url))[:300]
 
 
 def _say(line: str) -> None:
