@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import re
-import shutil
-import signal
 import subprocess
 import sys
 import weakref
@@ -17,69 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lesa_ray import Expanded
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import Storage, filesystem_options
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training import export as export_module
-from lesa_ray.training.export import Exported, begin_export, export, plan_export, write_file
+from lesa_ray.training.export import export, plan_export, write_file
 from lesa_ray.training.trained_state import TrainedState
 from tests import families
-
-FACTS = {"data": "a book | two", "steps": 300, "tokens": 1_228_800, "learning_rate": 2e-4, "heldout_loss": 2.5}
-NEW = (1, 3)
-"""Layers that most tests here train."""
-
-
-def changed(folder: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Trained values, in float32, for the chosen tensors of a checkpoint."""
-    found = {name: t for name, t in families.tensors(folder).items() if chosen(name)}
-    assert found
-    return {name: t.float() * 1.5 + 0.01 for name, t in sorted(found.items())}
-
-
-def in_new_layers(name: str) -> bool:
-    return any(re.search(rf"(layers|h)\.{layer}\.", name) for layer in NEW)
-
-
-def save_state(url: str, trained: dict[str, Tensor]) -> str:
-    """A training checkpoint with these parameters, and the optimizer's state that export must leave alone."""
-    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in trained.items()}
-    state |= {f"exp_avg.{name}": torch.full_like(tensor, 7) for name, tensor in trained.items()}
-    full = url if "://" in url else f"file://{url}"
-    dcp.save(state, storage_writer=FsspecWriter(full, **filesystem_options(full)), no_dist=True)
-    return url
-
-
-def run(base: str | None, state: str, out: str, **options: Any) -> Exported:
-    return export(plan_export(open_checkpoint(base) if base else None, state, out, **options), FACTS)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def assert_exported(out: Path, base: str, trained: dict[str, Tensor]) -> None:
-    """Frozen tensors are the base's bits, trained ones the trained values in the base's dtype; same files."""
-    before, after = families.tensors(base), families.tensors(out)
-    assert after.keys() == before.keys()
-    for name, tensor in after.items():
-        expected = trained[name].to(before[name].dtype) if name in trained else before[name]
-        assert tensor.dtype == before[name].dtype
-        assert torch.equal(bits(tensor), bits(expected)), name
-    weights = "*.safetensors*"
-    assert {f.name for f in out.glob(weights)} == {f.name for f in Path(base).glob(weights)}
+from tests.training.exporting import FACTS, assert_exported, bits, changed, in_new_layers, run, save_state
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -298,218 +247,6 @@ def test_one_trained_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytes
     run(base, state, str(tmp_path / "out"))
     assert len(counts) > 10
     assert set(counts) == {0}
-
-
-KILLED = """
-import os, signal, sys
-from lesa_ray.training import export as module
-from tests.training.test_export import run
-write, files = module.write_file, []
-def kill(plan, file):
-    if len(files) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    files.append(file)
-    write(plan, file)
-module.write_file = kill
-run(*sys.argv[1:])
-"""
-
-
-def test_a_killed_export_goes_on(tmp_path: Path) -> None:
-    base = families.make("llama", tmp_path / "base")
-    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, base, state, str(out)]
-    root = Path(__file__).parents[2]
-    assert subprocess.run(command, timeout=360, check=False, cwd=root).returncode == -signal.SIGKILL
-    kept = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
-    assert len(kept) == 2
-    assert not (out / "config.json").exists()
-    done = run(base, state, str(out))
-    assert done.written == len(list(Path(base).glob("*.safetensors"))) - 2
-    assert {name: (out / name).stat().st_ino for name in kept} == kept
-    run(base, state, str(tmp_path / "straight"))
-    for file in out.glob("*.*"):
-        assert file.read_bytes() == (tmp_path / "straight" / file.name).read_bytes(), file.name
-
-
-def test_an_unfinished_export_of_another_state_is_made_anew(tmp_path: Path) -> None:
-    base = families.make("llama", tmp_path / "base")
-    out = str(tmp_path / "out")
-    earlier = save_state(str(tmp_path / "earlier"), changed(base, in_new_layers))
-    plan = plan_export(open_checkpoint(base), earlier, out)
-    for file in begin_export(plan)[:3]:
-        write_file(plan, file)
-    later = {name: tensor + 1 for name, tensor in changed(base, in_new_layers).items()}
-    done = run(base, save_state(str(tmp_path / "later"), later), out)
-    assert done.written == len(plan.files)
-    assert_exported(tmp_path / "out", base, later)
-
-
-def test_an_unfinished_export_that_names_other_files_removes_none(tmp_path: Path) -> None:
-    base = families.make("llama_tied", tmp_path / "base")
-    record, mine = tmp_path / "out/training/export.json", tmp_path / "mine.safetensors"
-    record.parent.mkdir(parents=True)
-    others = [mine, tmp_path / "out/notes.txt", tmp_path / "out/training/best.safetensors"]
-    for file in others:
-        file.write_text("the user's")
-    named = ["../mine.safetensors", str(mine), "notes.txt", "training/best.safetensors", 1]
-    record.write_text(json.dumps({"identity": "another", "files": named}))
-    run(base, save_state(str(tmp_path / "state"), changed(base, in_new_layers)), str(tmp_path / "out"))
-    assert all(file.exists() for file in others)
-
-
-def test_a_finished_export_is_done_once_and_mended(tmp_path: Path) -> None:
-    base = families.make("llama", tmp_path / "base")
-    trained = changed(base, in_new_layers)
-    state, out = save_state(str(tmp_path / "state"), trained), tmp_path / "out"
-    run(base, state, str(out))
-    assert run(base, state, str(out)) == Exported(
-        str(out), plan_export(open_checkpoint(base), state, str(out)).nbytes, 0, True
-    )
-    next(out.glob("model-00002*")).unlink()
-
-    def fail(*args: object) -> None:
-        raise MachineError("the disk is full")
-
-    with pytest.raises(MachineError):
-        export(plan_export(open_checkpoint(base), state, str(out)), FACTS, fail)
-    assert not (out / "config.json").exists()
-    assert run(base, state, str(out)).written == 1
-    assert_exported(out, base, trained)
-
-
-def test_what_is_not_its_own_is_left_alone(tmp_path: Path) -> None:
-    base = families.make("llama_tied", tmp_path / "base")
-    other = families.make("llama_tied", tmp_path / "other", seed=1)
-    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
-    before = {file.name: file.read_bytes() for file in Path(other).iterdir()}
-    with pytest.raises(UserError, match=r"^OUT .*other: holds a checkpoint; give a new place"):
-        run(base, state, other)
-    (tmp_path / "other/config.json").rename(tmp_path / "config.json")
-    with pytest.raises(UserError, match="holds weights that are not its own"):
-        run(base, state, other)
-    (tmp_path / "config.json").rename(tmp_path / "other/config.json")
-    assert {file.name: file.read_bytes() for file in Path(other).iterdir()} == before
-    run(base, state, str(tmp_path / "out"))
-    second = save_state(str(tmp_path / "second"), changed(base, lambda name: ".0." in name))
-    with pytest.raises(UserError, match="holds an export of another training checkpoint"):
-        run(base, second, str(tmp_path / "out"))
-
-
-def test_a_tensor_that_is_not_a_number_leaves_nothing(tmp_path: Path) -> None:
-    base = families.make("llama", tmp_path / "base", dtype=torch.float16)
-    trained = changed(base, in_new_layers)
-    name = "model.layers.3.mlp.up_proj.weight"
-    trained[name][0, 0] = 1e5  # a number, but none of float16's
-    state = save_state(str(tmp_path / "state"), trained)
-    (tmp_path / "out/training").mkdir(parents=True)
-    (tmp_path / "out/training/metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match=rf"{name} holds NaN or Inf in float16"):
-        run(base, state, str(tmp_path / "out"))
-    assert [str(f.relative_to(tmp_path)) for f in (tmp_path / "out").rglob("*.*")] == ["out/training/metrics.jsonl"]
-
-
-def test_states_that_cannot_be_exported(tmp_path: Path) -> None:
-    base = families.make("llama_tied", tmp_path / "base")
-    out = str(tmp_path / "out")
-    with pytest.raises(UserError, match=r"nowhere: there is no \.metadata in it"):
-        run(base, str(tmp_path / "nowhere"), out)
-    foreign = save_state(str(tmp_path / "foreign"), {"model.layers.9.mlp.up_proj.weight": torch.ones(96, 64)})
-    with pytest.raises(
-        UserError, match=r"trained model\.layers\.9\.mlp\.up_proj\.weight, which checkpoint .* not have"
-    ):
-        run(base, foreign, out)
-    wide = save_state(str(tmp_path / "wide"), {"model.layers.1.mlp.up_proj.weight": torch.ones(97, 64)})
-    with pytest.raises(UserError, match=r"is \[97, 64\], .* is \[96, 64\]"):
-        run(base, wide, out)
-    none = save_state(str(tmp_path / "none"), {})
-    with pytest.raises(UserError, match="holds no trained parameter"):
-        run(base, none, out)
-    part = save_state(str(tmp_path / "part"), changed(base, in_new_layers))
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    with pytest.raises(UserError, match=r"lacks model\.embed_tokens\.weight, so it cannot be exported without a base"):
-        run(None, part, out, config=config)
-    with pytest.raises(UserError, match="configuration is needed"):
-        run(None, part, out)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_state(tmp_path: Path) -> None:
-    base = families.make("llama_tied", tmp_path / "base")
-    state = tmp_path / "state"
-    save_state(str(state), changed(base, in_new_layers))
-    (file,) = state.glob("*.distcp")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
-    with pytest.raises(UserError, match=r"training checkpoint .*state: is damaged"):
-        run(base, str(state), str(tmp_path / "out"))
-    file.unlink()
-    with pytest.raises(UserError, match="is damaged"):
-        run(base, str(state), str(tmp_path / "out"))
-    assert not list((tmp_path / "out").glob("*.*"))
-
-
-class Runs:
-    """A pickle of it makes a folder where it is loaded."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.place),)
-
-
-def test_what_a_state_says_is_not_run(tmp_path: Path) -> None:
-    base = families.make("llama_tied", tmp_path / "base")
-    state = tmp_path / "state"
-    save_state(str(state), changed(base, in_new_layers))
-    file = state / ".metadata"
-    whole = file.read_bytes()
-
-    def refused(content: object, said: str) -> None:
-        file.write_bytes(pickle.dumps(content))
-        with pytest.raises(UserError, match=rf"training checkpoint .*state: is damaged \(.*{said}"):
-            run(base, str(state), str(tmp_path / "out"))
-        assert {path.name for path in tmp_path.iterdir()} == {"base", "state"}
-
-    refused(Runs(tmp_path / "made"), r"it holds posix\.mkdir, which no checkpoint of tensors does")
-    metadata = pickle.loads(whole)
-    metadata.storage_meta.save_id = Runs(tmp_path / "made")
-    refused(metadata, r"posix\.mkdir")
-    metadata = pickle.loads(whole)
-    metadata.state_dict_metadata["model.lm_head.weight"] = BytesStorageMetadata()  # PyTorch unpickles what it reads
-    refused(metadata, "BytesStorageMetadata")
-    metadata = pickle.loads(whole)
-    next(iter(metadata.storage_data.values())).relative_path = "../other/__0_0.distcp"
-    refused(metadata, "names a file outside of the checkpoint")
-    refused({"a": "mapping"}, "is not the metadata of a checkpoint")
-    file.write_bytes(b"\x80\x04}R.")
-    with pytest.raises(UserError, match="is damaged"):
-        run(base, str(state), str(tmp_path / "out"))
-
-
-def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = families.make("llama_tied", tmp_path / "base")
-    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(MachineError, match=r"the disk has 0\.00 GB free"):
-        run(base, state, str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_card_takes_no_words_of_its_own_from_an_expansion() -> None:
-    manifest: Any = {
-        "base": "hf://me/model\nlicense: mit\n---\n# Buy",
-        "method": "lesa\n- best",
-        "paper": "https://host) [this](https://other",
-        "layers": [{}, {}],
-        "new_layers": [1, "![](https://host/pixel)"],
-    }
-    card = training_card(None, manifest, {"model_type": "llama"}, {})
-    front = "---\nlibrary_name: transformers\ntags:\n- depth-up-scaling\n---\n"
-    assert card.startswith(front)
-    assert not any(word in card for word in ("license: mit", "# Buy", "best", "https://"))
-    assert "New layers: 1; " in card
 
 
 def test_files_can_be_written_elsewhere(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""An OUT that is there already: killed, unfinished, finished, somebody else's, or without room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training.export import Exported, begin_export, export, plan_export, write_file
+from tests import families
+from tests.training.exporting import FACTS, assert_exported, changed, in_new_layers, run, save_state
+
+KILLED = """
+import os, signal, sys
+from lesa_ray.training import export as module
+from tests.training.exporting import run
+write, files = module.write_file, []
+def kill(plan, file):
+    if len(files) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    files.append(file)
+    write(plan, file)
+module.write_file = kill
+run(*sys.argv[1:])
+"""
+
+
+def test_a_killed_export_goes_on(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, base, state, str(out)]
+    root = Path(__file__).parents[2]
+    assert subprocess.run(command, timeout=360, check=False, cwd=root).returncode == -signal.SIGKILL
+    kept = {file.name: file.stat().st_ino for file in out.glob("*.safetensors")}
+    assert len(kept) == 2
+    assert not (out / "config.json").exists()
+    done = run(base, state, str(out))
+    assert done.written == len(list(Path(base).glob("*.safetensors"))) - 2
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    run(base, state, str(tmp_path / "straight"))
+    for file in out.glob("*.*"):
+        assert file.read_bytes() == (tmp_path / "straight" / file.name).read_bytes(), file.name
+
+
+def test_an_unfinished_export_of_another_state_is_made_anew(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    out = str(tmp_path / "out")
+    earlier = save_state(str(tmp_path / "earlier"), changed(base, in_new_layers))
+    plan = plan_export(open_checkpoint(base), earlier, out)
+    for file in begin_export(plan)[:3]:
+        write_file(plan, file)
+    later = {name: tensor + 1 for name, tensor in changed(base, in_new_layers).items()}
+    done = run(base, save_state(str(tmp_path / "later"), later), out)
+    assert done.written == len(plan.files)
+    assert_exported(tmp_path / "out", base, later)
+
+
+def test_an_unfinished_export_that_names_other_files_removes_none(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    record, mine = tmp_path / "out/training/export.json", tmp_path / "mine.safetensors"
+    record.parent.mkdir(parents=True)
+    others = [mine, tmp_path / "out/notes.txt", tmp_path / "out/training/best.safetensors"]
+    for file in others:
+        file.write_text("the user's")
+    named = ["../mine.safetensors", str(mine), "notes.txt", "training/best.safetensors", 1]
+    record.write_text(json.dumps({"identity": "another", "files": named}))
+    run(base, save_state(str(tmp_path / "state"), changed(base, in_new_layers)), str(tmp_path / "out"))
+    assert all(file.exists() for file in others)
+
+
+def test_a_finished_export_is_done_once_and_mended(tmp_path: Path) -> None:
+    base = families.make("llama", tmp_path / "base")
+    trained = changed(base, in_new_layers)
+    state, out = save_state(str(tmp_path / "state"), trained), tmp_path / "out"
+    run(base, state, str(out))
+    assert run(base, state, str(out)) == Exported(
+        str(out), plan_export(open_checkpoint(base), state, str(out)).nbytes, 0, True
+    )
+    next(out.glob("model-00002*")).unlink()
+
+    def fail(*args: object) -> None:
+        raise MachineError("the disk is full")
+
+    with pytest.raises(MachineError):
+        export(plan_export(open_checkpoint(base), state, str(out)), FACTS, fail)
+    assert not (out / "config.json").exists()
+    assert run(base, state, str(out)).written == 1
+    assert_exported(out, base, trained)
+
+
+def test_what_is_not_its_own_is_left_alone(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    other = families.make("llama_tied", tmp_path / "other", seed=1)
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    before = {file.name: file.read_bytes() for file in Path(other).iterdir()}
+    with pytest.raises(UserError, match=r"^OUT .*other: holds a checkpoint; give a new place"):
+        run(base, state, other)
+    (tmp_path / "other/config.json").rename(tmp_path / "config.json")
+    with pytest.raises(UserError, match="holds weights that are not its own"):
+        run(base, state, other)
+    (tmp_path / "config.json").rename(tmp_path / "other/config.json")
+    assert {file.name: file.read_bytes() for file in Path(other).iterdir()} == before
+    run(base, state, str(tmp_path / "out"))
+    second = save_state(str(tmp_path / "second"), changed(base, lambda name: ".0." in name))
+    with pytest.raises(UserError, match="holds an export of another training checkpoint"):
+        run(base, second, str(tmp_path / "out"))
+
+
+def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(MachineError, match=r"the disk has 0\.00 GB free"):
+        run(base, state, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
