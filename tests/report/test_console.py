@@ -1,10 +1,11 @@
-"""What a checkpoint's names hold cannot steer the terminal."""
+"""What a checkpoint's names hold cannot steer the terminal, and a narrow terminal loses no figure."""
 
 from __future__ import annotations
 
 import io
 
 import pytest
+from rich.box import SIMPLE_HEAD, Box
 from rich.table import Table
 from rich.text import Text
 
@@ -40,3 +41,52 @@ def test_nor_are_those_of_a_message(capsys: pytest.CaptureFixture[str]) -> None:
     err = capsys.readouterr().err
     assert f"unit {SHOWN}" in err
     assert "\x1b" not in err
+
+
+def lines_of(table: Table, width: int) -> list[list[str]]:
+    """The words of each line but those of the box."""
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    return [line.split() for line in lines if any(letter.isalnum() for letter in line)]
+
+
+def figures(box: Box | None = None) -> Table:
+    table = Table(box=box, title="T", caption="C", show_edge=False)
+    table.add_column("unit", no_wrap=True)
+    for name in ("load", "gram", "project"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("mlp", "1.25", "2.50", "37.75")
+    return table
+
+
+@pytest.mark.parametrize("box", [None, SIMPLE_HEAD])
+def test_columns_that_do_not_fit_follow_below_beside_the_first(box: Box | None) -> None:
+    whole = [["T"], ["unit", "load", "gram", "project"], ["mlp", "1.25", "2.50", "37.75"], ["C"]]
+    assert lines_of(figures(box), 40) == whole
+    assert lines_of(figures(box), 24) == [
+        ["T"],
+        ["unit", "load", "gram"],
+        ["mlp", "1.25", "2.50"],
+        ["unit", "project"],
+        ["mlp", "37.75"],
+        ["C"],
+    ]
+
+
+def test_a_column_that_may_wrap_does_so_first() -> None:
+    table = Table("checkpoint", "loss", box=None)
+    table.columns[0].overflow = "fold"
+    table.columns[1].no_wrap = True
+    table.add_row("s3://bucket/" + "x" * 30, "2.5031")
+    said = lines_of(table, 30)
+    assert said[0] == ["checkpoint", "loss"]
+    assert said[1][1] == "2.5031"
+    assert "".join(line[0] for line in said[1:]) == "s3://bucket/" + "x" * 30
+
+
+def test_words_and_values_side_by_side_are_no_such_table() -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("memory", "largest process 640 MB, a node 1.29 GB")
+    assert lines_of(grid, 30)[0][:3] == ["memory", "largest", "process"]
