@@ -34,6 +34,10 @@ class RoomError(UserError):
     """Less room was stated than the work needs. What is finished is as good with more room, and stays."""
 
 
+class UnsharedError(UserError):
+    """A folder that not all machines have which work on it. What is finished stays."""
+
+
 class MachineError(_Told, RuntimeError):
     """A fault of the machine: exit code 1, the same command resumes."""
 

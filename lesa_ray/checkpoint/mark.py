@@ -10,12 +10,12 @@ from lesa_ray.errors import UserError
 
 LEASE_DIR = f"{WORK_DIR}/lease"
 """Says who is at work in the folder, from before it is marked."""
-_FILE = f"{WORK_DIR}/run.json"
+MARK_FILE = f"{WORK_DIR}/run.json"
 
 
 def mark(storage: Storage, fingerprint: str, **more: Any) -> None:
     """Write it; `more`: what else is to be known of the work, as JSON."""
-    storage.write(_FILE, (json.dumps({"fingerprint": fingerprint, **more}) + "\n").encode())
+    storage.write(MARK_FILE, (json.dumps({"fingerprint": fingerprint, **more}) + "\n").encode())
 
 
 def is_free(storage: Storage) -> bool:
@@ -37,10 +37,10 @@ def marked_by(storage: Storage, where: str) -> str | None:
 
 def read_mark(storage: Storage, where: str) -> dict[str, Any] | None:
     """All that `mark` has written. Raises: as `marked_by`."""
-    if not storage.exists(_FILE):
+    if not storage.exists(MARK_FILE):
         return None
     try:
-        content = json.loads(storage.read(_FILE))
+        content = json.loads(storage.read(MARK_FILE))
         return {**content, "fingerprint": content["fingerprint"]}
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{where}: its {_FILE} is damaged; remove OUT, or give a new place") from None
+        raise UserError(f"{where}: its {MARK_FILE} is damaged; remove OUT, or give a new place") from None

@@ -24,6 +24,7 @@ from lesa_ray.analysis.subject import Subject, open_subject, work_on_block, work
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import named_ray
 from lesa_ray.distributed.report_file import try_place, write_report
+from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
 from lesa_ray.errors import KeptError, MachineError, RoomError, UserError
 from lesa_ray.expansion.out import check_out
 from lesa_ray.expansion.runner import Listener, Silent
@@ -240,18 +241,20 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     if _RESIDUAL in shares and wanted is not None and wanted > 1:
         shares[_RESIDUAL] = share_of(wanted)  # its model is spread over them
     listener.phase(_title(work), len(pieces))
-    shared = ray.put(work)
+    subject = work.subject
+    shared, folders = ray.put(work), landmarks([(f"BASE {config.base}", subject.checkpoint.storage, "config.json")])
     with Tasks[str](_task) as tasks:
         for piece in pieces:
             share = shares[piece]
-            tasks.start(piece, f"analyze {piece}", shared, piece, share, **share.options(_memory(work, piece)))
+            tasks.start(piece, f"analyze {piece}", shared, piece, share, folders, **share.options(_memory(work, piece)))
         while tasks:
             for piece, result in tasks.ended():
                 finished(piece, result)
             listener.progress(len(pieces) - len(tasks), ", ".join(list(tasks)[:2]))
 
 
-def _task(work: _Work, piece: str, share: Share) -> Any:
+def _task(work: _Work, piece: str, share: Share, folders: tuple[Landmark, ...]) -> Any:
+    check_landmarks(folders)
     return work.do(piece, share.begin())
 
 

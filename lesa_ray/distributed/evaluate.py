@@ -22,6 +22,7 @@ from lesa_ray import __version__
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.address import named_ray
 from lesa_ray.distributed.report_file import try_place, write_report
+from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
 from lesa_ray.errors import MachineError, SomeFailed, SomeWrong, UserError
 from lesa_ray.evaluation.checkpoints import Bounds, read_bounds
 from lesa_ray.evaluation.data import BlockData, TextData, open_data
@@ -31,6 +32,7 @@ from lesa_ray.evaluation.paired import difference
 from lesa_ray.evaluation.placement import require_accelerate
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.training.tokens import MANIFEST
 
 if TYPE_CHECKING:
     from lesa_ray.distributed.cluster import Share
@@ -136,7 +138,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[En
                 tasks.start(
                     index,
                     f"evaluate {bound.name}",
-                    *(job, bound, share, str(index), board),
+                    *(job, bound, share, str(index), board, landmarks(_folders(job, bound))),
                     **share.options(bound.weights(job.config.dtype) + _INTERPRETER_BYTES),
                 )
             while tasks:
@@ -152,7 +154,18 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[En
     return [ends[index] for index in range(len(names))]
 
 
-def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any) -> Outcome:
+def _folders(job: Job, bound: Bounds) -> list[tuple[str, Storage, str]]:
+    """A file of each folder that a task reads."""
+    found = [(f"checkpoint {bound.name}", Storage(bound.url), "config.json")]
+    if isinstance(job.data, BlockData):
+        found.append((f"DATA {job.data.name}", Storage(job.data.split.url), MANIFEST))
+    elif isinstance(job.data, TextData):
+        found += data_files(job.data.files)
+    return found
+
+
+def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any, folders: tuple[Landmark, ...]) -> Outcome:
+    check_landmarks(folders)
     device = share.begin()
     if not share.gpus:  # where one was given it is to be used, and a PyTorch that does not see it is told of
         job = replace(job, config=job.config.model_copy(update={"device": device}))

@@ -20,7 +20,7 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address, named_ray
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
-from lesa_ray.errors import MachineError, RoomError, UserError
+from lesa_ray.errors import MachineError, RoomError, UnsharedError, UserError
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.out import (
     abandon,
@@ -120,7 +120,7 @@ def _work(
             rehearsal()  # a copy of bytes takes no longer than the miniature, so it did not wait for it
             manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
             finish(expansion, manifest, model_card(expansion, manifest))
-    except RoomError:
+    except (RoomError, UnsharedError):
         if not any(finished_record(expansion.job, unit, config.out) for unit in expansion.units):
             remove_if_mine(tenant, partial(abandon, expansion))
         raise

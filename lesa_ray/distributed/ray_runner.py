@@ -23,12 +23,14 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lesa_ray.checkpoint.mark import MARK_FILE
 from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.distributed.address import check_address, named_ray
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
+from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError
 from lesa_ray.expansion.layout import Expansion
@@ -154,7 +156,10 @@ def on_board(board: Any) -> dict[str, tuple[str, float]] | None:
     return None
 
 
-def _unit_task(expansion: Expansion, unit: Unit, share: Share, board: Any) -> tuple[dict[str, Any], int]:
+def _unit_task(
+    expansion: Expansion, unit: Unit, share: Share, board: Any, folders: tuple[Landmark, ...]
+) -> tuple[dict[str, Any], int]:
+    check_landmarks(folders)
     board.put.remote(unit.name, "starting", 0.0)
     device = share.begin()
     last = 0.0
@@ -185,7 +190,17 @@ def _for_any_folder(expansion: Expansion) -> Expansion:
     return replace(expansion, job=replace(expansion.job, config=placed))
 
 
-def _shard_task(out: str, shard: Shard) -> int:
+def _folders(expansion: Expansion) -> tuple[Landmark, ...]:
+    """What a task has to find where it runs."""
+    config = expansion.job.config
+    read = [
+        (f"checkpoint {checkpoint.base}", checkpoint.storage, "config.json") for checkpoint in expansion.checkpoints
+    ]
+    return landmarks([*read, (f"OUT {config.out}", Storage(config.out), MARK_FILE)])
+
+
+def _shard_task(out: str, shard: Shard, folders: tuple[Landmark, ...]) -> int:
+    check_landmarks(folders)
     write_shard(Storage(out), shard)
     return own_peak_memory()
 
@@ -209,7 +224,7 @@ class RayRunner:
             memory=max(memory.values()) if config.memory_budget else 0,
             tell=lambda text: listener.progress(0.0, text),
         )
-        shared = ray.put(_for_any_folder(expansion))
+        shared, folders = ray.put(_for_any_folder(expansion)), _folders(expansion)
         board, health = new_board(), Health(Storage(config.out).url, "expand")
         waiting = sorted(units, key=lambda unit: -unit.flops)
         here = {unit.name for unit in units}
@@ -223,7 +238,7 @@ class RayRunner:
                         tasks.start(
                             unit.name,
                             f"unit {unit.name}",
-                            *(shared, unit, share, board),
+                            *(shared, unit, share, board, folders),
                             **share.options(memory[unit.name]),
                         )
                     fault = tasks.fault
@@ -251,10 +266,10 @@ class RayRunner:
         out = Storage(expansion.job.config.out).url
         health = Health(out, "expand")
         sizes = {shard.file: shard.nbytes for shard in shards}
-        written = 0
+        written, folders = 0, _folders(expansion)
         with Tasks[str](_shard_task) as tasks:
             for shard in shards:
-                tasks.start(shard.file, shard.file, out, shard, num_cpus=1)
+                tasks.start(shard.file, shard.file, out, shard, folders, num_cpus=1)
             while tasks:
                 for file, peak in tasks.ended():
                     self._peak = max(self._peak, peak)

@@ -35,6 +35,7 @@ from lesa_ray.distributed.cluster import free, machines
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import on_this_machine
 from lesa_ray.distributed.room_for_workers import Resources, wait_for_room, workers_now
+from lesa_ray.distributed.shared import Landmark, landmarks
 from lesa_ray.distributed.tasks import POLL_SECONDS
 from lesa_ray.distributed.train_worker import Board, work
 from lesa_ray.errors import MachineError, UserError
@@ -42,7 +43,8 @@ from lesa_ray.expansion.runner import Listener
 from lesa_ray.faults import explain
 from lesa_ray.machines import told
 from lesa_ray.training.loop import Progress
-from lesa_ray.training.run import Run
+from lesa_ray.training.run import RUN_FILE, Run
+from lesa_ray.training.tokens import MANIFEST
 
 _TIMEOUT_SECONDS = 1800
 _FREED_SECONDS = 30.0
@@ -202,7 +204,13 @@ def _trainer(run: Run, resources: Resources, workers: int, board: Any) -> Any:
 
     return TorchTrainer(
         work,
-        train_loop_config={"run": pickle.dumps(run), "board": board, "threads": resources.cpus, "gpus": resources.gpus},
+        train_loop_config={
+            "run": pickle.dumps(run),
+            "folders": pickle.dumps(_folders(run)),
+            "board": board,
+            "threads": resources.cpus,
+            "gpus": resources.gpus,
+        },
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.per_worker
         ),
@@ -216,6 +224,15 @@ def _trainer(run: Run, resources: Resources, workers: int, board: Any) -> Any:
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
+
+
+def _folders(run: Run) -> tuple[Landmark, ...]:
+    """What a worker has to find where it runs."""
+    out, blocks, base = run.config.out, run.blocks.url, run.checkpoint
+    read = [(f"DATA {blocks}", Storage(blocks), MANIFEST)]
+    if base is not None:
+        read.append((f"checkpoint {base.base}", base.storage, "config.json"))
+    return landmarks([*read, (f"OUT {out}", Storage(out), RUN_FILE)])
 
 
 def _raise_failure(board: Any) -> None:

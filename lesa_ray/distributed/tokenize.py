@@ -27,11 +27,12 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from lesa_ray.checkpoint.mark import LEASE_DIR
+from lesa_ray.checkpoint.mark import LEASE_DIR, MARK_FILE
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
@@ -98,7 +99,8 @@ def _work(config: TokenizeConfig, run: Run, listener: Listener, tenant: Tenant, 
             dealt = _limited(job, sources.deal(run.sources, sources.PIECE_BYTES))
             listener.phase("starting Ray", 0)
             start_ray()
-            records = _tokenise(job, dealt, listener)
+            folders = _folders(job, run)
+            records = _tokenise(job, dealt, folders, listener)
         if not sum(record["counts"]["documents"] for record in records):
             raise _no_documents(config, records)
         plan = (
@@ -106,7 +108,7 @@ def _work(config: TokenizeConfig, run: Run, listener: Listener, tenant: Tenant, 
             if config.kind == "text"
             else layout.plan_chat(job, records, run.pad(records))
         )
-        written = _write(job, plan, listener)
+        written = _write(job, plan, folders, listener)
         finish(storage, run, job, dealt, records, plan, written)
     except KeptError:
         raise
@@ -139,6 +141,12 @@ def _keeping(storage: Storage) -> Iterator[None]:
         ) from error
 
 
+def _folders(job: Job, run: Run) -> tuple[Landmark, ...]:
+    """What a task has to find where it runs."""
+    out = job.config.out
+    return landmarks([*data_files(run.sources), (f"OUT {out}", Storage(out), MARK_FILE)])
+
+
 def _no_documents(config: TokenizeConfig, records: Sequence[PieceRecord]) -> UserError:
     where = f"DATA {' '.join(config.data)}"
     if bad := sum(record["counts"]["bad_rows"] for record in records):
@@ -168,7 +176,7 @@ def _limited(job: Job, dealt: list[Piece]) -> list[Piece]:
     return kept
 
 
-def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRecord]:
+def _tokenise(job: Job, dealt: list[Piece], folders: tuple[Landmark, ...], listener: Listener) -> list[PieceRecord]:
     """The records of all pieces, in their order; pieces with a record are done, but those that were made without rows
     that are wrong where such rows are to stop it now."""
     storage = Storage(job.config.out)
@@ -184,7 +192,7 @@ def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRec
     count = sum(sum(record["tokens"].values()) for record in records.values())
     bad = sum(record["counts"]["bad_rows"] for record in records.values())
     health = Health(storage.url, "tokenize")
-    for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left), strict=True):
+    for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left, folders), strict=True):
         records[piece.key] = record
         nbytes += piece.nbytes
         count += sum(record["tokens"].values())
@@ -194,7 +202,7 @@ def _tokenise(job: Job, dealt: list[Piece], listener: Listener) -> list[PieceRec
     return [records[piece.key] for piece in dealt]
 
 
-def _write(job: Job, plan: Layout, listener: Listener) -> list[Written]:
+def _write(job: Job, plan: Layout, folders: tuple[Landmark, ...], listener: Listener) -> list[Written]:
     """All files of rows, in their order; those that are noted as done are not written again."""
     storage = Storage(job.config.out)
     names = {file.name for file in plan.files}
@@ -210,7 +218,7 @@ def _write(job: Job, plan: Layout, listener: Listener) -> list[Written]:
     listener.phase("writing rows", sum(file.rows for file in plan.files))
     rows = sum(file.rows for file in done)
     health = Health(storage.url, "tokenize")
-    for file, note in zip(left, _run_all(job, layout.write_file, left), strict=True):
+    for file, note in zip(left, _run_all(job, layout.write_file, left, folders), strict=True):
         written[file.name] = note
         rows += file.rows
         health.task_ended()
@@ -218,7 +226,9 @@ def _write(job: Job, plan: Layout, listener: Listener) -> list[Written]:
     return [written[file.name] for file in plan.files]
 
 
-def _run_all(job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work]) -> Iterator[Any]:
+def _run_all(
+    job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work], folders: tuple[Landmark, ...]
+) -> Iterator[Any]:
     """`work(job, item)` of each item, as Ray Data tasks, in the order of the items.
 
     Raises: UserError when all tasks that had begun have ended, so that nothing is written any more; MachineError."""
@@ -231,7 +241,7 @@ def _run_all(job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work]) 
     try:
         rows = [{"item": pickle.dumps(item)} for item in items]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset = dataset.map(_do, fn_args=(work, job), num_cpus=1)
+        dataset = dataset.map(_do, fn_args=(work, job, folders), num_cpus=1)
         dataset.context.execution_options.preserve_order = True
         wrong: UserError | None = None
         for row in dataset.iter_rows():
@@ -240,6 +250,7 @@ def _run_all(job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work]) 
                 raise MachineError(result)
             if kind == "user" and wrong is None:
                 wrong = UserError(result)
+                Storage(job.config.out).write(STOP, b"")  # where the task itself did not find OUT
             elif kind == "done" and wrong is None:
                 yield result
         if wrong:
@@ -253,11 +264,17 @@ def _run_all(job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work]) 
         context.enable_progress_bars = before
 
 
-def _do(row: dict[str, Any], work: Callable[[Job, Any], Any], job: Job) -> dict[str, bytes]:
+def _do(
+    row: dict[str, Any], work: Callable[[Job, Any], Any], job: Job, folders: tuple[Landmark, ...]
+) -> dict[str, bytes]:
     """One piece of work in a Ray worker. What the user did wrong and faults of the machine come back as words."""
     import os
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is given one CPU
+    try:
+        check_landmarks(folders)
+    except UserError as error:
+        return {"result": pickle.dumps(("user", str(error)))}
     storage = Storage(job.config.out)
     item = pickle.loads(row["item"])
     for attempt in range(1, _TRIES + 1):

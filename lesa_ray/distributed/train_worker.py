@@ -55,6 +55,7 @@ def work(loop_config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    from lesa_ray.distributed.shared import check_landmarks
     from lesa_ray.errors import UserError
     from lesa_ray.gpu import is_full, limit_device
     from lesa_ray.training.worker import train
@@ -71,6 +72,7 @@ def work(loop_config: dict[str, Any]) -> None:
         board.put.remote(asdict(progress))
 
     try:
+        check_landmarks(pickle.loads(loop_config["folders"]))
         train(pickle.loads(loop_config["run"]), device, tell)
     except (UserError, RuntimeError) as error:
         if not (isinstance(error, UserError) or is_full(error)):

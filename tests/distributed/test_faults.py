@@ -99,9 +99,9 @@ def test_a_fault_of_one_unit_costs_nothing_of_those_that_have_begun(
 ) -> None:
     real, noted = ray_runner._unit_task, tmp_path / "begun"
 
-    def faulty(expansion: Expansion, unit: Any, share: Any, board: Any) -> Any:
+    def faulty(expansion: Expansion, unit: Any, share: Any, board: Any, folders: Any) -> Any:
         if unit.name != "mlp.gate_proj.weight":
-            return real(expansion, unit, share, board)
+            return real(expansion, unit, share, board, folders)
         while not (begun := ray.get(board.get.remote())):
             time.sleep(0.02)
         if not noted.exists():  # Ray tries it again
