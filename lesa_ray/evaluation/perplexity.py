@@ -77,8 +77,6 @@ class Window:
 def plan_windows(tokens: int, window: int, stride: int) -> list[Window]:
     """The windows over a text of `tokens` ids: positions 1 … tokens-1 are each scored in exactly one of them."""
     last = tokens - 1 - window  # the start of a window that ends with the text
-    if last <= 0:
-        return [Window(0, 1)]
     windows = [Window(0, 1)]
     scored = window  # positions up to here are predicted
     while scored < tokens - 1:

@@ -145,6 +145,8 @@ def test_labels_say_what_is_scored_and_lead_how_windows_begin(checkpoint: Path) 
     assert scores.count == len(wanted)
     assert scores.loss == pytest.approx(sum(wanted) / len(wanted), rel=1e-6)
     assert scores.loss != pytest.approx(score(model, [replace(row, labels=labels)], 8, 8).loss, rel=1e-3)
+    half = score(model, [replace(row, labels=np.where(np.arange(40) < 20, -100, row.ids))], 8, 8)
+    assert half.tokens.tolist() == [5, 8, 7]  # a window of which nothing is scored is none
     assert score(model, [replace(row, labels=np.full(40, -100))], 8, 8).count == 0
 
 
@@ -159,7 +161,10 @@ def test_equal_digests_mean_equal_windows(checkpoint: Path) -> None:
     ]
     other.append(score(model, [replace(rows[0], lead=3), rows[1]], 8, 8).digest)
     other.append(score(model, [Row(np.concatenate([row.ids for row in rows]))], 8, 8).digest)
-    assert len({digest, *other}) == 6
+    for scored in (3, 4):  # of the same ids
+        labels = np.where(np.arange(30) < scored, -100, rows[0].ids)
+        other.append(score(model, [replace(rows[0], labels=labels), rows[1]], 8, 8).digest)
+    assert len({digest, *other}) == 8
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "gpt_neox"])
@@ -175,6 +180,11 @@ def test_bfloat16_is_computed_in_bfloat16_and_summed_in_float64(checkpoint: Path
     exact = perplexity(str(checkpoint), IDS, window=8)
     rough = perplexity(str(checkpoint), IDS, window=8, dtype="bfloat16")
     assert 1e-5 < abs(rough.loss - exact.loss) < 0.05
+    model = load_model(str(checkpoint), "bfloat16")
+    with torch.no_grad():
+        logits = model(torch.from_numpy(IDS[None, :8])).logits[0].double()  # (8, V)
+    losses = -torch.log_softmax(logits, -1)[range(8), IDS[1:9]]
+    assert score(model, [Row(IDS[:9])], 8, 8).loss == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
 def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:
