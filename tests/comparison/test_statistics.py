@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from lesa_ray.comparison.statistics import cost_to_reach, paired, pairs, quantile, spread, whole
+from lesa_ray.comparison.statistics import cost_to_reach, paired, pairs, quantile, spread, unbeaten, untrained, whole
 
 
 def test_the_spread_over_seeds() -> None:
@@ -69,6 +69,20 @@ def test_an_interval_beside_the_best_is_wider() -> None:
 def test_an_arm_that_lacks_a_seed_is_not_whole() -> None:
     assert whole({"a": {0: 2.0}, "b": {0: 1.9, 1: 2.2}, "c": {}, "d": {1: 1.0, 0: 3.0}}) == ["b", "d"]
     assert whole({"a": {0: 2.0}, "b": {1: 1.9}}) == whole({"a": {}}) == []
+
+
+def test_what_shares_no_seed_is_not_beaten() -> None:
+    mine = {0: 1.0, 1: 1.1, 2: 1.2}
+    others = {"worse": {0: 2.0, 1: 2.1, 2: 2.2}, "better": {0: 0.5, 1: 0.6, 2: 0.7}, "of other seeds": {7: 9.0}}
+    assert unbeaten(mine, others) == ["better", "of other seeds"]
+
+
+def test_the_untrained_base_has_the_seeds_with_which_an_arm_ended() -> None:
+    """With those of runs that failed, every arm would lack a seed."""
+    arms = [{"runs": [{"seed": seed, "final_loss": loss} for seed, loss in enumerate((2.0, None))]}]
+    (base,) = untrained({"base": {"loss": 3.0}, "arms": arms})
+    assert [(run["seed"], run["final_loss"]) for run in base["runs"]] == [(0, 3.0)]
+    assert untrained({"base": {"loss": None}, "arms": arms}) == untrained({"base": {"loss": 3.0}, "arms": []}) == []
 
 
 def test_what_it_costs_to_reach_a_loss() -> None:

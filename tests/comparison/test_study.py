@@ -86,6 +86,26 @@ def test_an_arm_that_lacks_a_seed_is_neither_the_best_nor_the_yardstick() -> Non
         verdict({"one": comparison({"x": [1.0]}, start=None)})
 
 
+def test_the_yardstick_is_the_best_control_over_all_bases() -> None:
+    """One control is the best on the first base, the other in the mean; all methods are above both."""
+    one = comparison({"x": [2.9, 3.0, 3.1], "COPY": [1.0, 1.1, 1.2], "BASE": [1.5, 1.6, 1.7]}, start=1.65)
+    two = comparison({"x": [3.9, 4.0, 4.1], "COPY": [3.0, 3.1, 3.2], "BASE": [2.0, 2.1, 2.2]}, start=2.3)
+    found = verdict({"one": one, "two": two})
+    assert [arm.name for arm in found.arms] == ["BASE", "base, untrained", "COPY", "x"]
+    assert (found.yardstick, found.best) == ("BASE", "x")
+    copy = found.arms[2]
+    assert copy.unbeaten == ("BASE", "base, untrained")
+    assert copy.bases["one"].unbeaten == ()
+    assert not any(arm.name in arm.unbeaten for arm in found.arms)
+
+
+def test_one_seed_on_one_base_is_not_one_seed_on_all() -> None:
+    one, two = comparison({"x": [1.0], "COPY": [2.0]}), comparison({"x": [1.0, 1.1], "COPY": [2.0, 2.1]})
+    said = "There is one seed: no spread is known, nothing is told apart, and the order is not a finding."
+    assert said in reading(verdict({"one": one}))
+    assert said not in reading(verdict({"one": one, "two": two}))
+
+
 def test_what_is_told_apart_from_the_best_allows_for_its_having_been_picked() -> None:
     """The nearest arm is ±13 standard errors away: clear of two arms, not of six."""
     near = {"x": [1.0, 1.1, 1.2], "y": [1.1, 1.2, 1.32]}
@@ -116,6 +136,7 @@ def test_a_method_that_does_not_beat_the_base_as_it_is_has_gained_nothing() -> N
     )
     assert "Methods that clearly beat every control on every base: none." in told
     assert "Methods that do not clearly beat the untrained base on every base: x; y." in told
+    assert "Methods that clearly beat every control on every base: none." in reading(verdict({"two": two, "one": one}))
     shown = study.table({"verdict": asdict(found), "comparisons": {"one": "", "two": ""}})
     assert list(shown.columns[0].cells) == ["x", "y", "base, untrained", "COPY"]
     two["base"]["loss"] = None
