@@ -38,6 +38,19 @@ def test_a_worker_holds_few_row_groups_at_a_time() -> None:
     assert max(max(steps) - min(steps) for steps in seen.values()) <= longest
 
 
+def test_each_window_epoch_and_seed_has_an_order_of_its_own() -> None:
+    group, windows = 10, 3
+    size = group * WINDOW
+    together, within = set(), set()
+    for seed in range(2):
+        for window in range(2 * windows):  # two epochs
+            order = step_rows(window, size, windows * size, group, seed)
+            together.add(frozenset((order // group).tolist()))
+            within.add(tuple((order % group).tolist()))
+    assert len(together) == len(within) == 2 * 2 * windows
+    assert frozenset(range(WINDOW)) not in together
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 def test_workers_share_a_step_whatever_their_number(workers: int) -> None:
     indices = step_rows(5, 12, 100, 8, seed=0)

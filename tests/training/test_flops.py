@@ -80,7 +80,7 @@ def test_freezing_the_lower_half_saves_a_third() -> None:
     everything = counted(model)
     train_only(model, upper)
     assert counted(model) == pytest.approx(everything * 2 / 3)
-    assert counted(model, lowest_layer=2) == counted(model)
+    assert counted(model, lowest_layer=2) == counted(model, lowest_layer=3) == counted(model)
 
 
 def test_backward_can_be_said_to_go_deeper() -> None:
@@ -88,6 +88,8 @@ def test_backward_can_be_said_to_go_deeper() -> None:
     model = make("llama")
     train_only(model, upper)
     model.enable_input_require_grads()
+    assert counted(model, lowest_layer=0) == measured(model) > counted(model)
+    train_only(model, TRAINED["head"])
     assert counted(model, lowest_layer=0) == measured(model) > counted(model)
 
 
@@ -156,6 +158,7 @@ def two_workers() -> Iterator[None]:
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("Tesla T4", None),
         ("AMD Instinct MI300X", None),
+        ("Intel(R) Arc(TM) Pro A40 Graphics", None),
         ("cpu", None),
     ],
 )

@@ -19,6 +19,7 @@ def test_warm_up_is_a_share_or_steps() -> None:
     assert warmup_steps(config(warmup=0.06), 1000) == 60
     assert warmup_steps(config(warmup=10), 1000) == 10
     assert warmup_steps(config(warmup=10), 4) == 4
+    assert warmup_steps(config(warmup=1), 1000) == 1
     rates = [learning_rate(step, 100, config()) for step in range(11)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1.0)
@@ -39,6 +40,8 @@ def test_wsd_stays_and_then_falls() -> None:
     rates = [learning_rate(step, 100, config(schedule="wsd", decay=0.2)) for step in range(100)]
     assert rates[10:80] == pytest.approx([1.0] * 70)
     assert rates[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    short = config(schedule="wsd", decay=0.1, warmup=0)  # of which a tenth is no step
+    assert [learning_rate(step, 4, short) for step in range(4)] == [1.0] * 4
 
 
 def test_constant_and_no_warm_up() -> None:

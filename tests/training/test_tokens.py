@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pickle
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.training import tokens
 from lesa_ray.training.tokens import COLUMNS, Kind, content_digest, open_blocks, rows_per_group, write_rows
 
@@ -183,6 +184,27 @@ def test_a_damaged_file_is_named(tmp_path: Path, harm: str) -> None:
     np.testing.assert_array_equal(
         blocks.train.read([9])["input_ids"], whole["input_ids"][[9]]
     )  # nor is the failure kept
+
+
+def test_a_file_of_other_rows_than_the_manifest_has_is_named(tmp_path: Path) -> None:
+    make(str(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["splits"]["train"]["files"][1]["rows"] = 7
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(.*8 rows, 7 expected\)"):
+        open_blocks(str(tmp_path)).train.read([8])
+
+
+def test_a_store_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(str(tmp_path))
+    split = open_blocks(str(tmp_path)).train
+
+    def read(*_: object) -> bytes:
+        raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(Storage, "read", read)
+    with pytest.raises(MachineError, match=r"part-00000\.parquet cannot be read"):
+        split.read([0])
 
 
 def test_group_sizes() -> None:
