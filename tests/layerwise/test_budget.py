@@ -66,6 +66,15 @@ def test_the_multiple_is_the_largest_that_meets_the_budget() -> None:
             solved(profile="isotropic", layers=12, params="180M", multiple=larger)
 
 
+@pytest.mark.parametrize("share", [0.99, 1.01])
+def test_what_is_a_hundredth_off_on_either_side_is_refused(share: float) -> None:
+    """Of equal layers all widths step together: the profile's own model has the nearest number."""
+    given = {"profile": "isotropic", "layers": 12, "multiple": 256}
+    own = solved(**given).sizes.parameters
+    with pytest.raises(UserError, match=f"the nearest with widths that are multiples of 256 has {own:,}, "):
+        solved(**given, params=round(share * own))
+
+
 def test_without_a_budget_the_profile_is_as_it_is() -> None:
     assert solved(profile="vanilla").sizes.widths[0] == 768
     assert solved(profile="vanilla").sizes.widths[-1] == 3072
@@ -88,6 +97,7 @@ def test_without_a_budget_the_profile_is_as_it_is() -> None:
         ({"profile": "framed", "beta": "0.001,0.001"}, r"beta 0.001,0.001: is rounded"),
         ({"beta": "1,2,3,4"}, r"beta 1,2,3,4: give one value, two .* or three"),
         ({"profile": "crown", "layers": 2}, r"needs? three"),
+        ({"beta": "1,2,3", "layers": 2}, r"beta 1,2,3: three knots need three layers, there are 2"),
         ({"profile": "framed", "layers": 2}, r"layers 2: a framed profile needs three"),
         ({"preset": "crown"}, r"preset crown: unknown; there are isotropic-12, "),
         ({"preset": "crown-18", "params": "1M"}, r"preset crown-18 decides params; leave one of the two out"),
