@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lesa_ray import ExpandConfig, UserError
+from lesa_ray import ExpandConfig, MachineError, UserError
 from lesa_ray.config import validated
 from lesa_ray.fleet import inputs
 from lesa_ray.fleet.graph import build
 from lesa_ray.fleet.settings import FleetConfig
-from lesa_ray.fleet.stages import CONFIGS, Stage
+from lesa_ray.fleet.stages import CONFIGS, Stage, merged
 from lesa_ray.training import sources
 from lesa_ray.training.sources import Source
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig
@@ -112,6 +113,8 @@ def test_what_a_change_touches(models: Path) -> None:
         *(chain(label, "expand") for label in labels if "lesa" in label)
     )
     assert changed(evaluate={"cpus_per_task": 1, "limit": 3}) == {f"evaluate/{label}" for label in labels}
+    assert changed(evaluate={"cpus_per_task": 1, "gpus_per_task": 1, "batch_size": 3}) == set()
+    assert changed(tokenize={"seq_len": 32, "bad_rows": "skip"}) == set()
     one = content(models)["families"]
     one[0]["stages"] = {"expand": {"seed": 1}}
     assert others(before, digests(made(models, families=one))) == {
@@ -128,8 +131,49 @@ def test_what_an_input_is_counts_and_not_where_it_lies(models: Path, tmp_path: P
     assert others(before, digests(made(copy))) == set()
     families.make("llama", copy / "llama", seed=1)
     assert others(before, digests(made(copy))) == {name for name in before if "/llama-" in name}
+    told = copy / "llama" / "config.json"
+    weights = digests(made(copy))
+    told.write_text(told.read_text().replace("rms_norm_eps", "layer_norm_eps"))
+    assert others(weights, digests(made(copy))) == {name for name in before if "/llama-" in name}
     (copy / "qwen2" / "tokenizer_config.json").write_text("{}")
     assert others(before, digests(made(copy))) >= {name for name in before if "qwen2" in name}
+
+
+def test_every_method_and_factor_has_a_place_of_its_own(models: Path) -> None:
+    found = [digests(made(models, factor=factor)) for factor in (1.5, 2.0)]
+    expansions = [digest for one in found for name, digest in one.items() if name.startswith("expand/")]
+    assert len(set(expansions)) == len(expansions) == 2 * 2 * 2
+
+
+def test_inputs_of_a_stages_own_count_and_not_where_they_lie(models: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        families.make("llama", tmp_path / name, seed=seed)
+        styles.STYLES["gpt2" if seed == 1 else "qwen"]().save_pretrained(tmp_path / name)
+        for file in ("text.txt", "scores.json"):
+            (tmp_path / name / file).write_text(str(seed))
+            os.utime(tmp_path / name / file, (seed, seed))  # which is what tells files on a disk apart
+
+    def digest(kind: str, **more: Any) -> str:
+        stages = content(models)["stages"]
+        stages[kind] = {**(stages[kind] or {}), **more}
+        return digests(made(models, stages=stages))[f"{kind}/llama-lesa-x1.5"]
+
+    for kind, setting, inside in (
+        ("expand", "variants", ""), ("expand", "importance", "scores.json"), ("finetune", "tokenizer", ""),
+        ("evaluate", "data", "text.txt"),
+    ):  # fmt: skip
+        more = {"position": "least-important"} if setting == "importance" else {}
+        places = [str(tmp_path / name / inside) for name in "abc"]
+        one, same, other = (
+            digest(kind, **{setting: [place] if setting == "variants" else place, **more}) for place in places
+        )
+        assert one == same != other, setting
+
+
+def test_settings_on_top_of_others_leave_what_they_do_not_name() -> None:
+    common = {"lesa": {"epochs": 1, "ridge": 2}, "seed": 3, "variants": ["a"]}
+    own = {"lesa": {"epochs": 4}, "variants": ["b"]}
+    assert merged(common, own) == {"lesa": {"epochs": 4, "ridge": 2}, "seed": 3, "variants": ["b"]}
 
 
 def test_token_blocks_count_by_their_content(tmp_path: Path) -> None:
@@ -146,6 +190,16 @@ def test_a_family_whose_checkpoint_is_not_there_stops_no_other(models: Path) -> 
         assert (stage.problem is None) == ("qwen2" in name)
     assert "no such folder" in (stages["pretrain/llama-solar-x1.5"].problem or "")
     assert stages["pretrain/llama-solar-x1.5"].wrong
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_the_file(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def checkpoint_identity(name: str) -> Any:
+        raise MachineError(f"{name}: no answer")
+
+    monkeypatch.setattr("lesa_ray.fleet.stages.checkpoint_identity", checkpoint_identity)
+    stage = made(models)["pretrain/llama-solar-x1.5"]
+    assert "no answer" in (stage.problem or "")
+    assert not stage.wrong
 
 
 def test_without_expanding_the_base_itself_is_trained(models: Path) -> None:
@@ -214,3 +268,9 @@ def test_a_stage_reads_the_commit_that_identifies_it(models: Path, monkeypatch: 
     assert given["tokenize/llama"].model_dump()["data"] == ("org/text@1abe1", "org/talk@c0ffee")
     assert given["finetune/llama"].model_dump()["data"] == "org/talk@c0ffee"
     assert given["evaluate/llama"].model_dump()["data"] == ("t",)
+
+
+def test_only_what_is_known_to_be_of_the_hub_is_given_at_a_commit() -> None:
+    found = [["a", 0, "c1", 2], ["b", 0, "c2", 2], ["b", 0, "c3", 2], ["c", 5, "mark", 0]]
+    names = ("org/a", "org/a@main", "/data/a", "s3://bucket/a", "org/b", "other/b", "org/c")
+    assert inputs.pinned(names, found) == ("org/a@c1", "org/a@c1", *names[2:])
