@@ -125,6 +125,8 @@ def test_what_happens_at_which_step(blocks: TokenBlocks, monkeypatch: pytest.Mon
     assert record.waited
     steps = [row for row in record.rows if "loss" in row]
     assert [(row["step"], row["tokens"]) for row in steps] == [(n, n * BATCH * SEQ) for n in range(1, 6)]
+    rates = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert [row["learning_rate"] for row in steps] == pytest.approx(rates)
     paces = {row["step"]: row["tokens_per_second"] for row in steps if "tokens_per_second" in row}
     assert paces == {n: many * BATCH * SEQ for n, many in ((2, 2), (3, 1), (4, 1), (5, 1))}
     assert [row["model_flops_per_second"] for row in steps if "mfu" in row] == [2000, 1000, 1000, 1000]
@@ -132,6 +134,12 @@ def test_what_happens_at_which_step(blocks: TokenBlocks, monkeypatch: pytest.Mon
     assert [(one.step, one.heldout_loss) for one in told] == [(2, heldout[0]), (3, heldout[2]), (4, heldout[2]),
                                                               (5, heldout[4])]  # fmt: skip
     assert [one.seconds_left for one in told] == [1.5, 2, 1, 0]
+
+
+def test_the_share_of_the_peak_is_of_all_workers(blocks: TokenBlocks) -> None:
+    nothing: Any = None
+    four = trainer(config(), Bigrams(), Place(0, 4, CPU))
+    assert Loop(four, blocks, nothing, None, nothing, 1000.0, 500.0)._speed(2.0)["mfu"] == 1000 / 2 / (4 * 500)
 
 
 def test_a_run_that_goes_on_measures_nothing_before_it(blocks: TokenBlocks) -> None:
