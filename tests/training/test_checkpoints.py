@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,31 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     content = json.loads((folder / "step-00000005" / "complete.json").read_text())
     assert content["files"].keys() == names - {"complete.json"}
     assert content["tokens"] == 50
+
+
+def test_only_whole_checkpoints_of_this_run_count_and_the_later_of_equally_good_ones(tmp_path: Path) -> None:
+    def write(step: int, loss: float | None, folder: str = "", **other: Any) -> checkpoints.Record:
+        place = tmp_path / checkpoints.FOLDER / (folder or checkpoints.folder_name(step))
+        place.mkdir(parents=True)
+        (place / "shard").write_bytes(b"four")
+        record = checkpoints.Record("identity", step, 0, loss, ["a"], {"shard": 4})
+        (place / checkpoints.COMPLETE_FILE).write_text(json.dumps(asdict(record) | other))
+        return record
+
+    mine = [write(5, 0.3), write(20_000_000, None), write(100_000_000, 0.3), write(7, 0.4)]
+    write(8, 0.1, identity="another run")
+    write(9, 0.1, format=2)
+    write(10, 0.1, files={"shard": 5})
+    write(11, 0.1, files={"shard": 4, "gone": 4})
+    write(12, 0.1, folder="step-00000013")
+    write(14, 0.1)
+    (tmp_path / checkpoints.FOLDER / "step-00000014" / checkpoints.COMPLETE_FILE).write_text("{")
+    found = checkpoints.find_complete(str(tmp_path), "identity")
+    assert found == sorted(mine, key=lambda record: record.step)
+    best = checkpoints.best_of(found)
+    assert best is not None
+    assert best.step == 100_000_000
+    assert checkpoints.best_of([mine[1]]) is None
 
 
 def save_slowly(out: str, slow_rank: int) -> list[bool]:
