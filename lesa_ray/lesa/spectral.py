@@ -246,13 +246,14 @@ def _rotate(flat: Tensor, basis: int, frame: Tensor, keep: int) -> Tensor:
 
 def _each(flat: Tensor, rows: int, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Replace each of the layers (n, before, d2) by `change` of it, (n, rows, d2), rows ≤ before, in the same memory.
+    `change` gives a tensor of its own.
 
     Layer i goes where layers 0 … i lay, all of which have been read.
     """
     n, _, d2 = flat.shape
     after = flat.flatten()[: n * rows * d2].view(n, rows, d2)
     for i in range(n):
-        after[i] = change(flat[i].clone())
+        after[i] = change(flat[i])
     return after
 
 

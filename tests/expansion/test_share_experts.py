@@ -64,7 +64,9 @@ def test_each_member_is_predicted_from_its_own_number(monkeypatch: pytest.Monkey
     """With the mean in the predictor's place the weights are known, exact only in a basis of all members."""
     monkeypatch.setattr("lesa_ray.lesa.predictor.Predictor.__call__", lambda self, a, b: (a + b) / 2)
     generator = torch.Generator().manual_seed(0)
-    experts = [[torch.randn(30, 4, generator=generator) for _ in range(3)] for _ in range(3)]  # rank 12 each, 30 in all
+    experts = [  # rank 12 each, 30 in all, and of very different sizes
+        [10**e * torch.randn(30, 4, generator=generator) for _ in range(3)] for e in range(3)
+    ]
     made: dict[tuple[int, int], torch.Tensor] = {}
     order: list[tuple[int, int]] = []
 
@@ -76,10 +78,14 @@ def test_each_member_is_predicted_from_its_own_number(monkeypatch: pytest.Monkey
     (report,) = fit_each([Fit(loads, store, 0)], 3, [(3, 0, 1), (4, 3, 1)], QUICK)
     assert (report.members, report.rank, report.captured) == (3, 30, pytest.approx(1))
     assert order == [(slot, member) for slot in (3, 4) for member in range(3)]
+    ratios = []
     for e, layers in enumerate(experts):
         first = (layers[0] + layers[1]) / 2
-        torch.testing.assert_close(made[e, 3], first, atol=1e-5, rtol=0)
-        torch.testing.assert_close(made[e, 4], (first + layers[1]) / 2, atol=1e-5, rtol=0)
+        second = (first + layers[1]) / 2
+        for slot, weight, below in ((3, first, layers[0]), (4, second, first)):
+            torch.testing.assert_close(made[e, slot], weight, atol=1e-5 * 10**e, rtol=0)
+            ratios.append(float(2 * weight.norm() / (below.norm() + layers[1].norm())))
+    assert report.norm_ratio == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
 
 
 def test_the_shared_predictor_learns_from_all_members() -> None:

@@ -35,6 +35,18 @@ def test_coefficients_are_weighed_and_scaled_and_compose_to_the_weights(weigh, s
         assert parts.captured == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("svd", ["gram", "none"])
+def test_the_scale_is_that_of_the_members_of_the_basis(svd):
+    """Not of the variants, and of every member."""
+    members = [[size * layer for layer in related_layers(4, 16, 12, seed=size)] for size in (1, 3, 20)]
+    loads = [one.__getitem__ for one in members]
+    parts = decompose(loads, 4, basis=2, svd=svd, scale="unit")
+    assert float(parts.coefficients[:2].double().square().mean()) == pytest.approx(1, rel=1e-5)
+    for at, one in enumerate(members):
+        for i, layer in enumerate(one):
+            torch.testing.assert_close(parts.compose(parts.coefficients[at, i]), layer, atol=2e-5, rtol=0)
+
+
 def run(settings: LesaSettings, layers: list[torch.Tensor], slots: list[tuple[int, int, int]]):
     made: dict[int, torch.Tensor] = {}
     report = fit_weight_type(layers.__getitem__, len(layers), slots, made.__setitem__, settings, 0)

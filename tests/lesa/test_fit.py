@@ -50,10 +50,12 @@ def coefficient_loss(layers: list[torch.Tensor], pairs: list[tuple[np.ndarray, n
     return float(np.mean(losses))
 
 
-@pytest.mark.parametrize("rank", [None, 20])
+@pytest.mark.parametrize("rank", [None, 32], ids=["the last batch smaller", "whole batches"])
 @pytest.mark.parametrize("predictor", ["mlp", "ridge"])
-def test_figures_are_those_of_the_weights(rank, predictor):
-    """A slot between a triple's outer layers stores what was predicted for its middle: score that independently."""
+def test_figures_are_those_of_the_weights(rank, predictor, monkeypatch):
+    """A slot between a triple's outer layers stores what was predicted for its middle: score that independently. Rows
+    are taken in several blocks, as those of large layers are."""
+    monkeypatch.setattr("lesa_ray.lesa.streams.BLOCK_ROWS", 7)
     layers = related_layers(10, 40, 24, decay=0.3)
     settings = QUICK.model_copy(update={"rank": rank, "holdout": 0.25, "predictor": predictor})
     training, held_out = split_triples(1, 10, 0.25, seed=0)
@@ -99,6 +101,40 @@ def test_ridge_learns_related_layers_and_is_scored_on_both_sides():
     assert report.trained["ridge"].r2 == pytest.approx(1, abs=1e-2)
     assert report.held_out["ridge"].r2 == pytest.approx(1, abs=1e-2)
     assert report.held_out["ridge"].cosine == pytest.approx(1, abs=1e-2)
+
+
+def test_ridge_as_a_yardstick_is_ridge_as_the_predictor():
+    """Which is known on weights: of the same penalty, and without a look at what is held out."""
+    layers, settings = related_layers(8, 20, 12), QUICK.model_copy(update={"ridge": 0.1})
+    rival, _ = run(layers, [], settings)
+    chosen, _ = run(layers, [], settings.model_copy(update={"predictor": "ridge"}))
+    assert rival.held_out is not None
+    assert chosen.held_out is not None
+    assert rival.held_out["ridge"] == chosen.held_out["predictor"]
+    assert rival.trained["ridge"] == chosen.trained["predictor"]
+
+
+def test_the_range_finder_is_as_thorough_as_its_settings_say():
+    layers = related_layers(6, 60, 30, decay=0.3)
+    quick = {"svd": "randomized", "rank": 6, "oversampling": 0, "power_iterations": 0}
+    found = [
+        run(layers, [], QUICK.model_copy(update={**quick, **more}))[0].captured
+        for more in ({}, {"oversampling": 12}, {"power_iterations": 3})
+    ]
+    assert found[0] < 0.9 * min(found[1:])
+
+
+@pytest.mark.parametrize("failing", [5, 6, 7])
+def test_a_weight_that_cannot_be_stored_ends_the_fit(failing):
+    """Weights are written behind the predictions."""
+
+    def store(slot: int, weight: torch.Tensor) -> None:
+        if slot == failing:
+            raise OSError("the disk is gone")
+
+    layers = related_layers(5, 12, 8)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit_weight_type(lambda i: layers[i], 5, [(5, 1, 2), (6, 2, 3), (7, 3, 4)], store, QUICK, 0)
 
 
 def test_ridge_is_left_out_where_it_costs_too_much(monkeypatch):

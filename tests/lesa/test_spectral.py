@@ -128,6 +128,34 @@ def test_another_checkpoint_is_taken_in_the_base_basis(route):
         assert float(parts.squares[1, i]) == pytest.approx(float(layer.double().square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_other_checkpoints_leave_the_basis_as_it_is(route):
+    """However much larger they are."""
+    base, other = related_layers(4, 30, 16, seed=1, decay=0.5), related_layers(4, 30, 16, seed=2)
+    loads = [loader(base), loader([100 * layer for layer in other])]
+    alone, joined = (decompose(some, 4, svd=route, rank=6) for some in (loads[:1], loads))
+    assert torch.equal(alone.left, joined.left)
+    assert torch.equal(alone.sigma, joined.sigma)
+    assert torch.equal(alone.coefficients[0], joined.coefficients[0])
+    assert alone.captured == joined.captured
+
+
+def test_small_directions_are_kept_down_to_rounding():
+    """Of 2,000 columns in float32, of which rounding is 5e-6 of the largest."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 12, generator=generator).double()).Q for n in (40, 2000))
+    sizes = torch.logspace(0, -4, 12, dtype=torch.float64)
+    layers = list(((left * sizes) @ right.T).float().split(500, dim=1))
+    parts = decompose([loader(layers)], 4, svd="gram")
+    np.testing.assert_allclose(parts.sigma.numpy(), sizes.numpy(), rtol=1e-3)
+
+
+def test_layers_that_cancel_are_found_without_power_iterations():
+    one, two = related_layers(2, 60, 20, decay=1.0)
+    parts = decompose([loader([one, -one, two, -two])], 4, svd="randomized", rank=30, power_iterations=0)
+    assert parts.captured > 0.9
+
+
 @pytest.mark.parametrize("route", ["exact", "gram", "randomized", "none"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", [0, 2])
