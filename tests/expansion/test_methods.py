@@ -11,6 +11,7 @@ import torch
 
 from lesa_ray import Expanded, UserError
 from lesa_ray.expansion.registry import METHODS
+from lesa_ray.expansion.transport import Role, fuse_layer
 from tests import families
 
 FAMILIES = list(families.FAMILIES)
@@ -172,6 +173,43 @@ def test_avg_deus_is_the_mean_of_the_neighbours(bases: Bases, grow: Grow) -> Non
             for name, tensor in families.layer_tensors(result.out, "gpt2", record["index"]).items():
                 mean = (below[name].double() + above[name].double()) / 2
                 torch.testing.assert_close(tensor, mean.to(tensor.dtype), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "norm_before_mlp"),
+    [("llama", "released-code", "post_attention_layernorm"), ("gemma2", "paper", "pre_feedforward_layernorm")],
+)
+def test_opt_deus_moves_the_lower_neighbour_to_the_upper_by_the_roles_of_its_tensors(
+    family: str, recipe: str, norm_before_mlp: str, bases: Bases, grow: Grow
+) -> None:
+    """Roles by hand; what they do is tried where the arithmetic is."""
+    result = grow(bases(family), method="opt-deus", position="1", zero_init=False, recipe=recipe)
+    lower, new, upper = (families.layer_tensors(result.out, family, i) for i in (1, 2, 3))
+    roles = {
+        **{f"self_attn.{n}_proj.weight": Role.ATTENTION_INPUT for n in "qkv"},
+        "self_attn.o_proj.weight": Role.ATTENTION_OUTPUT,
+        **{f"mlp.{n}_proj.weight": Role.MLP_INPUT for n in ("gate", "up")},
+        "mlp.down_proj.weight": Role.MLP_OUTPUT,
+        **{n: Role.OTHER_VECTOR for n in lower if "norm" in n},
+        f"{norm_before_mlp}.weight": Role.NORM_BEFORE_MLP,
+    }
+    assert roles.keys() == new.keys()
+    for vector in (n for n in roles if "norm" in n):  # all ones as they are made: no order would show
+        assert bool((lower[vector] != upper[vector]).any()), vector
+    expected = fuse_layer(lower, upper, roles, divide_marginals=recipe == "paper").tensors
+    for name, tensor in new.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lesa", "aligned-lesa"])
+def test_what_is_trained_follows_the_seed(method: str, bases: Bases, grow: Grow) -> None:
+    made = [
+        grow(bases("llama"), method=method, layers=L + 1, lesa={"epochs": 1, "holdout": 0}, seed=seed)
+        for seed in (0, 1)
+    ]
+    one, two = (families.layer_tensors(r.out, "llama", r.manifest["new_layers"][0]) for r in made)
+    for name, tensor in one.items():
+        assert torch.equal(two[name], tensor) == (tensor.ndim == 1), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

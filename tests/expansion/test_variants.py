@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lesa_ray import ExpandConfig, MachineError, expand
 from lesa_ray.config import LesaSettings
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.runner import InlineRunner, Listener
+from lesa_ray.lesa.fit import fit_weight_type
 from tests import families
 
 Bases = Callable[[str], str]
@@ -31,6 +34,42 @@ def test_variants_join_the_training_rows(bases: Bases, grow: Callable[..., Any],
     assert joined["triples_trained"] + joined["triples_held_out"] == 3 * triples
     assert set(reports["joined"]["identity"]["variants"]) == set(others)
     assert reports["joined"]["fingerprint"] != reports["alone"]["fingerprint"]
+
+
+@pytest.mark.parametrize("method", ["lesa", "aligned-lesa"])
+def test_it_is_the_variants_weights_that_count(
+    method: str, bases: Bases, grow: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ridge from all triples knows no seed; the base once more would give another result than a fine-tune."""
+    tuned = [families.make("llama", tmp_path / f"tuned-{seed}", seed=seed) for seed in (1, 2)]
+    settings = {"method": method, "layers": 6, "position": "1", "lesa": {"predictor": "ridge", "holdout": 0}}
+    made = [grow(bases("llama"), variants=[other], **settings).out for other in tuned]
+    one, two = (families.layer_tensors(out, "llama", 2) for out in made)
+    for name, tensor in one.items():
+        assert torch.equal(two[name], tensor) == (tensor.ndim == 1), name
+    if method == "lesa":
+        name = "self_attn.q_proj.weight"
+        loads = [
+            [families.layer_tensors(folder, "llama", i)[name] for i in range(families.LAYERS)].__getitem__
+            for folder in (bases("llama"), tuned[0])
+        ]
+        found: dict[int, torch.Tensor] = {}
+        ridge = LesaSettings(predictor="ridge", holdout=0)
+        fit_weight_type(loads[0], families.LAYERS, [(5, 1, 2)], found.__setitem__, ridge, 0, variants=loads[1:])
+        torch.testing.assert_close(one[name], found[5], rtol=1e-4, atol=1e-6)
+
+
+def test_experts_held_out_are_not_known_from_the_variants(
+    bases: Bases, grow: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of random experts nothing can be predicted, though the variants are the base once more, and once more."""
+    copies = [str(shutil.copytree(bases("mixtral"), tmp_path / name)) for name in ("one", "two")]
+    lesa = {"share_experts": True, "predictor": "ridge"}
+    fit = grow(bases("mixtral"), variants=copies, layers=6, lesa=lesa).manifest["fit"]
+    for name, found in fit.items():
+        if "experts" in name:
+            assert found["trained"]["predictor"]["r2"] > 0.1
+            assert found["held_out"]["predictor"]["r2"] < 0
 
 
 def test_a_variant_that_cannot_be_reached_any_more_loses_nothing(bases: Bases, tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def test_a_moved_layer_with_noise_comes_back(name: str, dtype: torch.dtype) -> N
 def test_neurons_are_paired_with_the_largest_total_cosine(name: str) -> None:
     block = mlp(6, BLOCKS[name].parts)
     below, above = (random_layer(block, 4, seed) for seed in (0, 1))
+    for seed, layer in enumerate((below, above)):  # neurons, and of each its parts, of very different lengths
+        for part_name, part in block.parts.items():
+            sizes = 10 ** random_layer(mlp(6), 1, 20 + seed if part == "gate" else 30 + seed)["gate"]
+            layer[part_name] *= sizes.T if part == "down" else sizes
     found = align(below, above, block)
 
     def neuron(layer: dict[str, torch.Tensor], at: int, sign: int) -> np.ndarray:
