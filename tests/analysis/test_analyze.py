@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from lesa_ray import MachineError, UserError
 from lesa_ray.analysis import subject as subject_module
+from lesa_ray.analysis.heldout import held_out_fit
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.analysis.subject import open_subject
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
@@ -112,6 +114,14 @@ def test_the_fit_is_lesas_own(bases: Bases) -> None:
     for name, score in expected.held_out.items():
         assert found[name]["r2"] == pytest.approx(score.r2, rel=1e-4)
     assert found["ridge"] != found["predictor"]
+
+
+def test_three_layers_are_scored_on_what_they_were_trained_on() -> None:
+    layers, settings = list(torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(0))), LesaSettings(epochs=2)
+    expected = fit_weight_type(layers.__getitem__, 3, [], lambda slot, weight: None, settings, 3).trained
+    found = held_out_fit([layers.__getitem__], 3, settings, 3)
+    assert (found.pop("on"), found.pop("triples")) == ("training layers", 1)
+    assert found == {name: asdict(score) for name, score in expected.items()}
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,20 @@ def test_from_files_of_text_and_from_token_blocks(tmp_path: Path) -> None:
     assert few["tokens"] == 7
 
 
+def test_tokens_that_enter_as_zeros_have_no_ratio(bases: Bases) -> None:
+    """At the lowest layer, which writes something to them all the same."""
+    model = AutoModelForCausalLM.from_pretrained(bases("llama"), dtype=torch.float64).eval()
+    some = [Row(np.array([7, 3, 9]))]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = 0
+    before, after = streams(model, some)[:2]
+    kept = [0, 2]
+    found = contributions(model, some, 16, 1000, "model")
+    expected = mean((after - before)[kept].norm(dim=1) / before[kept].norm(dim=1))
+    assert found["tokens"] == 3
+    assert found["layers"][0]["block"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_tokens_that_the_model_does_not_have(bases: Bases) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases("llama"))
     with pytest.raises(UserError, match=r"go from 0 to 128, its vocabulary has 128"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,22 @@ from safetensors.torch import save_file
 
 from lesa_ray import ExpandConfig, UserError
 from lesa_ray.expansion.prepare import prepare
+from tests import families
+
+
+@pytest.mark.parametrize("method", ["avg-deus", "mean-aligned"])
+def test_a_slot_is_filled_after_the_new_ones_it_lies_between(
+    method: str, bases: Callable[[str], str], tmp_path: Path
+) -> None:
+    """In a cluster nothing else keeps their order."""
+    old = families.LAYERS
+    laid_out = prepare(ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), method=method, layers=4 * old))
+    found = {unit.name: set(unit.after) for unit in laid_out.units if unit.name != "vectors"}
+    assert found == {
+        f"slot-{slot.id}": {f"slot-{near}" for near in (slot.lower, slot.upper) if near is not None and near >= old}
+        for slot in laid_out.job.plan.slots
+    }
+    assert any(len(after) == 2 for after in found.values())
 
 
 @pytest.mark.parametrize(

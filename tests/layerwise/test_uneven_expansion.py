@@ -102,6 +102,10 @@ def test_a_new_layer_has_the_width_of_its_place(method: str, base: str, grow: Gr
     for new, old in ((0, 0), (2, 1), (4, 2)):
         before, now = layer_of(base, old), layer_of(result.out, new)
         assert all(torch.equal(before[name], now[name]) for name in before | now)
+    if method == "random":  # as large as its neighbours' own entries, whatever they were padded with
+        for name in ("mlp.gate_proj.weight", "self_attn.q_proj.weight"):
+            sizes = [float(layer_of(base, at)[name].std()) for at in (0, 1)]
+            assert float(layer_of(result.out, 1)[name].std()) == pytest.approx(sum(sizes) / 2, rel=0.1)
     kept = result.manifest["widths"]["new"]["1"]
     assert (kept["neurons"]["of"], kept["heads"]["of"], kept["neurons"]["added"]) == (192, 8, 0)
     by = kept["neurons"]["ranked_by"]
