@@ -15,8 +15,8 @@ values: those of the code's configs/*.yaml, which are its 18-layer models. OpenE
 Decides
 - Three knots at an even depth: the middle one is held over both middle layers, ⌈L/2⌉−1 and ⌈L/2⌉, as the code does.
 - Rounding is CoreNet's, which OpenELM and that code share: to the nearest multiple, the next one where that loses a
-  tenth or more, never below one multiple. With two knots β and α are rounded to two decimals first, as there; it is what
-  makes the published parameter counts come out.
+  tenth or more, never below one multiple. With two knots β and α are rounded to two decimals first, as there; it is
+  what makes the published parameter counts come out.
 - In the paper's text KV heads are fixed and query heads a multiple of them. In its code there is one KV head for every
   three query heads, and the published counts are the code's: `Preset` has both.
 """

@@ -61,10 +61,11 @@ def test_order_does_not_count_and_chance_is_told(
 
 def test_a_zero_layer_has_no_likeness(blocks: tuple[Attention, Mlp, dict[str, torch.Tensor]]) -> None:
     _, mlp, layer = blocks
-    layers = [layer, {name: torch.zeros_like(tensor) for name, tensor in layer.items()}, layer]
-    figures = match_block(layers.__getitem__, 3, mlp, seed=0)
+    layers = [layer] * LAYERS
+    layers[3] = {name: torch.zeros_like(tensor) for name, tensor in layer.items()}
+    figures = match_block(layers.__getitem__, LAYERS, mlp, seed=0)
     for name in mlp.matrices:
-        assert figures.neighbours[name] == [None, None]
+        assert figures.neighbours[name] == [pytest.approx(1), pytest.approx(1), None, None]
         assert figures.candidates[name]["lower"] == {"cosine": None, "r2": None}
 
 

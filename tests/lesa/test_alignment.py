@@ -120,6 +120,26 @@ def test_groups_are_paired_with_the_largest_total_cosine() -> None:
     assert total == pytest.approx(best, abs=1e-12)
 
 
+def test_what_is_turned_together_is_turned_the_best_way() -> None:
+    """Of orthogonal rotations: the trace is the nuclear norm of the sum over the pairs that were found."""
+    block = attention(8, 2, 4, "any")
+    below, above = (random_layer(block, 12, seed) for seed in (0, 1))
+    found = align(below, above, block)
+
+    def product(part: str, to: int, head: int) -> np.ndarray:
+        x, y = ((layer[part].T if part == "o" else layer[part]).numpy() for layer in (below, above))
+        result: np.ndarray = y[4 * head : 4 * head + 4] @ x[4 * to : 4 * to + 4].T
+        return result
+
+    for group in range(2):
+        pairs = [(to, int(found.order[to])) for to in range(4 * group, 4 * group + 4)]
+        for of_heads, of_groups, turn in (("q", "k", found.query[group]), ("o", "v", found.value[group])):
+            whole = sum(
+                (product(of_heads, *pair) for pair in pairs), product(of_groups, group, int(found.groups[group]))
+            )
+            assert np.trace(turn.numpy() @ whole) == pytest.approx(np.linalg.norm(whole, "nuc"), rel=1e-9)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_gpu_finds_the_same(name: str) -> None:

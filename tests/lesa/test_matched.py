@@ -56,6 +56,7 @@ def test_related_layers_in_orders_of_their_own(name: str) -> None:
     assert matched["true"] == pytest.approx(1)
     assert matched["aligned mean"] > matched["lower"] + 0.03 > matched["mean"] > matched["random"]
     assert abs(scores["random"].as_it_is.cosine or 0.0) < matched["random"] - 0.1
+    assert scores["random"] == match(random_like([lower, upper], block, 3), true, block), "made without a look at it"
 
 
 def test_neighbours_beside_chance() -> None:
