@@ -29,7 +29,9 @@ FLAWS: list[tuple[dict[str, Any] | None, str]] = [
     ({"train": 3}, "it is not of lesa-ray's form"),
     ({"new_layers": 3}, "it is not of lesa-ray's form"),
     ({"layers": []}, f"it tells of 0 layers, the model has {DEPTH}"),
-    ({"new_layers": [9]}, f"it calls layer 9 new, the model has {DEPTH} layers"),
+    ({"layers": [{}] * (DEPTH + 1)}, f"it tells of {DEPTH + 1} layers, the model has {DEPTH}"),
+    ({"new_layers": [DEPTH]}, f"it calls layer {DEPTH} new, the model has {DEPTH} layers"),
+    ({"new_layers": [-1]}, f"it calls layer -1 new, the model has {DEPTH} layers"),
     ({"new_layers": [True]}, "it calls layer True new"),
     ({"new_layers": ["1"]}, "it calls layer '1' new"),
     ({"new_layers": [*range(DEPTH)]}, f"it calls all {DEPTH} layers new"),
@@ -72,6 +74,12 @@ def test_training_needs_it_where_it_says_what_is_new(
     with pytest.raises(UserError, match=r"^checkpoint .*: its expansion.json is not this model's"):
         _check_model(FinetuneConfig.model_validate({**given, "seq_len": 16, "train": "new"}))
     assert prepare_run(TrainConfig.model_validate({**given, "train": "all"}), gpus=False).manifest is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "[]", "3"])
+def test_what_is_no_manifest_at_all_counts_as_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "expansion.json").write_text(content)
+    assert own_manifest(Storage(str(tmp_path)), DEPTH, "x", needed=True) is None
 
 
 def test_a_place_that_holds_one_is_not_taken(foreign: Foreign, bases: Callable[[str], str]) -> None:

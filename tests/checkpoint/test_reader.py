@@ -64,6 +64,31 @@ def test_digests_tell_trained_weights_apart_and_copies_not(bases: Bases, tmp_pat
     assert [name for name in changed if changed[name] != base.digests()[name]] == [shard.name]
 
 
+def test_a_digest_sees_any_sixteenth_of_the_weights_and_every_name(tmp_path: Path) -> None:
+    """All names: checkpoints with two tensors of one shape exchanged have the same bytes behind the header."""
+    names = [f"model.layers.{i:03d}.mlp.down_proj.weight" for i in range(200)]
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(1000) for name in names}, file)
+    content = file.read_bytes()
+    begin = int.from_bytes(content[:8], "little") + 8
+    assert content.index(names[150].encode()) > 10_000  # beyond what a sample at the beginning sees
+
+    def digest(changed: bytes | bytearray) -> object:
+        file.write_bytes(changed)
+        return open_checkpoint(str(tmp_path)).digests()[file.name]["digest"]
+
+    seen = {digest(content)}
+    here, there = names[150].encode(), names[151].encode()
+    seen.add(digest(content.replace(here, b"x" * len(here)).replace(there, here).replace(b"x" * len(here), there)))
+    step = (len(content) - begin) // 15
+    for at in range(15):  # trained weights differ everywhere: here in the 15 stretches between samples, ends included
+        trained = bytearray(content)
+        trained[begin + at * step : begin + (at + 1) * step + 4096] = bytes([1]) * (step + 4096)
+        seen.add(digest(trained[: len(content)]))
+    assert len(seen) == 17
+
+
 def test_an_index_cannot_point_out_of_the_folder(bases: Bases, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bases("llama"), tmp_path / "copy"))
     index = copy / "model.safetensors.index.json"
@@ -132,6 +157,7 @@ HEADERS: dict[str, dict[str, object] | str] = {
         "e": one(64, 64),
     },
     "out of order": {"b": one(32, 64), "a": one(0, 32)},
+    "an empty one named after what follows it": {"a": one(0, 64), "z": one(0, 0)},
     "metadata": {"__metadata__": {"format": "pt"}, "a": one(0, 64)},
     "an unknown key": {"a": one(0, 64, note="x")},
     "integers": {"a": one(0, 64, dtype="I64", shape=[8])},
@@ -150,6 +176,7 @@ HEADERS: dict[str, dict[str, object] | str] = {
     "three offsets": {"a": one(0, 64, data_offsets=[0, 64, 64])},
     "a list of types": {"a": one(0, 64, dtype=["F32"])},
     "a larger shape": {"a": one(0, 64, dtype="I64", shape=[16])},
+    "a smaller shape": {"a": one(0, 64, shape=[8])},
     "a list for a tensor": {"a": [["F32"], [16], [0, 64]]},
     "half a character": '{"\\ud800": ' + json.dumps(one(0, 64)) + "}",
     "lists in lists": '{"__metadata__": {"a": ' + "[" * 20_000 + "]" * 20_000 + "}}",

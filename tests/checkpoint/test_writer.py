@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from lesa_ray import UserError
+from lesa_ray.checkpoint import copying
 from lesa_ray.checkpoint.header import read_entries
 from lesa_ray.checkpoint.ranges import PIECE
 from lesa_ray.checkpoint.shards import OutTensor, Shard, Span, header_bytes, index_bytes, plan_shards
@@ -69,6 +73,54 @@ def test_tensors_that_are_no_neighbours_in_their_source_are_not_taken_for_a_run(
     assert all(torch.equal(written[name], base[name]) for name in base)
 
 
+@pytest.mark.parametrize("asked_for_again", [True, False])
+def test_a_kernel_that_copies_a_little_at_a_time_or_not_at_all(
+    asked_for_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"a": torch.randn(1000), "b": torch.randn(999), "c": torch.arange(5)}
+    spans = source(tmp_path / "in", **base)
+    copy_file_range = os.copy_file_range
+
+    def reluctant(source: int, target: int, count: int, *offsets: int) -> int:
+        if not asked_for_again:
+            raise OSError(errno.EXDEV, "another filesystem")
+        return copy_file_range(source, target, min(count, 1000), *offsets)
+
+    monkeypatch.setattr(os, "copy_file_range", reluctant)
+    tensors = tuple(out_tensor(name, span, tuple(base[name].shape)) for name, span in spans.items())
+    write_shard(Storage(str(tmp_path)), Shard("m.safetensors", (*tensors, OutTensor("z", "F32", (3,), None))))
+    written = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(written[name], base[name]) for name in base)
+    assert written["z"].tolist() == [0, 0, 0]
+
+
+def test_a_disk_that_fails_on_the_way_is_not_taken_for_a_kernel_that_cannot_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = source(tmp_path / "in", a=torch.randn(1000))
+
+    def full(*_: int) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_shard(Storage(str(tmp_path / "out")), Shard("m.safetensors", (out_tensor("a", spans["a"], (1000,)),)))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_zeros_longer_than_a_piece_and_what_follows_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(copying, "PIECE", 1000)
+    span = source(tmp_path / "in", w=torch.arange(7.0))["w"]
+    shard = Shard("z.safetensors", (OutTensor("z", "F32", (701,), None), out_tensor("w", span, (7,))))
+    storage = Storage("memory://writer-zeros")
+    write_shard(storage, shard)
+    written = load(storage.read("z.safetensors"))
+    assert written["z"].shape == (701,)
+    assert not written["z"].any()
+    assert torch.equal(written["w"], torch.arange(7.0))
+    storage.remove_tree()
+
+
 @pytest.mark.parametrize("length", range(1, 10))
 def test_data_begin_on_eight_bytes(length: int) -> None:
     """So that readers can map any element type (the safetensors format's advice)."""
@@ -87,6 +139,16 @@ def test_a_narrower_type_rounds_as_torch_does(tmp_path: Path) -> None:
     span = source(tmp_path / "in", w=weight)["w"]
     write_shard(Storage(str(tmp_path)), Shard("m.safetensors", (out_tensor("w", span, (300, 7), "BF16"),)))
     assert torch.equal(load_file(tmp_path / "m.safetensors")["w"], weight.bfloat16())
+
+
+def test_values_are_scaled_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    weight = torch.randn(300, 7).bfloat16()
+    before = source(tmp_path / "in", v=torch.ones(9), w=weight)["w"]
+    span = dataclasses.replace(before, scale=0.3)
+    write_shard(Storage(str(tmp_path)), Shard("m.safetensors", (out_tensor("w", span, (300, 7), "F32"),)))
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["w"], weight.float() * 0.3)
+    write_shard(Storage(str(tmp_path)), Shard("n.safetensors", (out_tensor("w", span, (300, 7)),)))
+    assert torch.equal(load_file(tmp_path / "n.safetensors")["w"], (weight.float() * 0.3).bfloat16())
 
 
 def test_a_value_too_large_for_the_narrower_type_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

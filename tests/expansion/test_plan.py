@@ -138,6 +138,7 @@ def test_how_many_layers(factor: float | None, layers: int | None, position: str
         (1.0, None, "--factor 1: must be greater than 1"),
         (0.5, None, "must be greater than 1"),
         (float("nan"), None, "must be greater than 1"),
+        (float("inf"), None, "--factor inf: more than 64 times"),
         (1.001, None, "adds no layer to 32; use --layers 33"),
         (None, 32, "--layers 32: the base has 32 already"),
         (None, 10_000, "more than 64 times"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.side_files import side_files
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store import record as record_module
 from lesa_ray.store.identity import Identity
 from lesa_ray.store.record import (
     RECORD_FILE,
@@ -22,15 +24,24 @@ from lesa_ray.store.record import (
 )
 
 STAGE = Identity("expand", {"base": "b"}, {"method": "solar"}, "0.1.0")
-FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 90_000, "training/checkpoints/a/b.bin": b""}
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 90_000,
+    "training/checkpoints/a/b.bin": b"",
+    "training/.note": b"hidden",
+    "training/half.tmp": b"a name like another",
+}
+LEFT = "training/.b.bin.0123abcd.tmp"
+"""What a killed write leaves."""
 
 
 def filled(url: str) -> tuple[Storage, Record]:
     storage = Storage(url)
     for name, data in FILES.items():
         storage.write(name, data)
+    storage.write(LEFT, b"half")
     record = make_record(
-        STAGE, "x", given={"out": url}, started="2026-01-01", seconds=1.0, metrics={"loss": float("inf")},
+        STAGE, "x", given={"out": url}, started="2026-01-01", seconds=0.25, metrics={"loss": float("inf")},
         files=describe_files(storage),
     )  # fmt: skip
     write_record(storage, record)
@@ -46,7 +57,7 @@ def test_every_file_is_in_the_record_and_every_change_is_found(place: str) -> No
     assert record["bytes"] == sum(map(len, FILES.values()))
     again = read_record(storage)
     assert again == record
-    assert again["metrics"] == {"loss": None}
+    assert (again["metrics"], again["given"], again["seconds"]) == ({"loss": None}, {"out": place}, 0.25)
     assert compare_files(storage, record) == []
     flipped = bytearray(FILES["model.safetensors"])
     flipped[20_000_000] ^= 1
@@ -60,6 +71,23 @@ def test_every_file_is_in_the_record_and_every_change_is_found(place: str) -> No
         "training/checkpoints/a/b.bin: has 2 bytes, not 0",
         "training/more.txt: is not in the record",
     ]
+
+
+def test_the_code_is_known_by_the_names_and_bytes_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(record_module, "__file__", str(tmp_path / "store" / "record.py"))
+
+    def digest(**files: str) -> str:
+        for name, text in files.items():
+            (tmp_path / "store" / f"{name}.py").write_text(text)
+        found: str = record_module.sources_digest.__wrapped__()
+        for name in files:
+            (tmp_path / "store" / f"{name}.py").unlink()
+        return found
+
+    first = digest(a="1", b="2")
+    assert digest(a="1", b="2") == first
+    assert len({first, digest(a="1", b="3"), digest(a="2", b="1"), digest(a="1", c="2"), digest(a="1")}) == 5
 
 
 def test_a_finished_stage_is_not_finished_again(tmp_path: object) -> None:
