@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from lesa_ray import ExpandConfig, UserError
+from lesa_ray.expansion import layout
+from lesa_ray.expansion.methods.lesa import Lesa
 from lesa_ray.expansion.prepare import prepare
 from tests import families
 
@@ -46,3 +49,34 @@ def test_3d_tensors_are_experts_only_where_they_are_named_so(name: str, says: st
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of", "num_hidden_layers": 2}))
     with pytest.raises(UserError, match=says):
         prepare(ExpandConfig(base=str(tmp_path), out=str(tmp_path / "out"), method="avg-deus", zero_init=False))
+
+
+def test_the_fingerprint_is_of_all_that_the_bytes_depend_on_and_of_no_place(
+    bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is unfinished in OUT is gone on with where it is the same: else it would be put together of two models."""
+    base = Path(shutil.copytree(bases("llama"), tmp_path / "base"))
+    tuned = Path(families.make("llama", tmp_path / "tuned", seed=1))
+
+    def fingerprint(**settings: object) -> str:
+        given = {"base": str(base), "out": str(tmp_path / "out"), "variants": [str(tuned)], **settings}
+        return prepare(ExpandConfig.model_validate(given)).fingerprint
+
+    first = fingerprint()
+    elsewhere = str(shutil.copytree(base, tmp_path / "elsewhere"))
+    assert fingerprint(base=elsewhere, out=str(tmp_path / "o"), gpus_per_task=0, memory_budget="1GB") == first
+    settings = [{"seed": 1}, {"cpus_per_task": 2}, {"dtype": "bfloat16"}, {"shard_size": "1MB"}, {"variants": []}]
+    seen = [first, *(fingerprint(**one) for one in settings)]
+    for changed in (*base.glob("*.safetensors"), *tuned.glob("*.safetensors"), base / "config.json"):
+        content = changed.read_bytes()
+        changed.write_bytes(content + b"\n" if changed.suffix == ".json" else content[:-1] + bytes([content[-1] ^ 1]))
+        seen.append(fingerprint())
+        changed.write_bytes(content)
+    with monkeypatch.context() as another:
+        another.setattr(layout, "__version__", "9.8.7")
+        seen.append(fingerprint())
+    with monkeypatch.context() as another:  # as a small budget makes it choose another way to decompose
+        another.setattr(Lesa, "choices", lambda self, job: {"mlp.up_proj.weight": "other"})
+        seen.append(fingerprint())
+    assert fingerprint() == first
+    assert len(set(seen)) == len(seen) > 9
