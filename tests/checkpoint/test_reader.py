@@ -87,6 +87,10 @@ def test_a_digest_sees_any_sixteenth_of_the_weights_and_every_name(tmp_path: Pat
         trained[begin + at * step : begin + (at + 1) * step + 4096] = bytes([1]) * (step + 4096)
         seen.add(digest(trained[: len(content)]))
     assert len(seen) == 17
+    save_file({"w": torch.zeros(100_000)}, file)
+    content = file.read_bytes()
+    begin = int.from_bytes(content[:8], "little") + 8
+    assert digest(content) != digest(content[:begin] + b"\1" + content[begin + 1 :])  # the first weight
 
 
 def test_an_index_cannot_point_out_of_the_folder(bases: Bases, tmp_path: Path) -> None:

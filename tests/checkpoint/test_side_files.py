@@ -21,6 +21,11 @@ def test_weights_of_other_frameworks_stay_behind() -> None:
     assert side_files([*kept, *weights]) == kept
 
 
+def test_what_was_true_of_the_old_weights_and_hidden_files_stay_behind() -> None:
+    old = ["config.json", "README.md", "model.safetensors.index.json", "trainer_state.json", "eval_results.json"]
+    assert side_files([*old, ".env", ".gitattributes", "generation_config.json"]) == ["generation_config.json"]
+
+
 def test_templates_in_their_folder_go_along(
     bases: Callable[[str], str], grow: Callable[..., Expanded], tmp_path: Path
 ) -> None:
