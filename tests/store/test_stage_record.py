@@ -73,6 +73,19 @@ def test_every_file_is_in_the_record_and_every_change_is_found(place: str) -> No
     ]
 
 
+@pytest.mark.parametrize("last", ["config.json", "words.bin"])
+def test_a_listing_that_lacks_some_files_yet_is_asked_for_again(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    for name in ("a.bin", last):
+        storage.write(name, b"1")
+    listings = iter([{}, {"a.bin": 1}, {"a.bin": 1, last: 1}] if last == "config.json" else [{}, {"a.bin": 1, last: 1}])
+    monkeypatch.setattr(record_module, "walk", lambda _: next(listings))
+    monkeypatch.setattr(record_module, "_LISTING_PAUSES", (0.0,) * 4)
+    assert set(describe_files(storage)) == {"a.bin", last}
+
+
 def test_the_code_is_known_by_the_names_and_bytes_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "store").mkdir()
     monkeypatch.setattr(record_module, "__file__", str(tmp_path / "store" / "record.py"))
