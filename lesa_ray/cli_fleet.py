@@ -131,6 +131,14 @@ def gc(
     older_than: Annotated[
         float, typer.Option(metavar="DAYS", min=0, help="Only stages that no one has worked on for so many days.")
     ] = 7.0,
+    superseded: Annotated[
+        bool,
+        typer.Option(
+            "--superseded",
+            help="Finished stages too that no fleet or comparison named when it was last started: of other settings "
+            "or data, or an earlier version.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show, or with --yes remove, what was abandoned in a store. Unfinished stages no one works on, uploads never
@@ -140,21 +148,28 @@ def gc(
     from lesa_ray.sizes import size
     from lesa_ray.store.catalog import open_store
     from lesa_ray.store.garbage import find_garbage, remove
+    from lesa_ray.store.superseded import find_superseded, remove_superseded
 
     opened = open_store(store)
-    found = find_garbage(opened, older_than)
+    abandoned = find_garbage(opened, older_than)
+    unneeded = find_superseded(opened, older_than) if superseded else []
+    found = [*abandoned, *unneeded]
     holder = f"gc on {socket.gethostname()}, process {os.getpid()}"
-    removed = [one for one in found if remove(opened, one, holder)] if yes else []
+    removed = [one for one in abandoned if remove(opened, one, holder)] if yes else []
+    removed += [one for one in unneeded if remove_superseded(opened, one, holder)] if yes else []
     if as_json:
-        print_json({"abandoned": [asdict(one) for one in found], "removed": [one.name for one in removed]})
+        lists = {"abandoned": abandoned, **({"superseded": unneeded} if superseded else {})}
+        shown = {name: [asdict(one) for one in ones] for name, ones in lists.items()}
+        print_json({**shown, "removed": [one.name for one in removed]})
         return
     if found:
         console.print(garbage_table(found), highlight=False)
     total = size(sum(one.nbytes for one in (removed if yes else found)))
+    what = "abandoned or superseded" if superseded else "abandoned"
     if not found:
-        said = f"nothing was abandoned more than {older_than:g} days ago"
+        said = f"nothing was {what} more than {older_than:g} days ago"
     else:
-        said = f"{len(removed)} removed, {total}" if yes else f"{len(found)} abandoned, {total}; --yes removes them"
+        said = f"{len(removed)} removed, {total}" if yes else f"{len(found)} {what}, {total}; --yes removes them"
     sys.stderr.write(f"lesa-ray: {opened.url}: {said}\n")
 
 

@@ -26,6 +26,8 @@ from lesa_ray.store.identity import KINDS, Identity, difference, parse_place
 from lesa_ray.store.lease import TERM_SECONDS, Lease, Leases
 from lesa_ray.store.record import RECORD_FILE, Record, read_record, write_record
 
+PLANNED = ("fleet", "comparison")
+"""What has stages and leaves a plan of them."""
 _THREADS = 16
 
 
@@ -179,8 +181,16 @@ class Store:
 
     def read_plan(self, what: str, name: str) -> dict[str, Any] | None:
         """What `write_plan` left; None if no such thing was started on this store."""
+        return self._read_plan(f"{what}s/{name}.json")
+
+    def plans(self) -> dict[str, dict[str, Any] | None]:
+        """What `write_plan` left of all fleets and the like, by their files; None for one that cannot be read."""
+        files = [f"{what}s/{name}" for what in PLANNED for name in self.control.within(f"{what}s").list()]
+        return {f"{WORK_DIR}/{file}": self._read_plan(file) for file in files if file.endswith(".json")}
+
+    def _read_plan(self, file: str) -> dict[str, Any] | None:
         try:
-            content = json.loads(self.control.read(f"{what}s/{name}.json"))
+            content = json.loads(self.control.read(file))
         except (FileNotFoundError, ValueError):
             return None
         return content if isinstance(content, dict) else None

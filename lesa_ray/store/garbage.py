@@ -29,9 +29,10 @@ _TIMES = ("LastModified", "last_modified", "mtime")
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that was abandoned. name: a stage's place or an object's key; detail: since when, or which upload."""
+    """Something abandoned, or finished and not needed (`lesa_ray.store.superseded`). name: a stage's place or
+    an object's key; detail: since when, or which upload."""
 
-    kind: Literal["stage", "upload"]
+    kind: Literal["stage", "upload", "finished"]
     name: str
     nbytes: int
     detail: str
@@ -41,10 +42,10 @@ def find_garbage(store: Store, days: float = 7.0) -> list[Garbage]:
     """What `remove` would take away; of stages those nobody has worked on for so many days. Raises: MachineError."""
     stages = []
     for one in store.unfinished():
-        if _age(_since(one)) < days or store.worker(one.identity) is not None:
+        if age(_since(one)) < days or store.worker(one.identity) is not None:
             continue
         nbytes, written = _files(store, one.place)
-        if _age(written) >= days:
+        if age(written) >= days:
             stages.append(Garbage("stage", one.place, nbytes, one.failure or f"begun {one.since}"))
     return [*stages, *_uploads(store)]
 
@@ -91,7 +92,7 @@ def _files(store: Store, place: str) -> tuple[int, float]:
     return sum(int(info["size"] or 0) for info in found), newest
 
 
-def _age(seconds: float) -> float:
+def age(seconds: float) -> float:
     """Days since a time."""
     return (time.time() - seconds) / 86400
 

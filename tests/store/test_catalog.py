@@ -251,6 +251,13 @@ def test_the_commands_and_their_exit_codes(tmp_path: Path, run: Callable[..., tu
     assert (code, json.loads(out)["removed"]) == (0, [left])
     assert store.folder(left).is_empty()
     assert run("gc", str(tmp_path / "nothing"))[0] == 2
+    assert "no fleet or comparison was started" in run("gc", store.url, "--superseded")[2]
+    store.write_plan("fleet", "mine", {"stages": []})
+    code, out, _ = run("gc", store.url, "--superseded", "--json")
+    assert (code, [one["name"] for one in json.loads(out)["superseded"]]) == (0, [made])
+    assert "1 abandoned or superseded" in run("gc", store.url, "--superseded")[2]
+    assert json.loads(run("gc", store.url, "--superseded", "--yes", "--json")[1])["removed"] == [made]
+    assert store.folder(made).is_empty()
 
 
 def test_an_interrupt_is_told_by_the_exit_code(

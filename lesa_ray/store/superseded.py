@@ -1,0 +1,86 @@
+"""Finished stages that nothing on a store needs any more: of settings or data that have changed since, or made by an
+earlier version.
+
+A store keeps what each fleet and comparison consisted of when it was last started. What one of them names is needed,
+and so is what the settings of a needed stage name by its place. A stage whose inputs could not be read then has no
+identity, so everything of its label stays.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+
+from lesa_ray.errors import UserError
+from lesa_ray.store.catalog import Store
+from lesa_ray.store.garbage import Garbage, age
+from lesa_ray.store.identity import Identity
+from lesa_ray.store.record import RECORD_FILE, Record
+
+
+def find_superseded(store: Store, days: float = 7.0) -> list[Garbage]:
+    """Finished stages that are not needed, and were finished so many days ago.
+
+    Raises: UserError if it is not known what is needed; MachineError."""
+    finished = store.finished()
+    needed = _needed(store, finished)
+    return [
+        Garbage("finished", place, record["bytes"], f"made {record['started'][:16].replace('T', ' ')}")
+        for place, record in finished
+        if place not in needed and age(_ended(record)) >= days
+    ]
+
+
+def remove_superseded(store: Store, garbage: Garbage, holder: str) -> bool:
+    """Remove such a stage; whether it still was one. Raises: as `find_superseded`."""
+    finished = store.finished()
+    record = dict(finished).get(garbage.name)
+    if record is None or garbage.name in _needed(store, finished):
+        return False
+    identity = Identity.from_content(record["identity"])
+    lease = store.lease(identity, holder)
+    if lease is None:
+        return False
+    try:
+        # Noted as unfinished first, so that what an interruption leaves is abandoned, and not half a finished stage.
+        store.begin(garbage.name, identity, holder, "was superseded, its removal was interrupted")
+        folder = store.folder(garbage.name)
+        folder.remove(RECORD_FILE)
+        folder.remove_tree()
+        store.forget(garbage.name)
+    finally:
+        store.settle(lease)
+    return True
+
+
+def _needed(store: Store, finished: list[tuple[str, Record]]) -> set[str]:
+    """Places of finished stages."""
+    plans = store.plans()
+    if not plans:
+        raise UserError(f"STORE {store.url}: no fleet or comparison was started on it, so what is needed is not known")
+    digests, labels = set(), set()
+    for name, plan in plans.items():
+        try:
+            for stage in (plan or {})["stages"]:
+                if stage["identity"] is None:
+                    labels.add((stage["kind"], stage["label"]))
+                else:
+                    digests.add(Identity.from_content(stage["identity"]).digest)
+        except (LookupError, TypeError) as error:
+            raise UserError(
+                f"STORE {store.url}: {name} is damaged, so what is needed is not known; start that fleet or comparison "
+                "again, or remove the file"
+            ) from error
+    kinds = {place: place.partition("/")[0] for place, _ in finished}
+    needed = {p for p, record in finished if record["digest"] in digests or (kinds[p], record["label"]) in labels}
+    found = set(needed)
+    while found:
+        made_from = [json.dumps(record["given"]) for place, record in finished if place in found]
+        found = {place for place in kinds if place not in needed and any(place in given for given in made_from)}
+        needed |= found
+    return needed
+
+
+def _ended(record: Record) -> float:
+    """In seconds of the clock of the machine that made it."""
+    return datetime.fromisoformat(record["started"]).timestamp() + record["seconds"]

@@ -1,0 +1,142 @@
+"""Finished stages that no fleet needs any more are found, and nothing that one needs is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from lesa_ray import UserError
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.store.catalog import Store
+from lesa_ray.store.garbage import find_garbage
+from lesa_ray.store.identity import Identity
+from lesa_ray.store.record import RECORD_FILE, describe_files, make_record
+from lesa_ray.store.superseded import find_superseded, remove_superseded
+
+STAGE = Identity("expand", {"base": "b"}, {"method": "lesa", "factor": 1.5}, "0.2.0")
+OLD = dataclasses.replace(STAGE, code="0.1.0")
+
+
+def make(
+    store: Store, identity: Identity, label: str = "x", started: str = "2026-01-01T00:00:00+00:00", **given: Any
+) -> str:
+    place = identity.place(label)
+    store.folder(place).write("config.json", b"{}")
+    record = make_record(
+        identity, label, given=given, started=started, seconds=1, metrics={}, files=describe_files(store.folder(place))
+    )
+    store.finish(place, record)
+    return place
+
+
+def plan(store: Store, name: str, *stages: tuple[str, Identity | None], what: str = "fleet") -> None:
+    content = [
+        {"kind": "expand", "label": label, "identity": one and one.content, "problem": None} for label, one in stages
+    ]
+    store.write_plan(what, name, {what: name, "stages": content})
+
+
+def names(store: Store, days: float = 7.0) -> set[str]:
+    return {one.name for one in find_superseded(store, days)}
+
+
+@pytest.mark.timeout(180)
+def test_what_no_plan_names_is_superseded(place: str) -> None:
+    store = Store(place, term=30)
+    now, old = make(store, STAGE), make(store, OLD)
+    plan(store, "weekly", ("y", STAGE))  # under another label it is the same
+    [found] = find_superseded(store)
+    assert (found.kind, found.name, found.nbytes, found.detail) == ("finished", old, 2, "made 2026-01-01 00:00")
+    assert remove_superseded(store, found, "gc")
+    assert not remove_superseded(store, found, "gc")
+    assert store.folder(old).is_empty()
+    assert store.record(now) is not None
+    assert names(store) == set()
+    assert store.unfinished() == []
+
+
+def test_all_fleets_and_comparisons_of_a_store_count(tmp_path: Any) -> None:
+    store = Store(str(tmp_path))
+    make(store, STAGE)
+    other, left = make(store, OLD, "y"), make(store, dataclasses.replace(OLD, code="0.0.1"), "y")
+    plan(store, "weekly", ("x", STAGE))
+    assert names(store) == {other, left}
+    plan(store, "once", ("y", OLD), what="comparison")
+    assert names(store) == {left}
+
+
+def test_a_label_whose_inputs_could_not_be_read_keeps_its_stages(tmp_path: Any) -> None:
+    """A hub that is away for a day costs no results."""
+    store = Store(str(tmp_path))
+    make(store, OLD, "x")
+    other = make(store, dataclasses.replace(OLD, inputs={"base": "c"}), "y")
+    plan(store, "weekly", ("x", None))
+    assert names(store) == {other}
+
+
+def test_what_a_needed_stage_was_made_from_is_needed(tmp_path: Any) -> None:
+    """A fleet's checkpoint may be what another fleet has made, by its place."""
+    store = Store(str(tmp_path))
+    first = make(store, OLD, "a")
+    second = make(store, dataclasses.replace(OLD, inputs={"base": "1"}), "b", base=f"{store.url}/{first}")
+    third = dataclasses.replace(STAGE, inputs={"base": "2"})
+    make(store, third, "c", checkpoints=[f"{store.url}/{second}"])
+    left = make(store, OLD, "d" * 20)
+    plan(store, "weekly", ("c", third))
+    assert names(store) == {left}
+
+
+def test_young_ones_stay(tmp_path: Any) -> None:
+    store = Store(str(tmp_path))
+    old = make(store, OLD, started=(datetime.now(UTC) - timedelta(hours=1)).isoformat())
+    plan(store, "weekly", ("x", STAGE))
+    assert names(store) == set()
+    assert names(store, days=0) == {old}
+
+
+def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
+    store = Store(str(tmp_path), term=30)
+    old = make(store, OLD)
+    plan(store, "weekly", ("x", STAGE))
+    [found] = find_superseded(store)
+    lease = store.lease(OLD, "a fleet")
+    assert lease is not None
+    assert not remove_superseded(store, found, "gc")
+    lease.release()
+    plan(store, "weekly", ("x", OLD))
+    assert not remove_superseded(store, found, "gc")
+    assert store.record(old) is not None
+
+
+def test_an_interrupted_removal_leaves_no_half_a_stage(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path), term=30)
+    old = make(store, OLD)
+    plan(store, "weekly", ("x", STAGE))
+    [found] = find_superseded(store)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_superseded(store, found, "gc")
+    assert not store.folder(old).exists(RECORD_FILE)
+    [rest] = find_garbage(store, days=0)
+    assert (rest.kind, rest.name) == ("stage", old)
+
+
+def test_where_it_is_not_known_what_is_needed_nothing_is_found(tmp_path: Any) -> None:
+    store = Store(str(tmp_path))
+    make(store, STAGE)
+    with pytest.raises(UserError, match=r"no fleet or comparison was started on it"):
+        find_superseded(store)
+    plan(store, "weekly", ("x", STAGE))
+    for content in (b"{", json.dumps({"stages": [{"kind": "expand"}]}).encode(), b"[]"):
+        store.control.write("fleets/other.json", content)
+        with pytest.raises(UserError, match=r"fleets/other\.json is damaged"):
+            find_superseded(store)
