@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.ray_runner import new_board, start_ray
+from lesa_ray.distributed.shared import landmarks
 from lesa_ray.distributed.stage_task import Done, run_stage
 from lesa_ray.distributed.tasks import POLL_SECONDS, result_of
 from lesa_ray.errors import MachineError, UserError
@@ -33,7 +34,7 @@ from lesa_ray.fleet.settings import Amount, GraphConfig
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import THREADS, Outcome, Standing, leave_plan, look
 from lesa_ray.interrupt import sigterm_interrupts
-from lesa_ray.store.catalog import Store
+from lesa_ray.store.catalog import Store, begun_file
 from lesa_ray.store.lease import Lease
 from lesa_ray.store.record import make_record
 
@@ -213,6 +214,7 @@ class _Fleet:
             if begun is not None and begun.failure:
                 why = f"failed before ({begun.failure}), is tried again"
             self._store.begin(standing.place, stage.identity, self._holder)
+            folders = landmarks([(f"store {self._store.url}", self._store.control, begun_file(standing.place))])
         except BaseException:
             lease.release()
             raise
@@ -222,7 +224,7 @@ class _Fleet:
         node = self._quietest_node()
         strategy = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node, soft=True)
         task = self._task.options(name=f"stage {stage.id}", scheduling_strategy=strategy)
-        reference = task.remote(settings, out, stage.id, self._board)
+        reference = task.remote(settings, out, stage.id, self._board, folders)
         given = settings.model_dump(mode="json")
         self._running[reference] = _Running(stage, standing.place, given, why, lease, amount, node)
         del self._waiting[stage.id]

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import ExpandConfig, Settings
+from lesa_ray.distributed.shared import Landmark, check_landmarks
 from lesa_ray.distributed.tenancy import Guarded
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Listener
@@ -52,11 +53,13 @@ class Teller:
             self._board.put.remote(self._key, f"{self._name}: {detail}", done / self._total)
 
 
-def run_stage(settings: Settings, out: str, key: str, board: Any) -> Done:
+def run_stage(settings: Settings, out: str, key: str, board: Any, folders: tuple[Landmark, ...]) -> Done:
     """Run a stage's command, or find that it is done, and describe what lies at OUT. Whoever starts this task has the
     stage's lease, so nobody else works there.
 
-    Raises: UserError, MachineError as the command does."""
+    folders: what has to be found here, so that the fleet finds what is left at OUT.
+    Raises: UserError, MachineError as the command does; UnsharedError."""
+    check_landmarks(folders)
     os.environ["RAY_ADDRESS"] = "auto"  # the stage is part of a cluster, even where its fleet started that by itself
     started, begin = utc_now(), time.monotonic()
     listener = Teller(board, key)

@@ -114,12 +114,12 @@ class Store:
     def begin(self, place: str, identity: Identity, holder: str, failure: str | None = None) -> None:
         """Note that a stage was begun, or what stopped it. To be called with its lease."""
         content = {"identity": identity.content, "holder": holder, "since": utc_now(), "failure": failure}
-        self.control.write(_begun(place), (json.dumps(content, ensure_ascii=False) + "\n").encode())
+        self.control.write(begun_file(place), (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
     def begun(self, place: str) -> Begun | None:
         """What is noted of an unfinished stage."""
         try:
-            content = json.loads(self.control.read(_begun(place)))
+            content = json.loads(self.control.read(begun_file(place)))
             identity = Identity.from_content(content["identity"])
             return Begun(place, identity, content["holder"], content["since"], content.get("failure"))
         except (FileNotFoundError, ValueError, KeyError):
@@ -147,7 +147,7 @@ class Store:
     def finish(self, place: str, record: Record) -> None:
         """Make a stage a finished one. To be called with its lease."""
         write_record(self.folder(place), record)
-        self.control.remove(_begun(place))
+        self.control.remove(begun_file(place))
 
     def settle(self, lease: Lease) -> None:
         """Let go of the lease of a stage that is finished. Its file goes: who takes it from now on finds the record."""
@@ -156,7 +156,7 @@ class Store:
 
     def forget(self, place: str) -> None:
         """Remove what is noted of an unfinished stage."""
-        self.control.remove(_begun(place))
+        self.control.remove(begun_file(place))
 
     def why(self, identity: Identity, label: str) -> str:
         """Why a stage that is not finished has to be made. This reads all records that have its label."""
@@ -227,5 +227,6 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _begun(place: str) -> str:
+def begun_file(place: str) -> str:
+    """What `Store.begin` writes, below `Store.control`."""
     return f"begun/{place}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import pytest
 from lesa_ray import ExpandConfig, expand
 from lesa_ray.checkpoint.mark import MARK_FILE
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.distributed import ray_runner, rounds, shared
+from lesa_ray.distributed import fleet, ray_runner, rounds, shared
+from lesa_ray.distributed.fleet import run_fleet
 from lesa_ray.distributed.ray_runner import RayRunner
 from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
 from lesa_ray.distributed.tokenize import _do
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.errors import UnsharedError, UserError
 from lesa_ray.expansion.runner import InlineRunner
+from lesa_ray.fleet.graph import build
+from lesa_ray.fleet.settings import FleetConfig
+from lesa_ray.store.catalog import Store
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.pieces import Job
 from lesa_ray.training.sources import find_sources
@@ -108,3 +113,24 @@ def test_a_piece_of_data_is_not_written_where_nobody_looks(tmp_path: Path, monke
     kind, why = pickle.loads(told["result"])
     assert (kind, why[:14]) == ("user", "OUT /data/out:")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_stage_is_not_made_in_a_store_of_another_machine(
+    local_ray: None, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = landmarks
+    monkeypatch.setattr(
+        fleet, "landmarks", lambda places: tuple(replace(one, path="/not/here") for one in real(places))
+    )
+    store = str(tmp_path / "store")
+    config = FleetConfig.model_validate(
+        {
+            "name": "f", "store": store, "methods": ["llama-pro"], "stages": {"expand": {}},
+            "families": [{"name": "llama", "checkpoint": bases("llama")}],
+        }
+    )  # fmt: skip
+    (outcome,) = run_fleet(config, build(config, "file"), lambda key, text: None)
+    assert (outcome.how, outcome.why.partition(":")[0]) == ("failed", f"store {store}")
+    assert Store(store).finished() == []
+    assert not (tmp_path / "store" / "expand").exists()
