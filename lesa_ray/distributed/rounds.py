@@ -251,12 +251,25 @@ def _is_no_room(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """The worker's own error, which Ray Train wraps."""
+    """The worker's own error, which Ray Train wraps. Where a worker was lost it is that: the others then only say that
+    a connection was closed."""
     failures = getattr(error, "worker_failures", None)
-    if isinstance(failures, dict) and failures:
-        inner = next(iter(failures.values()))
-        return explain(getattr(inner, "cause", None) or inner)[:300]
-    return explain(error)[:300]
+    if not (isinstance(failures, dict) and failures):
+        return explain(error)[:300]
+    for rank, failure in failures.items():
+        lost = getattr(failure, "health_check_failure", None)
+        if isinstance(lost, RayError):
+            return f"worker {rank} was lost: {_without_ids(str(lost))}"[:300]
+    inner = next(iter(failures.values()))
+    return explain(getattr(inner, "cause", None) or inner)[:300]
+
+
+def _without_ids(text: str) -> str:
+    """What Ray says of an actor that died, but for the indented lines of ids before it; the machine's address stays."""
+    first, *rest = text.splitlines()
+    said = [line for line in rest if not line.startswith("\t")]
+    addresses = [line.strip() for line in rest if line.startswith("\tip: ")]
+    return " ".join([*addresses, *said]) if said else first
 
 
 def line(progress: Progress) -> str:
