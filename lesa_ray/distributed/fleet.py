@@ -27,7 +27,7 @@ from lesa_ray.distributed.ray_runner import new_board, start_ray
 from lesa_ray.distributed.shared import landmarks
 from lesa_ray.distributed.stage_task import Done, run_stage
 from lesa_ray.distributed.tasks import POLL_SECONDS, result_of
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import MachineError, UnsharedError, UserError
 from lesa_ray.faults import explain, reaching
 from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount, GraphConfig
@@ -246,7 +246,7 @@ class _Fleet:
                 with contextlib.suppress(MachineError, OSError):  # then the file stays
                     self._store.settle(running.lease)
             except UserError as error:
-                self._fail(running, str(error), again=False)
+                self._fail(running, _told_from(running.node, error), again=False)
             except Exception as error:
                 self._fail(running, explain(error), again=True)
             finally:
@@ -340,3 +340,11 @@ class _Fleet:
             if phase and (new_phase or (phase != running.told and now - running.told_at > _TELL_SECONDS)):
                 running.told, running.told_at = phase, now
                 self._say(running.stage.id, phase if not share else f"{100 * share:.0f} % {phase}")
+
+
+def _told_from(node: str | None, error: UserError) -> str:
+    """What a stage found wrong, and on which machine if not on this one: a folder that is missing there may be here."""
+    names = {one["NodeID"]: one["NodeManagerHostname"] for one in ray.nodes()}
+    if node not in names or node == ray.get_runtime_context().get_node_id() or isinstance(error, UnsharedError):
+        return str(error)
+    return f"{error} (found on the machine {names[node]})"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from lesa_ray.config import ExpandConfig, Settings
+from lesa_ray.distributed.fleet import _told_from
+from lesa_ray.errors import UserError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount
@@ -65,3 +69,12 @@ def test_what_is_larger_than_the_cluster_begins_when_nothing_runs() -> None:
 def test_the_budget_is_what_the_cluster_has_or_is_said_to_grow_to() -> None:
     assert total_of(GPUS, None) == Amount(cpus=44, gpus=8)
     assert total_of(GPUS, Amount(cpus=256, gpus=32)) == Amount(cpus=256, gpus=32)
+
+
+def test_what_another_machine_finds_wrong_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": "1", "NodeManagerHostname": "head"}, {"NodeID": "2", "NodeManagerHostname": "gpu-7"}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "1"))
+    error = UserError("BASE /b: no such folder")
+    told = [_told_from(node, error) for node in ("1", "2", None)]
+    assert told == [str(error), f"{error} (found on the machine gpu-7)", str(error)]
