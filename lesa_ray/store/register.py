@@ -27,8 +27,8 @@ from typing import Any, Protocol
 
 from lesa_ray.checkpoint.s3_upload import http_status
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.errors import MachineError
-from lesa_ray.faults import is_outage
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.faults import explain, is_outage
 
 CONDITIONS_FILE = "conditional-writes.json"
 _REFUSED = frozenset({404, 409, 412})
@@ -174,7 +174,7 @@ def register_of(storage: Storage, control: Storage) -> Register | None:
 def honours_conditions(control: Storage) -> bool:
     """Whether an S3 server refuses a conditional write whose condition does not hold; found out once for a store.
 
-    Raises: MachineError if it does not answer."""
+    Raises: MachineError if it does not answer; UserError if nothing may be removed there."""
     if (noted := noted_conditions(control)) is not None:
         return noted
     with outages(control):
@@ -190,8 +190,27 @@ def honours_conditions(control: Storage) -> bool:
 
 
 def _try_conditions(control: Storage) -> bool:
-    """Whether conditions that do not hold are refused, and those that hold are not."""
+    """Whether conditions that do not hold are refused, and those that hold are not.
+
+    Raises: UserError if what was written may not be removed, as unfinished work will have to be."""
     name = f"probe-{uuid.uuid4().hex}"
+    try:
+        honoured = _conditions_hold(control, name)
+    except BaseException:
+        with contextlib.suppress(Exception):  # what stopped it is what matters
+            control.remove(name)
+        raise
+    try:
+        control.remove(name)
+    except PermissionError as error:
+        raise UserError(
+            f"{control.url}: may be written to, but nothing may be removed there ({explain(error)}), as unfinished "
+            "work has to be in the end; allow it (s3:DeleteObject), or give another place"
+        ) from error
+    return honoured
+
+
+def _conditions_hold(control: Storage, name: str) -> bool:
     try:
         version = put(control, name, b"1", IfNoneMatch="*")
         refuses = _is_refused(control, name, IfNoneMatch="*") and _is_refused(control, name, IfMatch='"0"')
@@ -200,8 +219,6 @@ def _try_conditions(control: Storage) -> bool:
         if http_status(error) not in _UNKNOWN:
             raise
         return False
-    finally:
-        control.remove(name)
 
 
 def noted_conditions(control: Storage) -> bool | None:

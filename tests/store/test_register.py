@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from lesa_ray import MachineError
+from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store import register
 from lesa_ray.store.lease import Leases
@@ -57,6 +57,26 @@ def test_a_refusal_of_something_else_says_nothing_of_the_store(
         assert register.honours_conditions(once)
         assert not register.honours_conditions(always)
         assert list(always.list()) == [register.CONDITIONS_FILE]
+    finally:
+        moody.stop()
+
+
+@pytest.mark.timeout(180)
+def test_a_bucket_that_forbids_to_remove_is_told_of_before_the_work(
+    conditional: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moody = Moody(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moody.url)
+    S3FileSystem.clear_instance_cache()
+    denied = 403, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>No.</Message></Error>"
+    forbidden = {"DELETE"}
+    moody.answers = lambda request, headers: denied if request.split()[0] in forbidden else None
+    try:
+        with pytest.raises(UserError, match=r"nothing may be removed there .*s3:DeleteObject"):
+            register.honours_conditions(Storage(f"{conditional}/kept"))
+        forbidden.add("PUT")
+        with pytest.raises(PermissionError):  # what is refused first is what is told
+            register.honours_conditions(Storage(f"{conditional}/closed"))
     finally:
         moody.stop()
 
