@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 from dataclasses import replace
 from typing import Any
@@ -81,7 +82,7 @@ def start_ray() -> bool:
         hint = "" if os.environ.get("RAY_ADDRESS") else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
-    _close_token_folder()
+    _own_token()
     for again in (True, False):
         try:
             with as_before():
@@ -94,14 +95,15 @@ def start_ray() -> bool:
     return True
 
 
-def _close_token_folder() -> None:
-    """Close the folder in which Ray keeps its token to other users of this machine, before Ray puts one there that
-    anybody may read. Its ports are open to all interfaces, whatever address the node is given, so the token is what
-    keeps others out."""
-    folder = os.path.expanduser("~/.ray")
-    with contextlib.suppress(OSError):  # a home that is read-only; Ray says so if it needs it
-        os.makedirs(folder, exist_ok=True)
-        os.chmod(folder, 0o700)
+def _own_token() -> None:
+    """Give an embedded Ray a token of its own, where none is set. Its ports are open to all interfaces, whatever
+    address the node is given, so the token is what keeps others out.
+
+    Ray would put one into the home folder, readable to all, and not start where there is no home or its disk is full or
+    read-only (a container's user without a name, a quota, a service). Of the environment only this user's processes
+    and the workers know."""
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _passed_on() -> dict[str, Any]:

@@ -78,16 +78,23 @@ def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool, a
 @pytest.mark.timeout(360)
 @pytest.mark.usefixtures("local_ray")
 def test_a_ray_embedded_in_another_process_is_left_alone(apart: str) -> None:
-    script = "from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray())"
+    """And it starts without a home folder, with a token that no other user can read."""
+    script = (
+        "import os; from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray()); "
+        "print('TOKEN', os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
+    )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    no_home = os.path.join(os.devnull, "home")
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": apart, "HOME": apart}, capture_output=True,
+        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": apart, "HOME": no_home}, capture_output=True,
         text=True, timeout=330, check=False,
     )  # fmt: skip
     assert "EMBEDDED True" in done.stdout, done.stderr[-2000:]
-    token = Path(apart, ".ray", "auth_token")
-    assert token.exists()
-    assert token.parent.stat().st_mode & 0o077 == 0  # the file itself Ray lets anybody read
+    mode, token = done.stdout.split("TOKEN ")[1].split()
+    assert (mode, len(token)) == ("token", 64)
+    written = [path for path in Path(apart).rglob("*") if path.is_file()]
+    assert written
+    assert not [path for path in written if token.encode() in path.read_bytes()]
 
 
 @pytest.mark.timeout(360)
