@@ -240,11 +240,17 @@ def finish(
         "sources": _summary(files),
         "unread_files": run.unread,
     }
-    storage.write(_SOURCES, "".join(json.dumps(file, ensure_ascii=False) + "\n" for file in files).encode())
-    storage.write(MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    storage.write(_SOURCES, b"".join(_written(file) for file in files))
+    storage.write(MANIFEST, _written(manifest, indent=1))
     storage.remove_tree(WORK_DIR)
     for folder in ("", TOKENIZER_DIR, *SPLITS):
         Storage(f"{storage.url}/{folder}").remove_leftovers()
+
+
+def _written(value: object, indent: int | None = None) -> bytes:
+    """JSON and a line's end. What in the name of a file is no UTF-8, Python has as halves of surrogate pairs; they
+    become JSON's escapes, which read as what they were."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _largest_id(records: Sequence[PieceRecord]) -> int:

@@ -4,6 +4,7 @@ mended and work goes on; which ids there are."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from base64 import b64encode
@@ -320,3 +321,18 @@ def test_telling_of_a_piece_does_not_look_at_all_before_it(monkeypatch: pytest.M
     assert module._tokenise(job, dealt, (), Told("", 0)) == records
     assert (told[0], told[9], len(told)) == ("1 tokens", "55 tokens", many)
     assert looked[0] <= 2 * many
+
+
+def test_a_file_may_have_a_name_that_is_no_utf8(run: Run, gpt2: str, tmp_path: Path) -> None:
+    """As those that came out of an old archive."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = sorted(os.fsdecode(name) for name in (b"caf\xe9.txt", b"plain.txt"))
+    for name in names:
+        (folder / name).write_text(words(len(name), 400))
+    (folder / os.fsdecode(b"of.caf\xe9")).touch()
+    result = run(folder, gpt2)
+    assert result.blocks.manifest["unread_files"] == {os.fsdecode(b".caf\xe9"): 1}
+    lines = (tmp_path / "out" / "sources.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(Path(json.loads(line)["name"]).name for line in lines) == names
+    assert token_lines(result)
