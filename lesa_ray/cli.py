@@ -7,6 +7,7 @@ interrupted, the same command goes on.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -310,11 +311,25 @@ def _print_trained(result: Any, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    _open_streams()
     sys.exit(_run())
+
+
+def _open_streams() -> None:
+    """Give streams that the caller has closed a place that takes all: else the first file that is opened would have
+    their number, and what libraries say of faults would be written into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _run() -> int:
     try:
+        _check_names()
         with sigterm_interrupts():
             code = app(standalone_mode=False)
         if code == INTERRUPTED:  # Typer makes an exit code of an interrupt, and returns it
@@ -329,6 +344,24 @@ def _run() -> int:
         sys.stderr.write(f"lesa-ray: {said}\n")
         return code
     return 0
+
+
+def _check_names() -> None:
+    """Records, pages and tokenizers' files take text alone; a name that is none would stop them after the work.
+
+    Raises: UserError."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder was removed; go to one that is there") from error
+    for name in (*sys.argv[1:], here):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            said = name.encode(errors="backslashreplace").decode()
+            raise UserError(
+                f"{said}: is no UTF-8; rename it, or, if it is written in another encoding, set LC_ALL=C.UTF-8"
+            ) from error
 
 
 def _misuse(error: BaseException) -> tuple[str, int] | None:

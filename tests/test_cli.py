@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lesa_ray import cli
+from lesa_ray.report.terminal import log_line
 
 Bases = Callable[[str], str]
 LESA_RAY = Path(sys.executable).parent / "lesa-ray"
@@ -290,6 +293,40 @@ def test_variants_of_another_shape(
     assert code == 2
     assert says in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_no_text_is_told_of_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in the current folder's: of it pages and tokenizers make absolute names."""
+    name = os.fsdecode(b"caf\xe9")
+    code, _, line = run(capsys, monkeypatch, "analyze", "base", "--out", tmp_path / name)
+    assert code == 2
+    assert line.startswith(f"lesa-ray: {tmp_path}/caf\\udce9: is no UTF-8; rename it")
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert run(capsys, monkeypatch, "analyze", "base") == (2, "", line)
+    (tmp_path / name).rmdir()
+    code, _, line = run(capsys, monkeypatch, "analyze", "base")
+    assert (code, line) == (2, "lesa-ray: the current folder was removed; go to one that is there")
+
+
+@pytest.mark.timeout(120)
+def test_closed_streams_take_nothing_and_are_no_number_of_a_file(bases: Bases, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = shlex.join(
+        [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(out), "--method", "solar"]
+    )
+    assert subprocess.run(f"{command} <&- >&- 2>&-", shell=True, timeout=110, check=False).returncode == 0
+    assert (out / "config.json").exists()
+
+
+def test_work_goes_on_where_its_progress_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        log_line("expand out", "writing the checkpoint")
 
 
 def test_a_hub_id_without_network(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -246,10 +246,12 @@ class ProgressLines:
 
 
 def log_line(label: str, text: str) -> None:
-    """A line of a log: the time of day (UTC), of which run and stage, what."""
+    """A line of a log: the time of day (UTC), of which run and stage, what. Where it cannot be written (the disk of the
+    log is full, the terminal was closed, what read the pipe has ended) the work goes on without."""
     now = datetime.now(UTC).strftime("%H:%M:%S")
-    sys.stderr.write(printable(f"{now} {label}: {' '.join(text.split())}\n"))
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.write(printable(f"{now} {label}: {' '.join(text.split())}\n"))
+        sys.stderr.flush()
 
 
 @contextmanager
