@@ -205,7 +205,9 @@ class Saver:
                 record = Record(self._identity, step, tokens, heldout_loss, names, storage.list())
                 storage.write(COMPLETE_FILE, (json.dumps(asdict(record)) + "\n").encode())
         except (CheckpointException, OSError) as error:
-            raise MachineError(f"{storage.url}: cannot be written ({_first_cause(error)})") from error
+            free = storage.free_bytes()  # of a full disk PyTorch's writer only says that a position is unexpected
+            room = "" if free is None else f"; the disk has {free / 1e9:.2f} GB free"
+            raise MachineError(f"{storage.url}: cannot be written ({_first_cause(error)}){room}") from error
         self.completed = step
         if dist.get_rank() == 0:
             prune(self._out, self._identity, self._keep)
