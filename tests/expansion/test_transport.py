@@ -103,6 +103,13 @@ def test_every_role_follows_its_rule(divide: bool) -> None:
     assert set(fused.solves) == {"q.weight", "o.weight", "gate.weight", "down.weight"}
 
 
+def test_it_does_not_matter_in_which_order_a_layer_names_its_tensors() -> None:
+    lower, upper = layer(seed=10), layer(seed=50)
+    straight = fuse_layer(lower, upper, ROLES).tensors
+    backwards = fuse_layer(lower, upper, dict(reversed(ROLES.items()))).tensors
+    assert all(torch.equal(backwards[name], tensor) for name, tensor in straight.items())
+
+
 def test_the_mlp_input_goes_through_attention_outputs_plan_and_attention_input_does_not() -> None:
     lower, upper = layer(seed=10), layer(seed=50)
     lower["q.weight"], upper["q.weight"] = lower["gate.weight"], upper["gate.weight"]

@@ -138,3 +138,10 @@ def test_a_layer_is_padded_within_its_groups() -> None:
     assert shapes["mlp.gate_proj.weight"] == (6, 2)
     assert shapes["mlp.down_proj.weight"] == (2, 6)
     assert shapes["self_attn.o_proj.weight"] == (2, 24)
+
+
+def test_what_a_method_made_of_padded_layers_is_cut_even_to_the_first_layers_width() -> None:
+    widths = Widths((Width(4, 4), Width(6, 4)), slots=(Width(4, 4),), kv_heads=2, head_dim=3, multiple=2)
+    assert widths.changes(2, "mlp.down_proj.weight")
+    assert not widths.changes(2, "self_attn.o_proj.weight")
+    assert not widths.changes(2, "input_layernorm.weight")

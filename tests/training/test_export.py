@@ -130,13 +130,32 @@ def test_side_files_come_along(tmp_path: Path) -> None:
     assert (tmp_path / "out/README.md").read_text() != "of the base"
 
 
+@pytest.mark.parametrize(
+    ("given", "of_config", "expected"),
+    [
+        ({"eos_token_id": 3, "top_k": 9}, 4, {"eos_token_id": [7, 3], "top_k": 9}),
+        ({"eos_token_id": [3, 7]}, 4, {"eos_token_id": [3, 7]}),
+        ({"top_k": 9}, 4, {"eos_token_id": 7, "top_k": 9}),
+        (None, [3, 4], {"bos_token_id": 1, "eos_token_id": [7, 3, 4]}),
+        (None, 7, None),
+    ],
+)
+def test_generation_stops_where_an_answer_ends_too(given: Any, of_config: Any, expected: Any, tmp_path: Path) -> None:
+    out = Storage(str(tmp_path))
+    if given is not None:
+        out.write("generation_config.json", json.dumps(given).encode())
+    export_module._add_stop(out, {"eos_token_id": of_config, "bos_token_id": 1, "pad_token_id": None}, 7)
+    assert (json.loads(out.read("generation_config.json")) if out.list() else None) == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
 @pytest.mark.parametrize(("dtype", "shard_size"), [("bfloat16", "100KB"), ("float32", "5GB")])
 def test_from_scratch(family: str, dtype: Any, shard_size: str, tmp_path: Path) -> None:
     made = families.make(family, tmp_path / "made")
     trained = families.tensors(made)
     config = json.loads((tmp_path / "made/config.json").read_text())
-    config = {k: v for k, v in config.items() if k not in ("dtype", "architectures")} | {"use_cache": False}
+    of_training = {"use_cache": False, "dtype": "float16", "torch_dtype": "float16"}
+    config = {k: v for k, v in config.items() if k != "architectures"} | of_training
     out = tmp_path / "out"
     run(None, save_state(str(tmp_path / "state"), trained), str(out), config=config, dtype=dtype, shard_size=shard_size)
     assert (len(list(out.glob("model-*.safetensors"))) > 1) == (shard_size == "100KB")
@@ -146,7 +165,9 @@ def test_from_scratch(family: str, dtype: Any, shard_size: str, tmp_path: Path) 
         assert torch.equal(tensor, trained[name].to(getattr(torch, dtype))), name
     model = families.load_strict(out, family)
     assert (model.dtype, model.config.use_cache) == (getattr(torch, dtype), True)
-    assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
+    written = json.loads((out / "config.json").read_text())
+    assert (written["architectures"], written["dtype"]) == ([type(model).__name__], dtype)
+    assert "torch_dtype" not in written
 
 
 def train(base: str, family: str, chosen: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import pytest
 
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.training.export import Exported, begin_export, export, plan_export, write_file
+from lesa_ray.training.export import Exported, OutFile, begin_export, export, plan_export, write_file
 from tests import families
 from tests.training.exporting import FACTS, assert_exported, changed, in_new_layers, run, save_state
 
@@ -63,6 +63,27 @@ def test_an_unfinished_export_of_another_state_is_made_anew(tmp_path: Path) -> N
     assert_exported(tmp_path / "out", base, later)
 
 
+def test_an_export_of_another_base_or_configuration_is_another(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    other = families.make("llama_tied", tmp_path / "other", seed=1)
+    config = tmp_path / "other/config.json"
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+
+    def missing(base: str) -> list[OutFile]:
+        plan = plan_export(open_checkpoint(base), state, str(tmp_path / "out"))
+        found = begin_export(plan)
+        for file in found:
+            write_file(plan, file)
+        return found
+
+    assert missing(base)
+    assert not missing(base)
+    assert missing(other)
+    assert not missing(other)
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    assert missing(other)
+
+
 def test_an_unfinished_export_that_names_other_files_removes_none(tmp_path: Path) -> None:
     base = families.make("llama_tied", tmp_path / "base")
     record, mine = tmp_path / "out/training/export.json", tmp_path / "mine.safetensors"
@@ -92,7 +113,9 @@ def test_a_finished_export_is_done_once_and_mended(tmp_path: Path) -> None:
     with pytest.raises(MachineError):
         export(plan_export(open_checkpoint(base), state, str(out)), FACTS, fail)
     assert not (out / "config.json").exists()
-    assert run(base, state, str(out)).written == 1
+    cut = next(out.glob("model-00003*"))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert run(base, state, str(out)).written == 2
     assert_exported(out, base, trained)
 
 

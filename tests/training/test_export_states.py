@@ -50,6 +50,10 @@ def test_states_that_cannot_be_exported(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "base/config.json").read_text())
     with pytest.raises(UserError, match=r"lacks model\.embed_tokens\.weight, so it cannot be exported without a base"):
         run(None, part, out, config=config)
+    whole = families.tensors(base)
+    more = save_state(str(tmp_path / "more"), {**whole, "model.layers.9.mlp.up_proj.weight": torch.ones(96, 64)})
+    with pytest.raises(UserError, match=r"holds model\.layers\.9\.mlp\.up_proj.*has no place for"):
+        run(None, more, out, config=config)
     with pytest.raises(UserError, match="configuration is needed"):
         run(None, part, out)
     assert not (tmp_path / "out").exists()

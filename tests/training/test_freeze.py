@@ -48,6 +48,7 @@ def test_names_and_patterns(bases: Callable[[str], str]) -> None:
     assert names_of(llama, "embeddings") == ("model.embed_tokens.weight",)
     assert names_of(llama, "lm_head") == ("lm_head.weight",)
     assert names_of(tied, "lm_head") == names_of(tied, "embeddings") == ("model.embed_tokens.weight",)
+    assert names_of(tied, "lm_head.*") == ("model.embed_tokens.weight",)
     assert len(names_of(llama, "norms")) == 2 * families.LAYERS + 1
     assert len(names_of(gpt2, "norms")) == 4 * families.LAYERS + 2
     assert len(names_of(llama, "*.mlp.*")) == 3 * families.LAYERS
