@@ -51,7 +51,7 @@ def resolve_base(base: str, where: str = "") -> str:
         return os.path.abspath(local)
     if os.path.exists(local):
         raise UserError(f"{where}: is a file; give the folder that holds config.json and the weights")
-    if _HUB_ID.match(base) and not base.startswith((".", "~")):
+    if _HUB_ID.match(base):
         return f"hf://{base}"
     raise UserError(f"{where}: no such folder; give a folder, a Hugging Face repo id or a URL such as s3://…")
 

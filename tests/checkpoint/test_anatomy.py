@@ -126,6 +126,11 @@ def test_a_square_matrix_beside_no_experts_is_no_router(bases: Bases) -> None:
         ({"layers.0.w": (2, 2), "layers.2.w": (2, 2)}, {}, r"layer layers.1 is missing, though there is a layer 2"),
         ({"layers.0.w": (2, 2), "layers.1.v": (2, 2)}, {}, "layers are not alike"),
         (
+            {"layers.0.w": (2,), "layers.1.w": (2,), "layers.1.v": (2,)},
+            {"n_layer": 2},
+            r"layers are not alike: layers.1.v has no counterpart in layer 0",
+        ),
+        (
             {"layers.0.w": (2, 2), "layers.1.w": (2, 3)},
             {},
             r"layers.1.w is F32 \[2, 3\], in layer 0 it is F32 \[2, 2\]",
@@ -139,3 +144,11 @@ def test_layouts_that_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         anatomy_of(checkpoint(tmp_path, shapes, **config))
+
+
+def test_layers_of_two_dtypes_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {}, n_layer=2)
+    tensors = {"layers.0.w": torch.zeros(2, 2), "layers.1.w": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers.1.w is BF16 \[2, 2\], in layer 0 it is F32 \[2, 2\]"):
+        anatomy_of(folder)

@@ -80,6 +80,11 @@ def test_fused_projections_of_an_unknown_family_are_refused(family: str, name: s
 def test_fused_projections_are_told_apart(bases: Bases) -> None:
     attention, mlp = read_blocks(read_anatomy(open_checkpoint(bases("phi3"))), "test")
     assert attention.parts["self_attn.qkv_proj.weight"] == Fused(("q", "k", "v"), (64, 32, 32), 1)
+    fused = attention.parts["self_attn.qkv_proj.weight"]
+    assert isinstance(fused, Fused)
+    assert [one.tolist() for _, one in fused.split(torch.arange(128))] == [
+        [*range(64)], [*range(64, 96)], [*range(96, 128)]
+    ]  # fmt: skip
     assert mlp.parts["mlp.gate_up_proj.weight"] == Fused(("gate", "up"), (96, 96), 1)
     attention, _ = read_blocks(read_anatomy(open_checkpoint(bases("gpt_neox"))), "test")
     fused = attention.parts["attention.query_key_value.bias"]
@@ -98,6 +103,7 @@ def test_fused_projections_are_told_apart(bases: Bases) -> None:
         ({"num_attention_heads": None}, (), "does not say num_attention_heads"),
         ({}, (("self_attn.sinks", (4,)),), r"what self_attn.sinks \[4\] belongs to is not known"),
         ({}, (("mlp.ffn_norm.weight", (96,)),), r"what mlp.ffn_norm.weight \[96\] belongs to is not known"),
+        ({}, (("layer_scale", (64,)),), r"what layer_scale \[64\] belongs to is not known"),
         ({}, (("self_attn.bias_proj.weight", (4, 64)),), "self_attn.bias_proj.weight is none of query"),
         ({}, (("mlp.gate_up_proj.weight", (192, 64)),), "mlp.gate_up_proj.weight has 192 rows for 96 neurons"),
     ],
@@ -115,7 +121,12 @@ def test_an_unknown_tensor_on_the_private_side_is_refused(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}]
+    "changes",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        {"partial_rotary_factor": 1.0, "rope_parameters": {"partial_rotary_factor": 0.5}},
+    ],
 )
 def test_partly_rotary_heads_are_not_turned(changes: dict[str, object], bases: Bases) -> None:
     anatomy = read_anatomy(open_checkpoint(bases("llama")))
@@ -127,3 +138,10 @@ def test_an_unknown_family_keeps_its_heads_as_they_are(bases: Bases) -> None:
     anatomy = read_anatomy(open_checkpoint(bases("llama")))
     attention, _ = read_blocks(dataclasses.replace(anatomy, family="novel"), "test")
     assert (attention.query_rotation, attention.value_rotation) == ("none", "none")
+
+
+def test_layers_with_heads_of_their_own_are_read_as_the_widest(bases: Bases) -> None:
+    anatomy = read_anatomy(open_checkpoint(bases("llama")))
+    config = {**anatomy.config, "num_attention_heads": 2, "num_attention_heads_per_layer": [2, 4, 3]}
+    attention, _ = read_blocks(dataclasses.replace(anatomy, config=config), "test")
+    assert (attention.heads, attention.groups, attention.size) == (4, 2, 16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lesa_ray.lesa import eigen
+from lesa_ray.lesa import split_eigh as module
 from lesa_ray.lesa.split_eigh import SplitError, split_eigh
 from tests.lesa.layers import related_layers
 
@@ -57,6 +58,15 @@ def test_a_cluster_that_is_larger_than_a_part_is_told() -> None:
     matrix[100:, 100:] = torch.eye(20, dtype=torch.float64)
     with pytest.raises(SplitError):
         split_eigh(matrix, 60)
+
+
+def test_parts_that_are_not_apart_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = with_spectrum(SPECTRA["even"])
+    monkeypatch.setattr(module, "_basis", lambda projector, *_: torch.eye(len(projector), dtype=projector.dtype))
+    before = matrix.clone()
+    with pytest.raises(SplitError, match="are not apart"):
+        split_eigh(matrix, 80)
+    assert torch.equal(matrix, before)
 
 
 def test_the_gram_route_takes_it_where_the_solver_refuses(caplog: pytest.LogCaptureFixture) -> None:
