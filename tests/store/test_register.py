@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from email.message import Message
 from pathlib import Path
 
@@ -79,6 +80,30 @@ def test_a_bucket_that_forbids_to_remove_is_told_of_before_the_work(
             register.honours_conditions(Storage(f"{conditional}/closed"))
     finally:
         moody.stop()
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.timeout(180)
+def test_a_file_is_replaced_only_where_it_is_what_was_read(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    control = Storage(str(tmp_path) if kind == "folder" else f"{request.getfixturevalue('conditional')}/control")
+    storage = control.within("leases")
+    found = register.register_of(storage, control)
+    assert found is not None
+    first = found.swap("a", None, b"1")
+    assert first is not None
+    assert found.swap("a", None, b"2") is None  # somebody was here before
+    assert storage.read("a") == b"1"
+    assert found.swap("a", first, b"3") is not None
+    assert found.swap("a", first, b"4") is None
+    assert storage.read("a") == b"3"
+    assert found.swap("b", first, b"5") is None
+    assert not storage.exists("b")
+    if kind == "folder":
+        shutil.rmtree(tmp_path / "leases")
+        assert found.swap("a", first, b"6") is None
+        assert not (tmp_path / "leases").exists()  # what was removed does not come back
 
 
 def test_a_process_that_is_suspended_while_it_writes_is_not_waited_for_without_end(
