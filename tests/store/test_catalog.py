@@ -133,6 +133,17 @@ def test_the_lease_of_a_finished_stage_leaves_no_file(place: str) -> None:
     assert not [name for name in walk(store.control.within("leases")) if name != ".lock"]
 
 
+def test_what_was_finished_is_no_garbage_though_it_is_noted_as_begun(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    begin(store, STAGE, "x", {"half": b"1"})
+    (found,) = find_garbage(store, days=0)
+    made = make(store, STAGE)
+    store.begin(made, STAGE, "me")  # as a kill leaves it between the record and the note
+    assert store.unfinished() == []
+    assert not remove(store, found, "gc")
+    assert store.record(made) is not None
+
+
 @pytest.mark.timeout(270)
 def test_garbage_is_what_no_one_works_on(place: str) -> None:
     store = Store(place, term=30)
