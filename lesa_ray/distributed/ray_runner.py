@@ -101,9 +101,16 @@ def _own_token() -> None:
 
     Ray would put one into the home folder, readable to all, and not start where there is no home or its disk is full or
     read-only (a container's user without a name, a quota, a service). Of the environment only this user's processes
-    and the workers know."""
-    if not any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+    and the workers know. One that is in the home folder stays in use, as a cluster that this process connects to later
+    may ask for it."""
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    folder = os.path.expanduser("~/.ray")
+    if not os.access(os.path.join(folder, "auth_token"), os.R_OK):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        return
+    with contextlib.suppress(OSError):
+        os.chmod(folder, 0o700)
 
 
 def _passed_on() -> dict[str, Any]:

@@ -75,6 +75,23 @@ def test_a_cluster_learns_where_the_stores_are_and_no_secrets(submitted: bool, a
     assert found.get("MINE") == ("1" if submitted else None)
 
 
+def test_a_token_that_the_user_has_stays_in_use_and_is_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".ray"
+    folder.mkdir(mode=0o755)
+    (folder / "auth_token").write_text("mine")
+    ray_runner._own_token()
+    assert not os.environ["RAY_AUTH_TOKEN"]
+    assert folder.stat().st_mode & 0o077 == 0
+    (folder / "auth_token").unlink()
+    ray_runner._own_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
 @pytest.mark.timeout(360)
 @pytest.mark.usefixtures("local_ray")
 def test_a_ray_embedded_in_another_process_is_left_alone(apart: str) -> None:
