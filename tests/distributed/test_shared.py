@@ -70,7 +70,7 @@ def test_one_file_stands_for_all_behind_a_name(tmp_path: Path) -> None:
     assert [(one.what, one.path) for one in found] == [(f"DATA {name}", f"{name}/1.txt") for name in names]
 
 
-@pytest.mark.parametrize("method", ["lesa", "llama-pro"])
+@pytest.mark.parametrize("method", ["lesa", pytest.param("llama-pro", marks=pytest.mark.thorough)])
 def test_an_expansion_ends_at_once_and_leaves_nothing(
     method: str, local_ray: None, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +94,7 @@ def test_it_keeps_what_was_finished_before_a_machine_joined_that_lacks_it(bases:
     assert expand(config, runner=InlineRunner()).resumed
 
 
+@pytest.mark.thorough
 def test_training_ends_at_once(local_ray: None, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = landmarks
     monkeypatch.setattr(rounds, "landmarks", lambda places: (*real(places), ELSEWHERE))
