@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
 
@@ -16,6 +17,16 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store import register
 from lesa_ray.store.lease import Leases
 from tests.moody import Moody
+
+
+@pytest.fixture
+def moody(conditional: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moody]:
+    """What stands between the tests and `conditional`'s server."""
+    between = Moody(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+    S3FileSystem.clear_instance_cache()
+    yield between
+    between.stop()
 
 
 @pytest.mark.timeout(180)
@@ -36,13 +47,8 @@ def test_what_a_store_can_do_is_found_out_once(place: str) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_refusal_of_something_else_says_nothing_of_the_store(
-    conditional: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_of_something_else_says_nothing_of_the_store(conditional: str, moody: Moody) -> None:
     """A connection that was too slow is a 400, as may be a condition that a server does not know."""
-    moody = Moody(os.environ["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moody.url)
-    S3FileSystem.clear_instance_cache()
     refusal = 400, b"<?xml version='1.0'?><Error><Code>Refused</Code><Message>No.</Message></Error>"
     once, always = (Storage(f"{conditional}/{name}") for name in ("once", "always"))
     seen: list[str] = []
@@ -53,33 +59,22 @@ def test_a_refusal_of_something_else_says_nothing_of_the_store(
         seen.append(request)
         return None if "once" in request and len(seen) > 1 else refusal
 
-    try:
-        moody.answers = answers
-        assert register.honours_conditions(once)
-        assert not register.honours_conditions(always)
-        assert list(always.list()) == [register.CONDITIONS_FILE]
-    finally:
-        moody.stop()
+    moody.answers = answers
+    assert register.honours_conditions(once)
+    assert not register.honours_conditions(always)
+    assert list(always.list()) == [register.CONDITIONS_FILE]
 
 
 @pytest.mark.timeout(180)
-def test_a_bucket_that_forbids_to_remove_is_told_of_before_the_work(
-    conditional: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moody = Moody(os.environ["AWS_ENDPOINT_URL"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moody.url)
-    S3FileSystem.clear_instance_cache()
+def test_a_bucket_that_forbids_to_remove_is_told_of_before_the_work(conditional: str, moody: Moody) -> None:
     denied = 403, b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>No.</Message></Error>"
     forbidden = {"DELETE"}
     moody.answers = lambda request, headers: denied if request.split()[0] in forbidden else None
-    try:
-        with pytest.raises(UserError, match=r"nothing may be removed there .*s3:DeleteObject"):
-            register.honours_conditions(Storage(f"{conditional}/kept"))
-        forbidden.add("PUT")
-        with pytest.raises(PermissionError):  # what is refused first is what is told
-            register.honours_conditions(Storage(f"{conditional}/closed"))
-    finally:
-        moody.stop()
+    with pytest.raises(UserError, match=r"nothing may be removed there .*s3:DeleteObject"):
+        register.honours_conditions(Storage(f"{conditional}/kept"))
+    forbidden.add("PUT")
+    with pytest.raises(PermissionError):  # what is refused first is what is told
+        register.honours_conditions(Storage(f"{conditional}/closed"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
