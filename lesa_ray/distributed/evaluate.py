@@ -132,13 +132,15 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[En
     listener.phase(_title(names), len(names))
     board, health = new_board(), Health(job.config.out or names[0], "evaluate")
     ends: dict[int, End] = {}
+    data = landmarks(_data_folders(job))
     try:
         with Tasks[int](_task) as tasks:
             for index, bound in enumerate(bounds):
+                own = landmarks([(f"checkpoint {bound.name}", Storage(bound.url), "config.json")])
                 tasks.start(
                     index,
                     f"evaluate {bound.name}",
-                    *(job, bound, share, str(index), board, landmarks(_folders(job, bound))),
+                    *(job, bound, share, str(index), board, (*own, *data)),
                     **share.options(bound.weights(job.config.dtype) + _INTERPRETER_BYTES),
                 )
             while tasks:
@@ -154,14 +156,11 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[En
     return [ends[index] for index in range(len(names))]
 
 
-def _folders(job: Job, bound: Bounds) -> list[tuple[str, Storage, str]]:
-    """A file of each folder that a task reads."""
-    found = [(f"checkpoint {bound.name}", Storage(bound.url), "config.json")]
+def _data_folders(job: Job) -> list[tuple[str, Storage, str]]:
+    """A file of each folder of data, for `landmarks`."""
     if isinstance(job.data, BlockData):
-        found.append((f"DATA {job.data.name}", Storage(job.data.split.url), MANIFEST))
-    elif isinstance(job.data, TextData):
-        found += data_files(job.data.files)
-    return found
+        return [(f"DATA {job.data.name}", Storage(job.data.split.url), MANIFEST)]
+    return data_files(job.data.files) if job.data is not None else []
 
 
 def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any, folders: tuple[Landmark, ...]) -> Outcome:
