@@ -156,7 +156,7 @@ def gc(
     found = [*abandoned, *unneeded]
     holder = f"gc on {socket.gethostname()}, process {os.getpid()}"
     removed = [one for one in abandoned if remove(opened, one, holder)] if yes else []
-    removed += [one for one in unneeded if remove_superseded(opened, one, holder)] if yes else []
+    removed += remove_superseded(opened, unneeded, holder) if yes else []
     if as_json:
         lists = {"abandoned": abandoned, **({"superseded": unneeded} if superseded else {})}
         shown = {name: [asdict(one) for one in ones] for name, ones in lists.items()}

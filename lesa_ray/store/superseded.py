@@ -9,6 +9,7 @@ identity, so everything of its label stays.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 
 from lesa_ray.errors import UserError
@@ -31,26 +32,33 @@ def find_superseded(store: Store, days: float = 7.0) -> list[Garbage]:
     ]
 
 
-def remove_superseded(store: Store, garbage: Garbage, holder: str) -> bool:
-    """Remove such a stage; whether it still was one. Raises: as `find_superseded`."""
-    finished = store.finished()
-    record = dict(finished).get(garbage.name)
-    if record is None or garbage.name in _needed(store, finished):
-        return False
-    identity = Identity.from_content(record["identity"])
-    lease = store.lease(identity, holder)
-    if lease is None:
-        return False
-    try:
-        # Noted as unfinished first, so that what an interruption leaves is abandoned, and not half a finished stage.
-        store.begin(garbage.name, identity, holder, "was superseded, its removal was interrupted")
-        folder = store.folder(garbage.name)
-        folder.remove(RECORD_FILE)
-        folder.remove_tree()
-        store.forget(garbage.name)
-    finally:
-        store.settle(lease)
-    return True
+def remove_superseded(store: Store, garbage: Sequence[Garbage], holder: str) -> list[Garbage]:
+    """Remove such stages; those that still were some. Raises: as `find_superseded`.
+
+    What is needed is looked at again before each; the records are read again only where a plan has changed."""
+    removed: list[Garbage] = []
+    plans, needed = None, set[str]()
+    for one in garbage:
+        if plans != (now := store.plans()) or not now:
+            plans, needed = now, _needed(store, store.finished())
+        record = store.record(one.name)
+        if record is None or one.name in needed:
+            continue
+        identity = Identity.from_content(record["identity"])
+        lease = store.lease(identity, holder)
+        if lease is None:
+            continue
+        try:
+            # Noted as unfinished first, so that what an interruption leaves is abandoned, not half a finished stage.
+            store.begin(one.name, identity, holder, "was superseded, its removal was interrupted")
+            folder = store.folder(one.name)
+            folder.remove(RECORD_FILE)
+            folder.remove_tree()
+            store.forget(one.name)
+        finally:
+            store.settle(lease)
+        removed.append(one)
+    return removed
 
 
 def _needed(store: Store, finished: list[tuple[str, Record]]) -> set[str]:

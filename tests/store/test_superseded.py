@@ -51,8 +51,8 @@ def test_what_no_plan_names_is_superseded(place: str) -> None:
     plan(store, "weekly", ("y", STAGE))  # under another label it is the same
     [found] = find_superseded(store)
     assert (found.kind, found.name, found.nbytes, found.detail) == ("finished", old, 2, "made 2026-01-01 00:00")
-    assert remove_superseded(store, found, "gc")
-    assert not remove_superseded(store, found, "gc")
+    assert remove_superseded(store, [found], "gc") == [found]
+    assert remove_superseded(store, [found], "gc") == []
     assert store.folder(old).is_empty()
     assert store.record(now) is not None
     assert names(store) == set()
@@ -105,10 +105,10 @@ def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
     [found] = find_superseded(store)
     lease = store.lease(OLD, "a fleet")
     assert lease is not None
-    assert not remove_superseded(store, found, "gc")
+    assert remove_superseded(store, [found], "gc") == []
     lease.release()
     plan(store, "weekly", ("x", OLD))
-    assert not remove_superseded(store, found, "gc")
+    assert remove_superseded(store, [found], "gc") == []
     assert store.record(old) is not None
 
 
@@ -124,7 +124,7 @@ def test_an_interrupted_removal_leaves_no_half_a_stage(tmp_path: Any, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "remove_tree", killed)
         with pytest.raises(KeyboardInterrupt):
-            remove_superseded(store, found, "gc")
+            remove_superseded(store, [found], "gc")
     assert not store.folder(old).exists(RECORD_FILE)
     [rest] = find_garbage(store, days=0)
     assert (rest.kind, rest.name) == ("stage", old)
