@@ -24,6 +24,11 @@ from tests import families
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The demo's file first: it takes minutes, and late in the alphabet it would have the other worker wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_pipelines.py")
+
+
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest) -> None:
     """Tests marked `gpu` are skipped without one."""
