@@ -20,6 +20,7 @@ from lesa_ray.distributed.tasks import Tasks
 from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching
+from lesa_ray.training.disk import check_disk
 from lesa_ray.training.export import ExportPlan, OutFile, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
 from lesa_ray.training.lineage import replayed
@@ -41,6 +42,8 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: T
     run = prepare(config, gpus=False)  # wrong input, and a run that is done, are found before Ray is started
     with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(run)
+        if state != "done" and not is_trained(run):
+            check_disk(run)
     if state == "done":
         return trained_result(run, reused=True)
     listener.phase("starting Ray", 0)

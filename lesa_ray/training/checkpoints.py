@@ -72,6 +72,12 @@ def find_complete(out: str, identity: str | None = None) -> list[Record]:
     return sorted(records, key=lambda record: record.step)
 
 
+def held_bytes(out: str) -> int:
+    """Bytes of all a run's checkpoints, those that were left half written too."""
+    storage = Storage(out).within(FOLDER)
+    return sum(sum(storage.within(name).list().values()) for name in _folders(storage))
+
+
 def _folders(storage: Storage) -> list[str]:
     """Names of the folders of checkpoints. Others, copies that somebody keeps among them, are not the run's."""
     return [name for name in storage.folders() if _FOLDER_NAME.fullmatch(name)]
