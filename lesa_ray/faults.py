@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
+import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.places import shown
@@ -25,6 +28,8 @@ _LOST = frozenset(
     {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
 )
 """What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
+_SKEW_SECONDS = 14 * 60
+"""S3 refuses what was signed by a clock that is a quarter of an hour off."""
 
 
 def is_outage(error: BaseException) -> bool:
@@ -39,6 +44,34 @@ def is_outage(error: BaseException) -> bool:
     # the hub's client says of a 503 that a file is not in its cache, because of the 503
     statuses = _status(error), _status(error.__cause__)
     return any(status == 429 or (status >= 500 and status != 501) for status in statuses)  # 501: it cannot do that
+
+
+def unanswered(where: str, error: BaseException) -> MachineError | None:
+    """The fault that a backend's error tells of where the store at `where` is away, or does not take this machine's
+    clock; None for any other error."""
+    if said := _clock_is_off(error):
+        return MachineError(f"{where}: {said}")
+    return MachineError(f"{where}: the store does not answer ({explain(error)})") if is_outage(error) else None
+
+
+def _clock_is_off(error: BaseException) -> str:
+    """What to say where S3 refused a request and this machine's clock, which signs them, is far from the server's.
+
+    The server's own words are no help: to a request for an object's size it gives none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(getattr(cause, "response", None), dict):
+        cause = cause.__cause__ or cause.__context__
+    answer = getattr(cause, "response", {}).get("ResponseMetadata", {})
+    date = answer.get("HTTPHeaders", {}).get("date")
+    if answer.get("HTTPStatusCode") not in (400, 403) or not date:
+        return ""
+    ahead = time.time() - parsedate_to_datetime(date).timestamp()
+    if abs(ahead) < _SKEW_SECONDS:
+        return ""
+    return (
+        f"refuses requests, as the clock of the machine {socket.gethostname()} is {abs(ahead) / 60:.0f} minutes "
+        f"{'ahead of' if ahead > 0 else 'behind'} the server's; set it"
+    )
 
 
 def _status(error: BaseException | None) -> int:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import socket
+import time
+from email.utils import formatdate
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
+import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
+
+from lesa_ray import MachineError
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.faults import is_fault, is_outage
+from lesa_ray.store.register import outages
 
 
 class HttpError(Exception):
@@ -28,3 +40,33 @@ def test_what_a_librarys_neighbour_raises_is_no_fault() -> None:
     wrong input."""
     for module, fault in (("google.auth.exceptions", True), ("google.protobuf.message", False)):
         assert is_fault(type("Error", (Exception,), {"__module__": module})()) == fault
+
+
+def refused(server_time: float) -> Exception:
+    """What s3fs makes of a refusal of a request for an object's size, as the server words none."""
+    date = formatdate(server_time, usegmt=True)
+    metadata = {"HTTPStatusCode": 403, "HTTPHeaders": {"date": date}}
+    try:
+        try:
+            answer: Any = {"Error": {"Code": "403", "Message": "Forbidden"}, "ResponseMetadata": metadata}
+            raise ClientError(answer, "HeadObject")
+        except ClientError as error:
+            raise translate_boto_error(error, set_cause=False)  # noqa: B904 - as s3fs does
+    except PermissionError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("ahead", "says"), [(1_200, "20 minutes ahead of the server's"), (-3_600, "60 minutes behind"), (600, "")]
+)
+def test_a_clock_that_is_far_off_is_named_where_s3_refuses_what_it_signed(ahead: float, says: str) -> None:
+    error = refused(time.time() - ahead)
+    storage = Storage("s3://bucket/model")
+    storage.fs = SimpleNamespace(info=Mock(side_effect=error))
+    for reach in (lambda: storage.size("config.json"), lambda: storage.info("config.json")):
+        with pytest.raises(MachineError if says else PermissionError) as caught:
+            reach()
+        named = f"s3://bucket/model: refuses requests, as the clock of the machine {socket.gethostname()} is {says}"
+        assert str(caught.value).startswith(named) == bool(says)
+    with pytest.raises(MachineError if says else PermissionError), outages(storage):
+        raise error

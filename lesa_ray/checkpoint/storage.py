@@ -24,8 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lesa_ray.checkpoint.part_plan import UPLOADED, Part
 from lesa_ray.checkpoint.s3_upload import S3Upload
-from lesa_ray.errors import MachineError, UserError
-from lesa_ray.faults import explain, is_outage, reaching
+from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching, unanswered
 
 WORK_DIR = ".lesa-ray"
 """Folder inside OUT that holds unfinished work; it goes when the result is complete."""
@@ -244,9 +244,10 @@ class Storage:
         try:
             yield
         except Exception as error:
-            if self.is_local or not is_outage(error):
+            fault = None if self.is_local else unanswered(self.url, error)
+            if fault is None:
                 raise
-            raise MachineError(f"{self.url}: the store does not answer ({explain(error)})") from error
+            raise fault from error
 
     def free_bytes(self) -> int | None:
         """Free space in bytes where this folder is or will be; None where storage has no such bound."""

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from lesa_ray.checkpoint.s3_upload import http_status
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.faults import explain, is_outage
+from lesa_ray.faults import explain, unanswered
 
 CONDITIONS_FILE = "conditional-writes.json"
 _REFUSED = frozenset({404, 409, 412})
@@ -264,9 +264,10 @@ def outages(storage: Storage) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, MachineError) or not is_outage(error):
+        fault = None if isinstance(error, MachineError) else unanswered(storage.url, error)
+        if fault is None:
             raise
-        raise MachineError(f"{storage.url}: the store does not answer ({type(error).__name__})") from error
+        raise fault from error
 
 
 def _lock(file: int) -> bool:
