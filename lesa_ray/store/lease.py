@@ -5,7 +5,7 @@ grows old; who then wants it takes it over. Three rules make that safe:
 
 - How old it is, is judged by the storage's clock, or the observer's; never by what the holder says of its own. What an
   observer has seen unchanged for a term by its own steady clock is as old as that, whatever a clock that was set back
-  says.
+  says; and what a folder's clock leapt forward while it looked on makes nothing old.
 - The holder counts itself as one only until seven tenths of the term after the *start* of its last renewal that
   succeeded, by its own steady clock; so it has stopped before anyone takes over, even if the store did not answer.
 - A lease that was taken over is not renewed: its holder learns of it and stops.

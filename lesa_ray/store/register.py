@@ -79,7 +79,7 @@ class LocalRegister:
     """On a local or shared folder."""
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+        self._storage, self._ahead = storage, time.time() - time.monotonic()
 
     def read(self, name: str) -> Seen | None:
         path = self._storage.path(name)
@@ -88,7 +88,7 @@ class LocalRegister:
                 data, written = file.read(), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
-        return Seen(data, _digest(data), max(0.0, self._now() - written))
+        return Seen(data, _digest(data), max(0.0, self._now() - written - self._leapt()))
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
         if expected is None:
@@ -118,6 +118,11 @@ class LocalRegister:
                     raise MachineError(f"{path}: locked by a process that is suspended, or waits for its disk")
                 time.sleep(0.01)
             yield
+
+    def _leapt(self) -> float:
+        """Seconds by which the machine's clock was set forward since this object was made, or which the machine slept:
+        what was written before has not aged meanwhile, as nobody could renew it."""
+        return max(0.0, time.time() - time.monotonic() - self._ahead)
 
     def _now(self) -> float:
         """The filesystem's time: on a network filesystem the server's."""

@@ -340,6 +340,21 @@ def test_a_clock_that_is_wrong_harms_nobody(tmp_path: Path, monkeypatch: pytest.
     assert leases.acquire("thing", "another") is not None
 
 
+@pytest.mark.timeout(90)
+def test_a_clock_that_is_set_forward_makes_no_lease_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = Leases(Storage(str(tmp_path)), 30), Leases(Storage(str(tmp_path)), 30)
+    lease = here.acquire("thing", "me")
+    assert lease is not None
+    assert there.holder("thing") == "me"
+    now, file = time.time, tmp_path / "leases/thing.json"
+    os.utime(file, (now() - 600, now() - 600))  # as the kernel's clock has it when it was set
+    monkeypatch.setattr(time, "time", lambda: now() + 600)
+    assert there.acquire("thing", "another") is None
+    assert lease.renew()
+    lease.release()
+    assert there.acquire("thing", "another") is not None
+
+
 @pytest.mark.timeout(180)
 def test_a_renewal_that_was_made_but_never_answered_loses_nothing(
     conditional: str, monkeypatch: pytest.MonkeyPatch
