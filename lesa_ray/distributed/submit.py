@@ -68,6 +68,7 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
     url = _dashboard(address)
     where = shown(url)
     logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of every file that stays here
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # and of each connection that ends
     with _faults_of(url):
         os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray's client takes the variable even where it is given an address
         client = _connected(url)
@@ -89,7 +90,7 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
     try:
         return _follow(client, job, url)
     except KeyboardInterrupt:
-        _say(f"{job} goes on; `ray job logs --follow {job}` shows it, `ray job stop {job}` ends it")
+        _say(f"{job} goes on; {_command(url, 'logs --follow', job)} shows it, {_command(url, 'stop', job)} ends it")
         return 130
 
 
@@ -220,11 +221,18 @@ def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
                 break
             lost, over = 0, details.status.is_terminal()  # the rest of the log is tried once more
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            if getattr(error, "status", 0) == 404 and _is_unknown(client, job):
+                raise MachineError(
+                    f"cluster {shown(url)}: does not know {job} any more, as its head was started anew; the "
+                    "same command goes on from what the job had finished"
+                ) from error
             lost = 1 if log.shown > before else lost + 1
+            if lost == 1:
+                _say(f"lost the connection to {shown(url)}, which {job} does not need; connecting again")
             if lost > _ATTEMPTS:
                 raise MachineError(
-                    f"cluster {shown(url)}: lost ({_reason(error, url)}); "
-                    f"{job} may go on, `ray job logs --follow {job}` shows it"
+                    f"cluster {shown(url)}: lost ({_reason(error, url)}); {job} may go on, "
+                    f"{_command(url, 'logs --follow', job)} shows it"
                 ) from error
         time.sleep(_PAUSE_SECONDS)
     if details.status == JobStatus.SUCCEEDED:
@@ -234,6 +242,21 @@ def _follow(client: JobSubmissionClient, job: str, url: str) -> int:
         raise MachineError(f"{job}: {details.status.lower()}: {(details.message or 'no reason is given')[-500:]}")
     _say(f"{job} ended with exit code {code}")
     return int(code) if 0 < code < 256 else 1
+
+
+def _is_unknown(client: JobSubmissionClient, job: str) -> bool:
+    """Whether the cluster itself, and not a gateway before it, says that it has no such job: jobs go with a head that
+    keeps its books nowhere else."""
+    try:
+        client.get_job_info(job)
+    except (OSError, RuntimeError) as error:
+        return f"{job} does not exist" in str(error)
+    return False
+
+
+def _command(url: str, verb: str, job: str) -> str:
+    """A command of Ray's for a job, for any shell: where RAY_ADDRESS is set, Ray does not look at `--address`."""
+    return f"`RAY_API_SERVER_ADDRESS={shown(url)} ray job {verb} {job}`"
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]

@@ -79,8 +79,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[int], in
 
         app = web.Application()
         app.router.add_get("/api/version", version)
+
+        async def unknown(request: web.Request) -> web.Response:
+            return web.Response(text=f"Job {request.match_info['job']} does not exist", status=404)
+
         app.router.add_get("/api/jobs/a-job", info)
         app.router.add_get("/api/jobs/a-job/logs/tail", tail)
+        app.router.add_get("/api/jobs/{job}", unknown)
         return app
 
     with ExitStack() as servers:
@@ -109,7 +114,56 @@ def test_a_log_that_stopped_coming_is_asked_for_again(
 def test_a_cluster_that_says_nothing_any_more_is_given_up(
     cluster: Callable[[list[int], int], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lost = r"^cluster http://127\.0\.0\.1:\d+: lost \(.*timed out.*; a-job may go on, `ray job logs"
+    lost = (
+        r"^cluster (http://127\.0\.0\.1:\d+): lost \(.*timed out.*; a-job may go on, `RAY_API_SERVER_ADDRESS=\1 ray job"
+    )
     with pytest.raises(MachineError, match=lost):
         follow(cluster([1], 1))
     assert capsys.readouterr().out == LOG[0]
+
+
+@pytest.mark.timeout(180)
+def test_a_connection_that_breaks_is_told_of_and_made_again(
+    cluster: Callable[[list[int], int], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, connections = cluster([1, 3], 100), [ConnectionResetError("reset")]
+    show = submit._Log.show
+
+    async def breaks(log: submit._Log, client: submit._Client, job: str) -> bool:
+        await show(log, client, job)
+        if connections:
+            raise connections.pop()
+        return True
+
+    monkeypatch.setattr(submit._Log, "show", breaks)
+    assert follow(url) == 3
+    written = capsys.readouterr()
+    assert written.out == "".join(LOG)
+    assert f"lost the connection to {url}, which a-job does not need; connecting again" in written.err
+
+
+@pytest.mark.timeout(180)
+def test_a_job_that_went_with_the_clusters_head_is_not_waited_for(
+    cluster: Callable[[list[int], int], str],
+) -> None:
+    url = cluster([1], 100)
+    with pytest.raises(MachineError, match=r"does not know another-job any more.*; the same command goes on"):
+        submit._follow(submit._Client(url), "another-job", url)
+
+
+@pytest.mark.timeout(180)
+def test_who_stops_looking_is_told_how_to_come_back(
+    cluster: Callable[[list[int], int], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = cluster([1], 100)
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "_check_versions", lambda *_: None)
+    monkeypatch.setattr(submit, "_submitted", lambda *_, **__: "a-job")
+    monkeypatch.setattr(submit, "_follow", interrupted)
+    assert submit.submit(["python", "x.py"], url) == 130
+    told = capsys.readouterr().err
+    for verb in ("logs --follow", "stop"):
+        assert f"`RAY_API_SERVER_ADDRESS={url} ray job {verb} a-job`" in told
