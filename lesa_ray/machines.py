@@ -61,6 +61,10 @@ class Machines:
         """How many of the bundle fit when nothing else runs."""
         return sum(_room(node, bundle) for node in self.nodes)
 
+    def hold(self, bundle: Mapping[str, float]) -> bool:
+        """Whether one of them has room for the bundle, which may be nothing."""
+        return not any(bundle.values()) or self.room(bundle) > 0
+
     def having(self, bundle: Mapping[str, float]) -> Machines:
         """Those with room for the bundle."""
         return Machines(tuple(node for node in self.nodes if _room(node, bundle)))
@@ -88,3 +92,8 @@ def told(bundle: Mapping[str, float]) -> str:
     if bundle.get("memory"):
         parts.append(f"{bundle['memory'] / 1e9:.1f} GB of memory")
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def lacking(bundle: Mapping[str, float]) -> str:
+    """What is said where no machine has room for a bundle, as those that had were lost."""
+    return f"no machine of the cluster has {told(bundle)} now"

@@ -15,21 +15,26 @@ any other may, and is given `GROW_SECONDS`. What cannot come is then told of aft
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.gpu import limit_device
-from lesa_ray.machines import GROW_SECONDS, SHARE_OF_MEMORY, Machines, told
+from lesa_ray.machines import GROW_SECONDS, SHARE_OF_MEMORY, Machines, lacking, told
 
 EMBEDDED = {"lesa-ray/ray": "embedded"}
 """Label of the one node of a Ray that is embedded in a process."""
-_LOOK_SECONDS = 5.0
+LOOK_SECONDS = 5.0
+"""Between looks at which machines there are."""
 
 Tell = Callable[[str], None]
 
@@ -74,10 +79,31 @@ def await_room(
                 waiting = [_asking(bundle).remote() for _ in range(count)]
             times = f"{count} × " if count > 1 else ""
             tell(f"waiting up to {seconds:g} s for machines with {times}{told(bundle)} to join the cluster{otherwise}")
-            time.sleep(min(_LOOK_SECONDS, left))
+            time.sleep(min(LOOK_SECONDS, left))
     finally:
         for actor in waiting:
             ray.kill(actor)
+
+
+@contextmanager
+def telling_of_loss(bundle: Mapping[str, float], tell: Tell) -> Iterator[None]:
+    """Where Ray waits within for room for a bundle, which it does without a word: tell, from a thread, as long as no
+    machine has it."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(LOOK_SECONDS):
+            with contextlib.suppress(RayError):
+                if not machines().hold(bundle):
+                    tell(f"{lacking(bundle)}; waiting for one to join")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(LOOK_SECONDS)
 
 
 def _asking(bundle: Mapping[str, float]) -> Any:

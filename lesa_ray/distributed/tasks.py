@@ -1,7 +1,8 @@
 """Ray tasks side by side: waited for as they end, cancelled together when one of them finds the input wrong.
 
 A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times. Where what the
-others finish stays and takes long, such a fault ends none that has begun.
+others finish stays and takes long, such a fault ends none that has begun. Where the machines with room for a task were
+lost Ray would wait for others without a word, and for ever.
 
 A task with a GPU has a process of its own. CUDA takes the GPU that a process sees first for good, and PyTorch keeps
 what it had of it, so a second task in the same process would compute on the first one's GPU, in what that one left. Ray
@@ -9,15 +10,18 @@ would see to it by itself only if the number of GPUs were part of the function's
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Hashable, Iterator
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from lesa_ray.distributed.cluster import LOOK_SECONDS, machines
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
+from lesa_ray.machines import GROW_SECONDS, lacking
 
 POLL_SECONDS = 0.5
 """How long a look for tasks that have ended may take, and how often one that runs tells how far it is."""
@@ -26,6 +30,15 @@ _ENDING_SECONDS = 15.0
 """For the processes of cancelled tasks to be gone."""
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class _Started(NamedTuple):
+    """A task that was started."""
+
+    key: Any
+    name: str
+    needs: dict[str, float]
+    """What it needs of one machine."""
 
 
 class Tasks(Generic[Key]):
@@ -38,7 +51,9 @@ class Tasks(Generic[Key]):
         others, and is raised when the rest have ended; without it the first task that fails ends all."""
         retried: dict[str, Any] = {"max_retries": _RETRIES, "retry_exceptions": [MachineError]}
         self._task, self._gpu_task = ray.remote(**retried)(call), ray.remote(**retried, max_calls=1)(call)
-        self._running: dict[Any, tuple[Key, str]] = {}
+        self._running: dict[Any, _Started] = {}
+        self._stranded: dict[Any, float] = {}
+        self._looked = time.monotonic()
         self._begun = begun
         self.fault: Exception | None = None
         """What is raised when the tasks that had begun have ended; from then on nothing is to be started."""
@@ -57,12 +72,20 @@ class Tasks(Generic[Key]):
         return len(self._running)
 
     def __iter__(self) -> Iterator[Key]:
-        return iter([key for key, _ in self._running.values()])
+        return iter([started.key for started in self._running.values()])
 
     def start(self, key: Key, name: str, *args: Any, **resources: Any) -> None:
         """name: in Ray's lists and in messages; resources: as `ray.remote` takes them."""
         task = self._gpu_task if resources.get("num_gpus") else self._task
-        self._running[task.options(name=name, **resources).remote(*args)] = key, name
+        asked = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        needs = {kind: float(resources.get(option) or 0) for kind, option in asked.items()}
+        self._running[task.options(name=name, **resources).remote(*args)] = _Started(key, name, needs)
+
+    @property
+    def lacking(self) -> str:
+        """What is waited for, as machines were lost and none that is left has room for some task; else nothing."""
+        needs = (self._running[reference].needs for reference in self._stranded if reference in self._running)
+        return next((f"{lacking(need)}; waiting for one to join" for need in needs), "")
 
     def ended(self) -> Iterator[tuple[Key, Any]]:
         """Tasks that have ended, with their results; none where none does for half a second. Raises: as `result_of`."""
@@ -86,13 +109,35 @@ class Tasks(Generic[Key]):
         """The same for who goes on when one fails: with a call that gives the result, or raises as `result_of`."""
         done, _ = ray.wait(list(self._running), timeout=POLL_SECONDS)
         for reference in done:
-            key, name = self._running.pop(reference)
+            key, name, _ = self._running.pop(reference)
             yield key, partial(result_of, reference, name)
+        yield from self._given_up()
+
+    def _given_up(self) -> Iterator[tuple[Key, Callable[[], Any]]]:
+        """Tasks for which no machine has been there for so long that none is expected."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked, before, there = now, self._stranded, machines()
+        self._stranded = {
+            reference: before.get(reference, now)
+            for reference, started in self._running.items()
+            if not there.hold(started.needs)
+        }
+        for reference, since in self._stranded.items():
+            if now - since >= GROW_SECONDS:
+                ray.cancel(reference, force=True)
+                key, name, needs = self._running.pop(reference)
+                yield key, partial(_raise, f"{name}: {lacking(needs)}, and none joined in {GROW_SECONDS:g} s")
 
     def _cancel_waiting(self, begun: Collection[Key] | None) -> None:
-        for reference, (key, _) in self._running.items():
-            if begun is not None and key not in begun:
+        for reference, started in self._running.items():
+            if begun is not None and started.key not in begun:
                 ray.cancel(reference)
+
+
+def _raise(message: str) -> Any:
+    raise MachineError(message)
 
 
 def result_of(reference: Any, what: str) -> Any:

@@ -30,6 +30,7 @@ from ray.exceptions import RayError
 from lesa_ray.checkpoint.mark import LEASE_DIR, MARK_FILE
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
+from lesa_ray.distributed.cluster import Tell, telling_of_loss
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
@@ -192,7 +193,8 @@ def _tokenise(job: Job, dealt: list[Piece], folders: tuple[Landmark, ...], liste
     count = sum(sum(record["tokens"].values()) for record in records.values())
     bad = sum(record["counts"]["bad_rows"] for record in records.values())
     health = Health(storage.url, "tokenize")
-    for piece, record in zip(left, _run_all(job, pieces.tokenise_piece, left, folders), strict=True):
+    results = _run_all(job, pieces.tokenise_piece, left, folders, lambda text: listener.progress(nbytes, text))
+    for piece, record in zip(left, results, strict=True):
         records[piece.key] = record
         nbytes += piece.nbytes
         count += sum(record["tokens"].values())
@@ -218,7 +220,8 @@ def _write(job: Job, plan: Layout, folders: tuple[Landmark, ...], listener: List
     listener.phase("writing rows", sum(file.rows for file in plan.files))
     rows = sum(file.rows for file in done)
     health = Health(storage.url, "tokenize")
-    for file, note in zip(left, _run_all(job, layout.write_file, left, folders), strict=True):
+    results = _run_all(job, layout.write_file, left, folders, lambda text: listener.progress(rows, text))
+    for file, note in zip(left, results, strict=True):
         written[file.name] = note
         rows += file.rows
         health.task_ended()
@@ -227,10 +230,11 @@ def _write(job: Job, plan: Layout, folders: tuple[Landmark, ...], listener: List
 
 
 def _run_all(
-    job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work], folders: tuple[Landmark, ...]
+    job: Job, work: Callable[[Job, Work], Any], items: Sequence[Work], folders: tuple[Landmark, ...], tell: Tell
 ) -> Iterator[Any]:
     """`work(job, item)` of each item, as Ray Data tasks, in the order of the items.
 
+    tell: is told if no machine is left.
     Raises: UserError when all tasks that had begun have ended, so that nothing is written any more; MachineError."""
     if not items:
         return
@@ -244,15 +248,16 @@ def _run_all(
         dataset = dataset.map(_do, fn_args=(work, job, folders), num_cpus=1)
         dataset.context.execution_options.preserve_order = True
         wrong: UserError | None = None
-        for row in dataset.iter_rows():
-            kind, result = pickle.loads(row["result"])
-            if kind == "machine":
-                raise MachineError(result)
-            if kind == "user" and wrong is None:
-                wrong = UserError(result)
-                Storage(job.config.out).write(STOP, b"")  # where the task itself did not find OUT
-            elif kind == "done" and wrong is None:
-                yield result
+        with telling_of_loss({"CPU": 1.0}, tell):
+            for row in dataset.iter_rows():
+                kind, result = pickle.loads(row["result"])
+                if kind == "machine":
+                    raise MachineError(result)
+                if kind == "user" and wrong is None:
+                    wrong = UserError(result)
+                    Storage(job.config.out).write(STOP, b"")  # where the task itself did not find OUT
+                elif kind == "done" and wrong is None:
+                    yield result
         if wrong:
             raise wrong
     except RayError as error:

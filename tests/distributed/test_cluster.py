@@ -15,7 +15,7 @@ from ray._private.state import actors
 from lesa_ray import ExpandConfig
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.distributed import cluster
-from lesa_ray.distributed.cluster import Share, await_room, share_of_task
+from lesa_ray.distributed.cluster import Share, await_room, share_of_task, telling_of_loss
 from lesa_ray.errors import MachineError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.machines import Machines, told
@@ -53,12 +53,20 @@ def test_what_there_is_no_room_for_is_asked_for_until_there_is(
 ) -> None:
     """An actor for each bundle waits, which is what an autoscaler looks at, and is gone afterwards."""
     heard: list[str] = []
-    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.2)
     bundle = {"CPU": 1.0, "GPU": 2.0, "memory": 0.0}
     there = await_room(lambda there: asking().count("PENDING_CREATION") == 2, bundle, 2, 20.0, heard.append)
     assert there.most("CPU") == 4
     assert heard[0].startswith("waiting up to 20 s for machines with 2 × 2 GPUs and 1 CPU to join the cluster")
     until(lambda: set(asking()) <= {"DEAD"})
+
+
+def test_that_no_machine_is_left_is_told_while_ray_waits(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.1)
+    with telling_of_loss({"CPU": 1.0}, heard.append), telling_of_loss({"CPU": 5.0}, heard.append):
+        until(lambda: len(heard) > 1)
+    assert set(heard) == {"no machine of the cluster has 5 CPUs now; waiting for one to join"}
 
 
 def test_what_is_asked_for_goes_with_who_asks(local_ray: None) -> None:

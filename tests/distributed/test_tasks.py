@@ -10,10 +10,11 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
+from lesa_ray.distributed import tasks as tasks_module
 from lesa_ray.distributed.ray_runner import new_board, on_board
 from lesa_ray.distributed.tasks import Tasks
 from lesa_ray.ending import ending
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import is_fault
 from tests.waiting import until
 
@@ -104,3 +105,24 @@ def test_what_was_cancelled_is_gone_when_the_context_ends(tmp_path: Path) -> Non
     ended = ticks.stat().st_size
     time.sleep(0.5)
     assert ticks.stat().st_size == ended
+
+
+def test_what_no_machine_has_any_more_is_told_of_waited_for_and_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's own word is what waits: a task for which no machine has room looks like one that is about to begin."""
+    monkeypatch.setattr(tasks_module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(tasks_module, "GROW_SECONDS", 2.0)
+    (tmp_path / "runs").touch()
+    (tmp_path / "go").touch()
+    with Tasks[str](call()) as tasks:
+        tasks.start("waits", "unit waits", str(tmp_path), "waits", None, num_cpus=64)
+        tasks.start("runs", "unit runs", str(tmp_path), "runs", None, num_cpus=0)
+        ended, said = {}, ""
+        while tasks:
+            ended.update(tasks.ends())
+            said = said or tasks.lacking
+    assert said == "no machine of the cluster has 64 CPUs now; waiting for one to join"
+    assert ended["runs"]() == "runs"
+    with pytest.raises(MachineError, match="unit waits: no machine of the cluster has 64 CPUs now, and none"):
+        ended["waits"]()

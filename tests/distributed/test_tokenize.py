@@ -306,7 +306,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return item * 2
 
-    assert list(module._run_all(job, work, range(8), ())) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert list(module._run_all(job, work, range(8), (), print)) == [0, 2, 4, 6, 8, 10, 12, 14]
     assert (tmp_path / "killed-3").exists()
 
     def full(job: Any, item: int) -> int:
@@ -317,7 +317,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_TRIES", 1)
         with pytest.raises(MachineError, match="no space left on the device"):
-            list(module._run_all(job, full, range(1), ()))
+            list(module._run_all(job, full, range(1), (), print))
 
 
 def test_who_comes_second_harms_nothing_of_whom_is_at_work(
@@ -499,7 +499,7 @@ def test_a_store_that_refuses_every_tenth_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, configs = elsewhere
-    monkeypatch.setattr(module, "_run_all", lambda job, work, items, folders: (work(job, item) for item in items))
+    monkeypatch.setattr(module, "_run_all", lambda job, work, items, *_: (work(job, item) for item in items))
     local = configs["text"].model_copy(update={"out": str(tmp_path / "local"), "limit": 12})
     remote = configs["s3"].model_copy(update={"out": configs["s3"].out + "-moody", "limit": 12})
     proxy = Moody(os.environ["AWS_ENDPOINT_URL"])

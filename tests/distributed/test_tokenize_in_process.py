@@ -41,7 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The files of each piece that is tokenised, from now on."""
     tokenised: list[list[str]] = []
 
-    def one_by_one(job: Any, work: Callable[..., Any], items: Sequence[Any], folders: Any) -> Iterator[Any]:
+    def one_by_one(job: Any, work: Callable[..., Any], items: Sequence[Any], *_: Any) -> Iterator[Any]:
         for item in items:
             if isinstance(item, sources.Piece):
                 tokenised.append([part.source.name.rsplit("/", 1)[-1] for part in item.parts])
@@ -316,7 +316,7 @@ def test_telling_of_a_piece_does_not_look_at_all_before_it(monkeypatch: pytest.M
         Record(key=piece.key, tokens={"train": number, "heldout": 1}, counts={"bad_rows": 0})
         for number, piece in enumerate(dealt)
     ]
-    monkeypatch.setattr(module, "_run_all", lambda job, work, items, folders: iter(records))
+    monkeypatch.setattr(module, "_run_all", lambda *_: iter(records))
     job = module.Job(TokenizeConfig(data=("a",), tokenizer="b", out=str(tmp_path / "out")), "", 1, 1)
     assert module._tokenise(job, dealt, (), Told("", 0)) == records
     assert (told[0], told[9], len(told)) == ("1 tokens", "55 tokens", many)
