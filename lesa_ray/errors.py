@@ -35,7 +35,7 @@ class RoomError(UserError):
 
 
 class UnsharedError(UserError):
-    """A folder that not all machines have which work on it. What is finished stays."""
+    """A folder, or this program, that not all machines have which are to work. What is finished stays."""
 
 
 class MachineError(_Told, RuntimeError):
