@@ -19,7 +19,14 @@ from lesa_ray.expansion.auto import AUTO
 from lesa_ray.expansion.method import check_settings
 from lesa_ray.expansion.registry import METHODS, get_method
 from lesa_ray.faults import explain
-from lesa_ray.fleet.inputs import checkpoint_identity, data_identity, file_identity, pinned, tokenizer_identity
+from lesa_ray.fleet.inputs import (
+    checkpoint_identity,
+    data_identity,
+    file_identity,
+    grown_identity,
+    pinned,
+    tokenizer_identity,
+)
 from lesa_ray.fleet.settings import Amount, absolute
 from lesa_ray.store.identity import Identity, code_version
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -185,9 +192,10 @@ class StageBuilder:
 
     def pretrain(self, label: str, options: Options, checkpoint: Source, blocks: Source, **given: Any) -> Source:
         """A checkpoint → the same, trained on."""
-        inputs = {"checkpoint": checkpoint.found, "data": blocks.found}
         given |= {"checkpoint": checkpoint.given, "data": blocks.given}
-        return self._add("pretrain", self._checked("pretrain", options, given), label, options, given, inputs)
+        checked = self._checked("pretrain", options, given)
+        inputs = {"checkpoint": self._to_train(checked, checkpoint), "data": blocks.found}
+        return self._add("pretrain", checked, label, options, given, inputs)
 
     def finetune(self, label: str, options: Options, checkpoint: Source, **given: Any) -> Source:
         """A checkpoint → the same, fine-tuned on conversations, which the options name."""
@@ -198,7 +206,7 @@ class StageBuilder:
         assert isinstance(checked, FinetuneConfig)
         given["data"] = absolute(checked.data)
         inputs = {
-            "checkpoint": checkpoint.found,
+            "checkpoint": self._to_train(checked, checkpoint),
             "data": self._found(data_identity, (given["data"],), checked.dataset_config, checked.dataset_split),
         }
         if checked.tokenizer is not None:
@@ -219,6 +227,14 @@ class StageBuilder:
             given["data"] = tuple(map(absolute, checked.data))
             inputs["data"] = self._found(data_identity, given["data"])
         return self._add("evaluate", checked, label, options, given, inputs)
+
+    def _to_train(self, config: Settings, checkpoint: Source) -> Any:
+        """What identifies a checkpoint that is trained. One that is there already must say which layers are new, where
+        that is what is asked for."""
+        assert isinstance(config, TrainConfig)
+        if isinstance(checkpoint.given, Ref) or not config.needs_manifest:
+            return checkpoint.found
+        return self._found(grown_identity, checkpoint.given)
 
     def _checked(self, kind: str, options: Options, given: Mapping[str, Any]) -> Settings:
         """A stage's settings, as far as they can be known before it is known where inputs will lie."""

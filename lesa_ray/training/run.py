@@ -91,9 +91,8 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     model = build(architecture, where)
     layers = len(layers_of(model))
     if checkpoint is not None:
-        needed = not config.train or "new" in config.train or bool(config.insert_over)
         with reaching(where):
-            manifest = own_manifest(checkpoint.storage, layers, where, needed=needed)
+            manifest = own_manifest(checkpoint.storage, layers, where, needed=config.needs_manifest)
     conversions = () if checkpoint is None else tuple(plan_conversions(model, checkpoint.tensors, where))
     check_data(blocks, architecture, model.config.get_text_config(), where)
     if blocks.kind == "chat":

@@ -193,6 +193,11 @@ class TrainConfig(Settings):
         return self
 
     @property
+    def needs_manifest(self) -> bool:
+        """Whether a checkpoint's `expansion.json` decides what is trained, or how."""
+        return not self.train or "new" in self.train or bool(self.insert_over)
+
+    @property
     def not_counted(self) -> set[str]:
         """Names of the settings that do not change what this run computes."""
         return {*OPERATIONAL, *(() if self.insert_over else INSERTION)}

@@ -210,6 +210,29 @@ def test_without_expanding_the_base_itself_is_trained(models: Path) -> None:
     assert config.checkpoint == str(models / "llama")
 
 
+def test_new_layers_of_a_base_that_names_none_are_told_of_before_anything_runs(models: Path, tmp_path: Path) -> None:
+    def problems(base: Path, **train: Any) -> list[str | None]:
+        families = [{"name": "llama", "checkpoint": str(base), "data": str(models / "text.txt")}]
+        tuned = {**TRAIN, "data": str(models / "chat.jsonl"), **train}
+        stages = {"tokenize": {}, "pretrain": {**TRAIN, **train}, "finetune": tuned}
+        found = made(models, families=families, stages=stages)
+        return [found[f"{kind}/llama"].problem for kind in ("tokenize", "pretrain", "finetune")]
+
+    base = tmp_path / "base"
+    shutil.copytree(models / "llama", base)
+    (base / "expansion.json").unlink(missing_ok=True)
+    no_new = f"checkpoint {base}: has no expansion.json, so which layers are new is not known"
+    for train in ({}, {"train": ["norms", "new"]}, {"train": ["all"], "insert_over": 0.5}):
+        none, *said = problems(base, **train)
+        assert none is None
+        assert all(one is not None and one.startswith(no_new) for one in said)
+    assert problems(base, train=["all"]) == [None] * 3
+    (base / "expansion.json").write_text("{}")
+    assert problems(base) == [None] * 3
+    deeper = made(models, stages={"tokenize": {}, "expand": None, "pretrain": TRAIN})
+    assert all(stage.problem is None for stage in deeper.values())
+
+
 Change = Callable[[dict[str, Any]], object]
 
 
