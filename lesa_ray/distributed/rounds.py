@@ -33,6 +33,7 @@ from ray.exceptions import RayError
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.cluster import free, machines
 from lesa_ray.distributed.health import Health
+from lesa_ray.distributed.other_code import other_code
 from lesa_ray.distributed.ray_runner import on_this_machine
 from lesa_ray.distributed.room_for_workers import Resources, wait_for_room, workers_now
 from lesa_ray.distributed.shared import Landmark, landmarks
@@ -160,6 +161,8 @@ def train_in_rounds(run: Run, resources: Resources, listener: Listener) -> None:
             _raise_failure(board)
             if error is None:
                 return
+            if lack := other_code(error, f"OUT {run.config.out}"):
+                raise lack from error
             seconds = _FREED_SECONDS
             if watch.grows:
                 listener.phase(f"step {watch.saved:,} is saved, and there is room for more than {workers} workers", 0)

@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import ray
-from ray.exceptions import RayError, RaySystemError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from lesa_ray.distributed.cluster import LOOK_SECONDS, machines
-from lesa_ray.errors import MachineError, UnsharedError, UserError
+from lesa_ray.distributed.other_code import other_code
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 from lesa_ray.machines import GROW_SECONDS, lacking
 
@@ -136,14 +137,6 @@ class Tasks(Generic[Key]):
                 ray.cancel(reference)
 
 
-def _not_imported(error: object) -> str | None:
-    """What a worker could not import of a task, which Ray tells at the end of a traceback; None if it is not that."""
-    last = (str(error).strip().splitlines() or [""])[-1].strip()
-    if not isinstance(error, RaySystemError) or not last.startswith(("ModuleNotFoundError", "ImportError")):
-        return None
-    return last.partition(": ")[2][:200]
-
-
 def _raise(message: str) -> Any:
     raise MachineError(message)
 
@@ -153,11 +146,8 @@ def result_of(reference: Any, what: str) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if (missing := _not_imported(error.cause)) is not None:
-            raise UnsharedError(
-                f"{what}: a machine of the cluster has not this lesa_ray ({missing}); install the same version on all, "
-                "or let `lesa-ray submit` take the code along"
-            ) from error
+        if isinstance(error.cause, RayError) and (lack := other_code(error, what)):
+            raise lack from error
         raise error.cause if error.cause is not None else error from None
     except RayError as error:
         raise MachineError(f"{what}: lost after {_RETRIES} retries ({explain(error)[:200]})") from error

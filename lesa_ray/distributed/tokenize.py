@@ -32,6 +32,7 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.cluster import Tell, telling_of_loss
 from lesa_ray.distributed.health import Health
+from lesa_ray.distributed.other_code import other_code
 from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
@@ -264,6 +265,8 @@ def _run_all(
         cause = getattr(error, "cause", None)
         if cause is not None and not isinstance(cause, RayError):
             raise cause from error
+        if lack := other_code(error, f"OUT {job.config.out}"):
+            raise lack from error
         raise MachineError(f"a task was lost for good ({explain(error)[:200]})") from error
     finally:
         context.enable_progress_bars = before
