@@ -35,7 +35,7 @@ class Rows:
         assert all(c.shape[1:] == first.shape[1:] and c.is_contiguous() for c in coefficients), "fits of one shape"
         assert all(c.untyped_storage().data_ptr() == storage.data_ptr() for c in coefficients), "in one storage"
         self._rows = first.as_strided((storage.nbytes() // first.element_size() // d2, d2), (d2, 1), 0)
-        self._starts = [c.storage_offset() // d2 for c in coefficients]
+        self._starts = [int(c.storage_offset()) // d2 for c in coefficients]
         self._middles = [torch.tensor(some) for some in middles]
         self._size, self._device = size, device
 

@@ -68,7 +68,9 @@ def train(run: Run, device: torch.device, tell: Callable[[Progress], None]) -> N
     config = run.config
     trainer, first, flops = set_up(run, device)
     kept = _kept_buffers(run, trainer.model)
-    saver = checkpoints.Saver(config.out, run.identity, config.keep, dist.new_group(backend="gloo"), kept, first)
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "one of all the workers, so each is in it"
+    saver = checkpoints.Saver(config.out, run.identity, config.keep, group, kept, first)
     metrics = None
     if trainer.place.rank == 0:
         metrics = MetricsLog(
