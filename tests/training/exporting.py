@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from lesa_ray.checkpoint.reader import open_checkpoint
-from lesa_ray.checkpoint.storage import filesystem_options
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.training.export import Exported, export, plan_export
+from lesa_ray.training.state_files import StateWriter
 from tests import families
 
 FACTS = {"data": "a book | two", "steps": 300, "tokens": 1_228_800, "learning_rate": 2e-4, "heldout_loss": 2.5}
@@ -37,8 +37,7 @@ def save_state(url: str, trained: dict[str, Tensor]) -> str:
     """A training checkpoint with these parameters, and the optimizer's state that export must leave alone."""
     state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in trained.items()}
     state |= {f"exp_avg.{name}": torch.full_like(tensor, 7) for name, tensor in trained.items()}
-    full = url if "://" in url else f"file://{url}"
-    dcp.save(state, storage_writer=FsspecWriter(full, **filesystem_options(full)), no_dist=True)
+    dcp.save(state, storage_writer=StateWriter(Storage(url)), no_dist=True)
     return url
 
 
