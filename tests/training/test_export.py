@@ -230,12 +230,14 @@ def test_from_s3_to_s3(s3: str, tmp_path: Path) -> None:
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard, distribute_tensor
+from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.training.state_files import StateWriter
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
 mesh = dist.init_device_mesh("cpu", (3,))
 trained = torch.load(f"{folder}/trained.pt")
 state = {f"model.{name}": distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in trained.items()}
-dcp.save(state, storage_writer=dcp.FileSystemWriter(f"{folder}/state"))
+dcp.save(state, storage_writer=StateWriter(Storage(f"{folder}/state")))
 dist.destroy_process_group()
 """
 
