@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from lesa_ray.distributed import rounds, tokenize
 from lesa_ray.distributed.other_code import other_code
+from lesa_ray.distributed.tasks import result_of
 from lesa_ray.errors import UnsharedError
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -48,6 +50,14 @@ def test_what_another_machine_lacks_of_this_package(end: str, lack: str | None) 
     if found is not None and lack is not None:
         assert str(found).startswith(f"unit a: a machine of the cluster has not this lesa_ray ({lack}")
         assert "\n" not in str(found)
+
+
+def test_a_task_ends_at_once(local_ray: None) -> None:
+    """Its worker finds no module that an argument is of, which Ray tells by a traceback."""
+    take = ray.remote(max_retries=0)(lambda value: value)
+    with pytest.raises(UnsharedError, match=LACKS) as told:
+        result_of(take.remote(Elsewhere()), "unit a")
+    assert "Traceback" not in str(told.value)
 
 
 def test_tokenising_ends_at_once(local_ray: None, tmp_path: Path) -> None:

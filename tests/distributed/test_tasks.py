@@ -15,7 +15,7 @@ from lesa_ray.distributed import tasks as tasks_module
 from lesa_ray.distributed.ray_runner import new_board, on_board
 from lesa_ray.distributed.tasks import Tasks, result_of
 from lesa_ray.ending import ending
-from lesa_ray.errors import MachineError, UnsharedError, UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import is_fault
 from tests.waiting import until
 
@@ -129,17 +129,6 @@ def test_what_no_machine_has_any_more_is_told_of_waited_for_and_given_up(
         ended["waits"]()
 
 
-def test_a_machine_without_this_program_is_told_of_in_a_line() -> None:
-    """Its worker finds no module that an argument of the task is of, which Ray tells by a traceback."""
-
-    class Elsewhere:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return __import__, ("lesa_ray_of_another_machine",)
-
-    take = ray.remote(max_retries=0)(lambda value: value)
-    with pytest.raises(UnsharedError, match="No module named 'lesa_ray_of_another_machine'") as told:
-        result_of(take.remote(Elsewhere()), "unit a")
-    assert "Traceback" not in str(told.value)
-
+def test_a_task_whose_worker_is_always_lost_is_a_fault() -> None:
     with pytest.raises(MachineError, match="lost after"):
         result_of(ray.remote(max_retries=0)(lambda: os._exit(1)).remote(), "unit b")
