@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.mark import is_free, mark, marked_by
+from lesa_ray.checkpoint.room import MARGIN, check_free
 from lesa_ray.checkpoint.shards import INDEX_FILE, Shard, index_bytes
 from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import UserError
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.plan import Old
 from lesa_ray.expansion.widths import RULE
@@ -24,8 +25,6 @@ from lesa_ray.expansion.workbench import units_storage
 from lesa_ray.faults import reaching
 from lesa_ray.layerwise.folder import has_our_code, naming_our_code, write_code
 from lesa_ray.places import shown
-
-_MARGIN = 64 * 2**20
 
 State = Literal["fresh", "resume", "done"]
 
@@ -71,13 +70,11 @@ def out_state(expansion: Expansion) -> State:
 def check_room(expansion: Expansion) -> None:
     """Raises: MachineError if the disk has no room for what is missing; nothing is written."""
     out = expansion.job.config.out
-    if (free := Storage(out).free_bytes()) is None:
+    if not Storage(out).is_local:
         return
     there = units_storage(out).list()
     unmade = expansion.left_by(unit for unit in expansion.units if unit.file not in there)
-    needed = sum(shard.nbytes for shard in missing_shards(expansion)) + unmade + _MARGIN
-    if free < needed:
-        raise MachineError(f"OUT {out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    check_free(out, sum(shard.nbytes for shard in missing_shards(expansion)) + unmade + MARGIN)
 
 
 def claim(expansion: Expansion) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 from lesa_ray.checkpoint.header import FLOAT_BYTES, FORMAT_NAMES
+from lesa_ray.checkpoint.room import MARGIN, check_free
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.errors import MachineError
 from lesa_ray.sizes import size
 from lesa_ray.training.checkpoints import held_bytes
 from lesa_ray.training.run import Run
 
 _STATE_BYTES = 12
 """Of a trained parameter in a checkpoint: itself and AdamW's two moments, in float32."""
-_MARGIN = 64 * 2**20
 
 
 def check_disk(run: Run) -> None:
@@ -21,17 +20,10 @@ def check_disk(run: Run) -> None:
 
     What lies in its checkpoints now counts as free: the run replaces or keeps it."""
     config = run.config
-    if (free := Storage(config.out).free_bytes()) is None:
-        return
-    free += held_bytes(config.out)
-    needed = needed_bytes(run)
-    if free < needed:
-        state = size(_STATE_BYTES * run.trained_parameters)
+    if Storage(config.out).is_local:
+        use = f" for checkpoints of {size(_STATE_BYTES * run.trained_parameters)} and the result"
         fewer = "; a smaller --keep takes less" if config.keep > 1 and config.checkpoint_every < run.steps else ""
-        raise MachineError(
-            f"OUT {config.out}: needs {size(needed)} for checkpoints of {state} and the result, the disk has "
-            f"{size(free)} free{fewer}"
-        )
+        check_free(config.out, needed_bytes(run), held=held_bytes(config.out), use=use, hint=fewer)
 
 
 def needed_bytes(run: Run) -> int:
@@ -46,4 +38,4 @@ def needed_bytes(run: Run) -> int:
         result = run.checkpoint.nbytes
     else:
         result = run.parameters * FLOAT_BYTES[FORMAT_NAMES[config.dtype or "bfloat16"]]
-    return max(min(saves, kept + 1) * state, min(saves, kept) * state + result) + _MARGIN
+    return max(min(saves, kept + 1) * state, min(saves, kept) * state + result) + MARGIN

@@ -30,6 +30,7 @@ from lesa_ray.checkpoint.anatomy import config_depth
 from lesa_ray.checkpoint.header import TORCH_NAMES, TensorEntry
 from lesa_ray.checkpoint.manifest import own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.room import MARGIN, check_free
 from lesa_ray.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -44,7 +45,7 @@ from lesa_ray.checkpoint.side_files import CARD_FILE, copy_side_files
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import copy_file, write_shard
 from lesa_ray.config import DtypeName
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import UserError
 from lesa_ray.layerwise.folder import has_our_code, naming_our_code, write_code
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training.trained_state import TrainedState
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "training/export.json"
 FORMAT = 1
-_MARGIN = 64 * 2**20
 _GENERATION = "generation_config.json"
 _WEIGHTS = re.compile(r"[^/]+\.safetensors")
 _TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -169,9 +169,8 @@ def begin_export(plan: ExportPlan) -> list[OutFile]:
             raise UserError(f"OUT {plan.out}: holds weights that are not its own ({foreign[0]}); give a new place")
         here = {}
     missing = [file for file in plan.files if here.get(file.name) != file.nbytes]
-    free, needed = storage.free_bytes(), sum(file.nbytes for file in missing) + _MARGIN
-    if missing and free is not None and free < needed:
-        raise MachineError(f"OUT {plan.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    if missing:
+        check_free(plan.out, sum(file.nbytes for file in missing) + MARGIN)
     if not own:
         content = {"format": FORMAT, "identity": plan.identity, "files": [file.name for file in plan.files]}
         storage.write(RECORD_FILE, (json.dumps(content) + "\n").encode())
