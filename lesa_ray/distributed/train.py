@@ -42,16 +42,18 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: T
     run = prepare(config, gpus=False)  # wrong input, and a run that is done, are found before Ray is started
     with reaching(f"OUT {config.out}", "cannot be written"):
         state = out_state(run)
-        if state != "done" and not is_trained(run):
-            check_disk(run)
     if state == "done":
         return trained_result(run, reused=True)
+    with reaching(f"OUT {config.out}", "cannot be written"):
+        trained = state == "resume" and is_trained(run)
+        if not trained:
+            check_disk(run)
     listener.phase("starting Ray", 0)
     start_ray()
     if state == "fresh" and config.precision == "auto" and machines().gpus_each(config.gpus_per_worker):
         run = prepare(config, gpus=True)
     resources = None
-    if not is_trained(run):
+    if not trained:
         if (warning := replayed(run)) is not None:
             log.warning(warning)
         resources = wait_for_room(config, listener)
