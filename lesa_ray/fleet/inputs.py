@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import reaching
@@ -27,23 +28,24 @@ _BLOCKS = "manifest.json"
 
 def checkpoint_identity(name: str) -> dict[str, Any]:
     """A checkpoint's shards, configuration and tokenizer. Raises: UserError if it is none; MachineError."""
-    return _identity(open_checkpoint(name))
-
-
-def grown_identity(name: str) -> dict[str, Any]:
-    """The same of one that has to say which of its layers are new. Raises: UserError too if it does not."""
     checkpoint = open_checkpoint(name)
-    if read_manifest(checkpoint.storage) is None:
-        raise UserError(
-            f"checkpoint {name}: has no {MANIFEST_FILE}, so which layers are new is not known; expand it first, or say "
-            "what to train (train: all)"
-        )
-    return _identity(checkpoint)
-
-
-def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     config = hashlib.sha256(checkpoint.storage.read("config.json")).hexdigest()
     return {"config": config, "shards": checkpoint.digests(), "tokenizer": _tokenizer_digest(checkpoint.storage)}
+
+
+def grown_identity(name: str, identity: Future[dict[str, Any]]) -> dict[str, Any]:
+    """A checkpoint's identity, if that says which of its layers are new. Raises: UserError if it does not, and what
+    finding out the identity raises."""
+    found = identity.result()
+    where = f"checkpoint {name}"
+    with reaching(where):
+        manifest = read_manifest(Storage(resolve_base(name, where)))
+    if manifest is None:
+        raise UserError(
+            f"{where}: has no {MANIFEST_FILE}, so which layers are new is not known; expand it first, or say what to "
+            "train (train: all)"
+        )
+    return found
 
 
 def tokenizer_identity(name: str) -> str:

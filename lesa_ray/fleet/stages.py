@@ -234,7 +234,7 @@ class StageBuilder:
         assert isinstance(config, TrainConfig)
         if isinstance(checkpoint.given, Ref) or not config.needs_manifest:
             return checkpoint.found
-        return self._found(grown_identity, checkpoint.given)
+        return self._found(grown_identity, checkpoint.given, checkpoint.found)  # which was asked for before
 
     def _checked(self, kind: str, options: Options, given: Mapping[str, Any]) -> Settings:
         """A stage's settings, as far as they can be known before it is known where inputs will lie."""
