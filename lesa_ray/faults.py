@@ -51,7 +51,7 @@ def unanswered(where: str, error: BaseException) -> MachineError | None:
     clock; None for any other error."""
     if said := _clock_is_off(error):
         return MachineError(f"{where}: {said}")
-    return MachineError(f"{where}: the store does not answer ({explain(error)})") if is_outage(error) else None
+    return MachineError(f"{where}: the store does not answer ({explain(error)[:200]})") if is_outage(error) else None
 
 
 def _clock_is_off(error: BaseException) -> str:
@@ -115,9 +115,9 @@ def reaching(
     except (UserError, MachineError):
         raise
     except Exception as error:  # each backend has its own classes for "no such bucket" and "no access"
+        if fault := unanswered(where, error):
+            raise fault from error
         said = explain(error)[:200]
-        if is_outage(error):
-            raise MachineError(f"{where}: the store does not answer ({said})") from error
         if _is_disk(error):
             raise MachineError(f"{where}: {said}; the same command goes on from here") from error
         raise UserError(f"{where}: {refused} ({said}){hint and f'; {hint}'}") from error
