@@ -15,11 +15,10 @@ any other may, and is given `GROW_SECONDS`. What cannot come is then told of aft
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,7 +92,7 @@ def telling_of_loss(bundle: Mapping[str, float], tell: Tell) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(LOOK_SECONDS):
-            with contextlib.suppress(RayError):
+            with suppress(RayError):
                 if not machines().hold(bundle):
                     tell(f"{lacking(bundle)}; waiting for one to join")
 
