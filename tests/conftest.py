@@ -29,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_pipelines.py")
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures that used it
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The embedded Ray ends with the tests of a folder: idle, with four workers, it takes 15 % of a core."""
+    if "ray" in sys.modules and (nextitem is None or nextitem.path.parent != item.path.parent):
+        sys.modules["ray"].shutdown()
+
+
 @pytest.fixture(autouse=True)
 def _gpu(request: pytest.FixtureRequest) -> None:
     """Tests marked `gpu` are skipped without one."""
@@ -68,22 +75,21 @@ def grow(tmp_path: Path) -> Callable[..., Expanded]:
     return run
 
 
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """One embedded Ray with four CPUs for the session."""
+@pytest.fixture(scope="module")
+def local_ray() -> None:
+    """One embedded Ray with four CPUs for the tests of a folder."""
     import ray
 
     from lesa_ray.distributed.cluster import EMBEDDED
 
     for tries_left in (2, 1, 0):
+        if ray.is_initialized():
+            return
         try:
             ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, labels=EMBEDDED)
-            break
         except Exception as error:  # a node whose agent needs more than 15 seconds, as on a machine that is busy
             if not tries_left or "timed out during startup" not in str(error):
                 raise
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lesa_ray.distributed.ray_runner import RayRunner
 from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.runner import InlineRunner, Listener, Silent
-from tests.waiting import titles
+from tests.waiting import titles, until
 
 Bases = Callable[[str], str]
 LESA_RAY = str(Path(sys.executable).parent / "lesa-ray")
@@ -123,10 +123,8 @@ def test_a_killed_driver_and_the_command_run_again(bases: Bases, tmp_path: Path)
     command = [LESA_RAY, "expand", bases("llama"), str(out), "--epochs", "60", "--json"]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 120
     units = out / ".lesa-ray" / "units"
-    while not list(units.glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: list(units.glob("*.json")), 300)
     driver.send_signal(signal.SIGKILL)
     driver.wait(timeout=30)
     done = {f.name for f in units.glob("*.json")}

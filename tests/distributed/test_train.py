@@ -31,7 +31,8 @@ from lesa_ray.distributed.train import pretrain
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.machines import Machines
 from lesa_ray.training import checkpoints, worker
-from lesa_ray.training.run import LEASE_DIR, Run, prepare
+from lesa_ray.training.finish import finish_run
+from lesa_ray.training.run import LEASE_DIR, Run, claim, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.training.blocks import make_blocks
 from tests.training.metric_rows import read_metrics
@@ -75,11 +76,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_blocks(str(tmp_path_factory.mktemp("data") / "blocks"))
 
 
+def worker_of(run: Run) -> None:
+    worker.train(run, torch.device("cpu"), lambda _: None)
+
+
 @pytest.fixture(scope="module")
-def reference(local_ray: None, bases: Bases, data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The undisturbed run of two workers."""
+def reference(bases: Bases, data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The undisturbed run of two workers, without Ray."""
     out = str(tmp_path_factory.mktemp("reference") / "out")
-    train(bases("llama"), data, out, train="all")
+    run = prepare(TrainConfig.model_validate(settings(bases("llama"), data, out, train="all")), gpus=False)
+    claim(run)
+    run_workers(worker_of, 2, run)
+    finish_run(run, Silent())
     return out
 
 
@@ -87,7 +95,7 @@ def kill_a_worker(out: str, after: int, killed: list[int]) -> threading.Thread:
     """Kill a worker of this process's Ray once some step is past."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             rows = read_metrics(out)
             if rows and rows[-1]["step"] >= after:
@@ -132,10 +140,6 @@ def test_what_is_new_learns_and_what_is_old_stays(
         train(base, data, out, learning_rate=0.1)
 
 
-def worker_of(run: Run) -> None:
-    worker.train(run, torch.device("cpu"), lambda _: None)
-
-
 @pytest.mark.timeout(750)
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_losses_do_not_depend_on_the_number_of_workers(
@@ -151,7 +155,9 @@ def test_the_losses_do_not_depend_on_the_number_of_workers(
 
 @pytest.mark.thorough
 @pytest.mark.timeout(750)
-def test_a_killed_worker_changes_nothing(reference: str, bases: Bases, data: str, tmp_path: Path) -> None:
+def test_a_killed_worker_changes_nothing(
+    local_ray: None, reference: str, bases: Bases, data: str, tmp_path: Path
+) -> None:
     out, killed = str(tmp_path / "out"), []
     step = int(np.random.default_rng().integers(12, 50))
     killer = kill_a_worker(out, step, killed)
@@ -175,9 +181,7 @@ def test_a_killed_driver_and_the_command_run_again_with_fewer_workers(
     config.write_text(json.dumps(settings(bases("llama"), data, str(out), train="all")))
     command = [LESA_RAY, "pretrain", "--config", str(config)]
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoints.find_complete(str(out)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: checkpoints.find_complete(str(out)), 300)
     driver.send_signal(signal.SIGKILL)
     driver.wait(timeout=30)
     there = checkpoints.find_complete(str(out))
@@ -209,6 +213,7 @@ def test_a_half_written_checkpoint_is_not_taken(reference: str, tmp_path: Path) 
     assert checkpoints.find_complete(out, "another run") == []
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
     local_ray: None, bases: Bases, data: str, tmp_path: Path
@@ -240,9 +245,7 @@ def test_an_interrupt_stops_the_workers_too(local_ray: None, bases: Bases, data:
     out = str(tmp_path / "out")
 
     def interrupt() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not read_metrics(out):
-            time.sleep(0.1)
+        until(lambda: read_metrics(out), 300)
         os.kill(os.getpid(), signal.SIGINT)
 
     def alive() -> list[str]:
@@ -269,7 +272,7 @@ def test_an_interrupt_stops_the_workers_too(local_ray: None, bases: Bases, data:
 @pytest.mark.thorough
 @pytest.mark.timeout(1200)
 def test_a_run_takes_what_is_free_and_more_when_a_checkpoint_is_complete(
-    reference: str, bases: Bases, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, reference: str, bases: Bases, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others have all four cores, then three, then none; no step is made twice."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")

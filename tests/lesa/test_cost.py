@@ -269,7 +269,13 @@ def test_a_budget_that_is_too_small_is_said_with_advice():
 
 @pytest.mark.parametrize(
     ("route", "predictor"),
-    [("gram", "mlp"), ("gram", "ridge"), ("randomized", "mlp"), ("exact", "mlp"), ("none", "mlp")],
+    [
+        ("gram", "mlp"),
+        ("gram", "ridge"),
+        ("randomized", "mlp"),
+        pytest.param("exact", "mlp", marks=pytest.mark.thorough),
+        pytest.param("none", "mlp", marks=pytest.mark.thorough),
+    ],
 )
 def test_memory_is_an_upper_bound_of_a_real_run_and_not_a_wild_one(route, predictor):
     """In a process of its own, whose first products and eigh are behind it. Small enough for a few seconds."""
