@@ -22,6 +22,7 @@ _WRITERS = (
     "fc2",  # opt, phi, starcoder
     "fc_out",  # gptj
     "w2",  # mixtral's experts, internlm2, dbrx
+    "output_linear",  # granitemoe: its experts, and those shared
 )
 _WRITER = re.compile(rf"(?:^|\.)(?:{'|'.join(_WRITERS)})(?:[._](?:weight|bias))?$")
 

@@ -22,3 +22,9 @@ def test_the_writers_are_the_familys(family: str, bases: Callable[[str], str]) -
 
 def test_an_unknown_name_is_no_writer() -> None:
     assert residual_writers(["mlp.strange_proj.weight", "mlp.dense_h_to_4h.weight", "attn.c_attn.weight"]) == ()
+
+
+def test_granites_experts_and_the_shared_one_write() -> None:
+    writers = ("self_attn.o_proj.weight", "block_sparse_moe.output_linear.weight", "shared_mlp.output_linear.weight")
+    readers = ("block_sparse_moe.input_linear.weight", "shared_mlp.input_linear.weight")
+    assert residual_writers([*readers, *writers]) == writers
