@@ -33,6 +33,7 @@ from ray.exceptions import RayError
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.cluster import free, machines
 from lesa_ray.distributed.health import Health
+from lesa_ray.distributed.orphans import give_back_room
 from lesa_ray.distributed.other_code import other_code
 from lesa_ray.distributed.ray_runner import on_this_machine
 from lesa_ray.distributed.room_for_workers import Resources, wait_for_room, workers_now
@@ -153,6 +154,7 @@ def train_in_rounds(run: Run, resources: Resources, listener: Listener) -> None:
     watch = Watch(board, run, listener)
     try:
         while True:
+            give_back_room()  # of a round before, or of a run that was led from a machine that is lost
             workers = workers_now(resources, seconds)
             listener.phase(f"starting {workers} worker{'s' if workers > 1 else ''}", 0)
             watch.begin(resources.per_worker if workers < resources.most else None)

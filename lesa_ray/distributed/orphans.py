@@ -1,0 +1,31 @@
+"""Machines that Ray holds for workers which are no more.
+
+Ray Train's controller takes the room for its workers by a placement group, and Ray gives that back when the actor that
+asked for it and the job have both ended. Where the controller was killed, for want of memory or with the machine that
+led it, the job goes on, and so does the group: Ray even moves it to machines that join later, and those who wait for
+room wait for ever. Ray Train has an actor that looks after this, but only from when the workers have started, and only
+where Ray has a dashboard.
+"""
+
+from __future__ import annotations
+
+import ray
+from ray._private.state import actors, state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+_CONTROLLER = "TrainController"
+
+
+def give_back_room() -> None:
+    """Remove the placement groups of this job's controllers that have ended: of this process's and of others, such as
+    a fleet's stage that was lost and is led from here now."""
+    job = ray.get_runtime_context().get_job_id()
+    # What Ray shows in public does not name who asked for a group.
+    for stored in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(stored)
+        gone = group.state == PlacementGroupTableData.REMOVED
+        if gone or not group.creator_actor_dead or group.creator_job_id.hex() != job:
+            continue
+        if actors(group.creator_actor_id.hex()).get("ActorClassName") == _CONTROLLER:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
