@@ -93,7 +93,7 @@ def _cluster() -> dict[str, Any]:
         "device": " and ".join(kinds) if gpus and kinds else "GPU" if gpus else _cpu(),
         "gpus": gpus,
         "cpus": there.total("CPU"),
-        "nodes": len(there.nodes),
+        "nodes": sum(1 for node in there.nodes if node.get("CPU") or node.get("GPU")),  # not a head that only leads
         "when": utc_now(),
     }
 

@@ -19,6 +19,7 @@ from lesa_ray.comparison.graph import Comparison
 from lesa_ray.distributed import compare
 from lesa_ray.distributed.compare import run_comparison
 from lesa_ray.fleet.state import Outcome
+from lesa_ray.machines import Machines
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.record import make_record
 from tests.comparison.planning import made
@@ -206,3 +207,12 @@ def test_what_keeps_comparison_json_from_being_written_is_said(
     assert "comparison.json: not written now: " in said[0]
     assert "the store is away" in said[0]
     assert said[1].startswith("written: ")
+
+
+def test_the_machines_of_a_comparison_are_those_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = 2 * [{"CPU": 8.0, "GPU": 4.0, "accelerator_type:L4": 1.0}]
+    monkeypatch.setattr(
+        compare, "machines", lambda: Machines.of([{"memory": 1e9, "node:__internal_head__": 1.0}, *workers])
+    )
+    told = compare._cluster()
+    assert (told["nodes"], told["cpus"], told["gpus"], told["device"]) == (2, 16, 8, "L4")
