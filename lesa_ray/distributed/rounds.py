@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.cluster import free, machines
@@ -258,6 +258,8 @@ def _is_no_room(error: BaseException) -> bool:
 def _cause(error: BaseException) -> str:
     """The worker's own error, which Ray Train wraps. Where a worker was lost it is that: the others then only say that
     a connection was closed."""
+    if isinstance(error, RayActorError):
+        return f"the process that leads the workers was lost: {_without_ids(str(error))}"[:300]
     failures = getattr(error, "worker_failures", None)
     if not (isinstance(failures, dict) and failures):
         return explain(error)[:300]

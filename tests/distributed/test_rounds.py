@@ -31,3 +31,6 @@ def test_a_worker_that_was_lost_is_the_cause_of_what_the_others_say(local_ray: N
     assert "actor_id" not in said
     assert "died" in said
     assert _cause(WorkerGroupError("", {0: other})) == "RuntimeError: gloo: Connection closed by peer"
+    led = _cause(died.value)
+    assert led.startswith("the process that leads the workers was lost: ")
+    assert "actor_id" not in led
