@@ -6,6 +6,8 @@ latter; `lesa-ray submit`, which is such a client, has RAY_API_SERVER_ADDRESS fo
 from __future__ import annotations
 
 import os
+import socket
+import time
 
 from lesa_ray.errors import UserError
 
@@ -26,6 +28,28 @@ def named_ray() -> str | None:
     """The Ray to use, for every command alike: RAY_ADDRESS (`local` is one of this process's own), else what
     `ray start` left on this machine; None where there is neither, and small work may do without."""
     return os.environ.get("RAY_ADDRESS") or started_here()
+
+
+def await_head(address: str, seconds: float) -> None:
+    """Wait up to `seconds` until something listens where the cluster's head should be; Ray alone tries for a quarter of
+    an hour, as each of its twenty tries takes 40 seconds where nothing answers.
+
+    address: as `named_ray` tells it. Raises: OSError if nothing does; ConnectionError and ValueError are Ray's, for
+    `auto` where there is no cluster and for what is no address."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in address or not (place := canonicalize_bootstrap_address(address)):
+        return
+    host, _, port = place.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=max(seconds, 1.0)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(min(1.0, seconds))
 
 
 def started_here() -> str | None:

@@ -28,7 +28,7 @@ from lesa_ray.checkpoint.mark import MARK_FILE
 from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
-from lesa_ray.distributed.address import check_address, named_ray
+from lesa_ray.distributed.address import await_head, check_address, named_ray
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
@@ -56,6 +56,8 @@ PASSED_ON = (
     "HF_HUB_OFFLINE",
 )
 """Environment variables of this process that tasks on a cluster get."""
+HEAD_SECONDS = 20.0
+"""For a cluster's head to be reached: it may be coming up beside this process, or be started again."""
 _BOARD_SECONDS = 30
 
 
@@ -74,12 +76,13 @@ def start_ray() -> bool:
     address = named_ray()
     try:
         if address not in ("local", None):
+            await_head(address, HEAD_SECONDS)
             with as_before():
                 ray.init(address=address, runtime_env=_passed_on(), **quiet)
             return False
-    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
+    except (ray.exceptions.RayError, OSError, ValueError, RuntimeError) as error:
         left = "; `ray start` left its address here: run `ray stop` if it is gone, or set RAY_ADDRESS=local"
-        hint = "" if os.environ.get("RAY_ADDRESS") else left
+        hint = "; RAY_ADDRESS names it" if os.environ.get("RAY_ADDRESS") else left
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     _own_token()

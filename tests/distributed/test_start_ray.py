@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -173,10 +174,30 @@ def test_what_ray_start_left_is_taken_for_small_work_too(
     assert run()
     assert not asked
     (Path(apart) / "ray").mkdir()
-    (Path(apart) / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
-    with pytest.raises(MachineError, match=r"^Ray cluster 10\.0\.0\.1:6379: cannot be reached .*run `ray stop`"):
-        run()
-    assert asked == ["10.0.0.1:6379"]
+    with socket.create_server(("", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (Path(apart) / "ray" / "ray_current_cluster").write_text(address)
+        with pytest.raises(MachineError, match=rf"^Ray cluster {re.escape(address)}: cannot be reached .*`ray stop`"):
+            run()
+    assert asked == [address]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_cluster_that_is_gone_is_told_of_soon(named: bool, apart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after Ray's own quarter of an hour. named: by RAY_ADDRESS, not by what `ray start` left, as after a boot."""
+    with socket.create_server(("", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray tries for a quarter of an hour"))
+    monkeypatch.setattr(ray_runner, "HEAD_SECONDS", 0.2)
+    monkeypatch.setenv("RAY_TMPDIR", apart)
+    monkeypatch.setenv("RAY_ADDRESS", address if named else "")
+    (Path(apart) / "ray").mkdir()
+    (Path(apart) / "ray" / "ray_current_cluster").write_text(address)
+    hint = "RAY_ADDRESS names it" if named else "run `ray stop`"
+    with pytest.raises(MachineError, match=rf"^Ray cluster {re.escape(address)}: cannot be reached .*refused.*{hint}"):
+        start_ray()
 
 
 def test_a_node_that_comes_up_slowly_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
