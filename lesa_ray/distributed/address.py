@@ -58,11 +58,15 @@ def started_here() -> str | None:
     Ray's own `auto` would also take a Ray that is embedded in some other process, and end when that does. What another
     user wrote is not taken: in a folder for all (`/tmp`) anybody could name a cluster that is to get this one's work.
     """
-    root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     try:
-        with open(os.path.join(root, "ray", "ray_current_cluster"), encoding="utf-8") as file:
+        with open(os.path.join(session_root(), "ray", "ray_current_cluster"), encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_uid not in (os.getuid(), 0):
                 return None
             return file.read().strip() or None
     except OSError:
         return None
+
+
+def session_root() -> str:
+    """The folder in which a Ray on this machine keeps its sessions, as `ray`."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

@@ -28,9 +28,10 @@ from lesa_ray.checkpoint.mark import MARK_FILE
 from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
-from lesa_ray.distributed.address import await_head, check_address, named_ray
+from lesa_ray.distributed.address import await_head, check_address, named_ray, session_root
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
+from lesa_ray.distributed.hindrance import hindrance
 from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError
@@ -94,7 +95,8 @@ def start_ray() -> bool:
         except Exception as error:  # Ray has no class of its own for a node that does not come up
             # On a machine that is busy, one gives up on its agent after 15 seconds (ray-project/ray#65983).
             if not (again and "timed out during startup" in str(error)):
-                raise MachineError(f"Ray does not start on this machine ({explain(error)[:200]})") from error
+                why = hindrance(error, session_root())
+                raise MachineError(f"Ray does not start on this machine ({explain(error)[:200]}){why}") from error
     return True
 
 

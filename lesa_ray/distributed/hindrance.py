@@ -1,0 +1,31 @@
+"""What commonly keeps a Ray from starting on a machine. Ray itself says that a file or a node timed out, or nothing but
+the length of a socket's path."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+
+_LEAST_ROOM = 2**20
+"""Bytes that a session's first files take."""
+_LIMITS = (("v", resource.RLIMIT_AS, 2**40), ("f", resource.RLIMIT_FSIZE, 2**40), ("u", resource.RLIMIT_NPROC, 1024))
+"""`ulimit`'s letter, the limit, and what is no hindrance. Ray's processes map far more memory than they use."""
+
+
+def hindrance(error: BaseException, folder: str) -> str:
+    """What may be behind Ray's error and what to do, to be said after it; empty where nothing is seen.
+
+    folder: in which Ray makes that of its session."""
+    elsewhere = "set RAY_TMPDIR to another folder"
+    if "AF_UNIX" in str(error):
+        return f"; {folder}: too long a path for Ray's sockets; set RAY_TMPDIR to a short one"
+    if os.path.isdir(folder):
+        if isinstance(error, OSError) or not os.access(folder, os.W_OK):
+            return f"; {folder}: Ray's session cannot be written there; {elsewhere}"
+        if shutil.disk_usage(folder).free < _LEAST_ROOM:
+            return f"; {folder}: the disk is full, and Ray's session lies there; {elsewhere}"
+    for letter, limit, enough in _LIMITS:
+        if 0 <= resource.getrlimit(limit)[0] < enough:
+            return f"; it may be the limit `ulimit -{letter}`, which is set here; raise it"
+    return ""

@@ -1,0 +1,55 @@
+"""What is said where a Ray does not start."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lesa_ray.distributed.hindrance import hindrance
+
+TIMED_OUT = RuntimeError("Timed out waiting for file gcs_server_port")
+
+
+@pytest.fixture
+def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.usefixtures("unlimited")
+def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hindrance(TIMED_OUT, str(tmp_path)) == ""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    assert f"; {tmp_path}: the disk is full" in hindrance(TIMED_OUT, str(tmp_path))
+
+
+@pytest.mark.usefixtures("unlimited")
+def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    said = hindrance(OSError(30, "Read-only file system"), str(tmp_path))
+    assert said == f"; {tmp_path}: Ray's session cannot be written there; set RAY_TMPDIR to another folder"
+
+
+def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_AS: 6_000_000 * 1024}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (limits.get(limit, resource.RLIM_INFINITY), 0))
+    assert "`ulimit -v`" in hindrance(TIMED_OUT, str(tmp_path))
+    limits[resource.RLIMIT_AS] = 2**47
+    assert hindrance(TIMED_OUT, str(tmp_path)) == ""
+
+
+@pytest.mark.timeout(120)
+def test_a_path_too_long_for_sockets_is_told_with_a_way_out() -> None:
+    with tempfile.TemporaryDirectory(prefix="x" * 120, ignore_cleanup_errors=True) as folder:
+        script = "from lesa_ray.distributed.ray_runner import start_ray; start_ray()"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "RAY_TMPDIR": folder, "RAY_ADDRESS": "local"},
+            capture_output=True, text=True, timeout=110, check=False,
+        )  # fmt: skip
+        assert f"{folder}: too long a path for Ray's sockets; set RAY_TMPDIR to a short one" in done.stderr
