@@ -18,6 +18,7 @@ from torch import Tensor
 from lesa_ray.errors import MachineError
 from lesa_ray.gpu import fits_device
 from lesa_ray.lesa.needs import Place, choose_place
+from lesa_ray.sizes import size
 
 
 class Rooms:
@@ -124,5 +125,5 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, scratch_dir: str) -> Ten
             os.close(handle)
             os.unlink(path)
     except OSError as error:
-        what = f"cannot reserve {nbytes / 1e9:.1f} GB of scratch space"
-        raise MachineError(f"{scratch_dir}: {what}: {error.strerror}") from error
+        what = f"cannot reserve {size(nbytes)} of scratch space: {error.strerror}"
+        raise MachineError(f"{scratch_dir}: {what}; set LESA_RAY_SCRATCH to a folder on a disk with room") from error
