@@ -118,6 +118,7 @@ def _work(
             listener.phase("writing the checkpoint", sum(shard.nbytes for shard in shards))
             runner.write_shards(expansion, shards, listener)
             rehearsal()  # a copy of bytes takes no longer than the miniature, so it did not wait for it
+            expansion.check_unchanged()
             manifest = make_manifest(expansion, {name: record["report"] for name, record in records.items()})
             finish(expansion, manifest, model_card(expansion, manifest))
     except (RoomError, UnsharedError):

@@ -17,7 +17,7 @@ from lesa_ray.checkpoint.header import FLOAT_BYTES, TensorEntry
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.shards import OutTensor, Shard, Span, header_bytes, plan_shards, shard_limit
 from lesa_ray.config import ExpandConfig
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.importance import read_importance
 from lesa_ray.expansion.method import Copy, Job, Unit, Zero, check_settings, make_job
 from lesa_ray.expansion.methods.resizing import resizing_units
@@ -100,6 +100,22 @@ class Expansion:
             **({"importance": self.importance} if self.importance is not None else {}),
             **self._heads,
         }
+
+    def check_unchanged(self) -> None:
+        """At the end of the work. Raises: UserError if weights of the base or a variant are others than at its
+        beginning: the result would hold parts of both; MachineError if they are away."""
+        variants = self.identity["variants"]
+        before = [self.identity["base"], *(variants[variant] for variant in self.job.config.variants)]
+        for checkpoint, digests in zip(self.checkpoints, before, strict=True):
+            files = checkpoint.storage.list()
+            if away := sorted(set(checkpoint.shards) - set(files)):
+                raise MachineError(f"checkpoint {checkpoint.base}: {away[0]} was there and is not any more")
+            same_sizes = all(files.get(file) == checkpoint.files[file] for file in checkpoint.shards)
+            if not same_sizes or checkpoint.digests() != digests:
+                raise UserError(
+                    f"checkpoint {checkpoint.base}: its weights changed during the run, and OUT would hold parts of "
+                    "both; take a copy that nobody writes to"
+                )
 
     @property
     def _heads(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OUT: how much room it is asked to have."""
+"""OUT: how much room it is asked to have, and that it holds one base."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from lesa_ray import ExpandConfig, MachineError
+from lesa_ray import ExpandConfig, MachineError, UserError, expand
+from lesa_ray.checkpoint.shards import Shard
+from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.out import check_room
 from lesa_ray.expansion.prepare import prepare
+from lesa_ray.expansion.runner import InlineRunner, Listener
 
 MARGIN = 64 * 2**20
 
@@ -42,3 +45,36 @@ def test_room_is_needed_for_what_is_missing_and_nothing_else(
     assert is_just_enough(needed - made)
     (out / shard.file).write_bytes(bytes(shard.nbytes))
     assert is_just_enough(needed - made - shard.nbytes)
+
+
+@pytest.mark.parametrize("change", ["other weights", "touched", "shorter afterwards", "gone"])
+def test_weights_that_change_during_the_run_leave_no_mixture(
+    change: str, bases: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As where a training run writes its newest checkpoint to the same folder."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(bases("llama"), base)
+
+    class Meanwhile(InlineRunner):
+        def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
+            super().write_shards(expansion, shards, listener)
+            file = base / expansion.checkpoint.shards[0]
+            if change == "gone":
+                file.unlink()
+            else:
+                bytes_now = file.read_bytes()
+                changed = {"other weights": bytes_now[:-2000] + bytes(2000), "touched": bytes_now}
+                file.write_bytes(changed.get(change, bytes_now[:-8]))
+
+    config = ExpandConfig(base=str(base), out=str(out), method="llama-pro")
+    if change == "touched":
+        assert expand(config, runner=Meanwhile()).layers
+        return
+    if change == "gone":  # perhaps a disk that is mounted again
+        with pytest.raises(MachineError, match=r"checkpoint .*base: model\S+ was there and is not any more; the same"):
+            expand(config, runner=Meanwhile())
+        assert out.exists()
+        return
+    with pytest.raises(UserError, match=r"checkpoint .*base: its weights changed during the run"):
+        expand(config, runner=Meanwhile())
+    assert not out.exists()
