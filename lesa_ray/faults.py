@@ -127,5 +127,7 @@ def explain(error: BaseException) -> str:
     """One line that says what the machine or the storage refused."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the device ({error.filename or 'while writing'})"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return "a file is larger than this disk takes (FAT: 4 GiB), or than `ulimit -f` allows"
     text = " ".join(shown(str(error)).split()) or type(error).__name__
     return text if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {text}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import time
 from email.utils import formatdate
@@ -15,7 +17,7 @@ from s3fs.errors import translate_boto_error
 
 from lesa_ray import MachineError
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.faults import is_fault, is_outage
+from lesa_ray.faults import explain, is_fault, is_outage
 from lesa_ray.store.register import outages
 
 
@@ -70,3 +72,7 @@ def test_a_clock_that_is_far_off_is_named_where_s3_refuses_what_it_signed(ahead:
         assert str(caught.value).startswith(named) == bool(says)
     with pytest.raises(MachineError if says else PermissionError), outages(storage):
         raise error
+
+
+def test_a_file_too_large_for_its_disk_says_what_may_be_why() -> None:
+    assert "`ulimit -f`" in explain(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))

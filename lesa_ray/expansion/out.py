@@ -30,7 +30,7 @@ State = Literal["fresh", "resume", "done"]
 
 
 def check_out(base: str, out: str) -> None:
-    """Raises: UserError if OUT is BASE, or lies inside it, or is a file."""
+    """Raises: UserError if OUT is BASE, or lies inside it, or is a file, or a link that leads nowhere."""
     base, out = os.path.expanduser(base), os.path.expanduser(out)
     if "://" in out or not os.path.isdir(base):
         if "://" in out and (out.rstrip("/") + "/").startswith(base.rstrip("/") + "/"):
@@ -41,6 +41,8 @@ def check_out(base: str, out: str) -> None:
             raise UserError(f"OUT {out}: lies inside BASE; give a folder of its own")
     if os.path.isfile(out):
         raise UserError(f"OUT {out}: is a file; give a folder that is empty or not there yet")
+    if os.path.islink(out) and not os.path.exists(out):
+        raise UserError(f"OUT {out}: is a link to {os.readlink(out)}, which is not there; make that folder")
 
 
 def out_state(expansion: Expansion) -> State:

@@ -12,7 +12,7 @@ import pytest
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint.shards import Shard
 from lesa_ray.expansion.layout import Expansion
-from lesa_ray.expansion.out import check_room
+from lesa_ray.expansion.out import check_out, check_room
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.runner import InlineRunner, Listener
 
@@ -78,3 +78,12 @@ def test_weights_that_change_during_the_run_leave_no_mixture(
     with pytest.raises(UserError, match=r"checkpoint .*base: its weights changed during the run"):
         expand(config, runner=Meanwhile())
     assert not out.exists()
+
+
+def test_a_link_may_lead_to_a_folder_but_not_nowhere(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("disk")
+    with pytest.raises(UserError, match=r"^OUT .*link: is a link to disk, which is not there; make that folder$"):
+        check_out("base", str(link))
+    (tmp_path / "disk").mkdir()
+    check_out("base", str(link))
