@@ -34,13 +34,11 @@ def await_head(address: str, seconds: float) -> None:
     """Wait up to `seconds` until something listens where the cluster's head should be; Ray alone tries for a quarter of
     an hour, as each of its twenty tries takes 40 seconds where nothing answers.
 
-    address: as `named_ray` tells it. Raises: OSError if nothing does; ConnectionError and ValueError are Ray's, for
-    `auto` where there is no cluster and for what is no address."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    if "://" in address or not (place := canonicalize_bootstrap_address(address)):
+    address: as `named_ray` tells it; what is no HOST:PORT is left to Ray. Raises: OSError if nothing does."""
+    place = started_here() if address == "auto" else address
+    host, _, port = (place or "").rpartition(":")
+    if not port.isdigit() or "://" in host:
         return
-    host, _, port = place.rpartition(":")
     deadline = time.monotonic() + seconds
     while True:
         try:
