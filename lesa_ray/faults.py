@@ -99,14 +99,12 @@ def is_fault(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(
-    where: str, refused: str = "cannot be read", hint: str = "check the address and the credentials"
-) -> Iterator[None]:
+def reaching(where: str, refused: str = "cannot be read", hint: str | None = None) -> Iterator[None]:
     """Around the first calls that touch a place, so that what its backend raises is one of two kinds.
 
     Around those only: later, when the place has answered, a refusal (credentials that ran out) is the machine's, and
     what was finished has to stay. `where`: the place as a message calls it, `OUT s3://…`; `refused`: what it is that
-    fails; `hint`: what to do, if that can be said.
+    fails; `hint`: what to do, if not to check the address and the credentials, or the path and its permissions.
     Raises: MachineError for a store that does not answer and a disk that is full, broken or away; UserError for all
     else. UserError and MachineError pass.
     """
@@ -120,6 +118,9 @@ def reaching(
         said = explain(error)[:200]
         if _is_disk(error):
             raise MachineError(f"{where}: {said}; the same command goes on from here") from error
+        if hint is None:
+            here = isinstance(error, OSError) and error.filename  # which stores' errors have not
+            hint = "check the path and its permissions" if here else "check the address and the credentials"
         raise UserError(f"{where}: {refused} ({said}){hint and f'; {hint}'}") from error
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from email.utils import formatdate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -15,9 +16,9 @@ import pytest
 from botocore.exceptions import ClientError
 from s3fs.errors import translate_boto_error
 
-from lesa_ray import MachineError
+from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.faults import explain, is_fault, is_outage
+from lesa_ray.faults import explain, is_fault, is_outage, reaching
 from lesa_ray.store.register import outages
 
 
@@ -76,3 +77,14 @@ def test_a_clock_that_is_far_off_is_named_where_s3_refuses_what_it_signed(ahead:
 
 def test_a_file_too_large_for_its_disk_says_what_may_be_why() -> None:
     assert "`ulimit -f`" in explain(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+
+
+def test_what_to_check_is_the_path_of_a_folder_and_the_credentials_of_a_store(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    denied = translate_boto_error(ClientError({"Error": {"Code": "AccessDenied", "Message": "No"}}, "PutObject"))
+    path = r"^OUT here: cannot be read \(NotADirectoryError.*; check the path and its permissions$"
+    with pytest.raises(UserError, match=path), reaching("OUT here"):
+        os.listdir(file)
+    with pytest.raises(UserError, match=r"PermissionError.*; check the address and the credentials$"), reaching("OUT"):
+        raise denied
