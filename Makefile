@@ -1,7 +1,7 @@
 # make setup   a virtual environment in .venv, with bin/lesa-ray
 # make demo    set-up, then the main job on a small model made here
-# make test    set-up, then the tests, but for those that take minutes each
-# make test-all  the same, and those that take minutes each
+# make test    set-up, then the tests, but for those that take longest
+# make test-all  the same, and those that take longest
 # make lint    set-up, then ruff and mypy
 PYTHON ?= python3
 EXTRAS ?= dev

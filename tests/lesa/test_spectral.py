@@ -243,7 +243,8 @@ def test_a_disk_without_room_is_told_of_before_the_layers_are_read(route):
 
 def test_scratch_space_that_cannot_be_had_is_a_fault_of_the_machine(tmp_path, monkeypatch):
     layers = related_layers(6, 24, 16)
-    with pytest.raises(MachineError, match=r"^/nowhere: cannot reserve \d.*: No such file.*set LESA_RAY_SCRATCH"):
+    named = r"^/nowhere: cannot reserve 9\.2 kB of scratch space: No such file.*; set LESA_RAY_SCRATCH to a folder on"
+    with pytest.raises(MachineError, match=named):
         decompose([loader(layers)], 6, scratch_dir="/nowhere", memory_budget=1000)
 
     def full(*_: object) -> None:
