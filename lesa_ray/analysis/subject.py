@@ -210,7 +210,7 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     """Open the checkpoint by its headers. Raises: UserError."""
     checkpoint = open_checkpoint(config.base)
     is_scaled = checkpoint.config.get("model_type") == MODEL_TYPE
-    anatomy, widths = read_anatomy(checkpoint, alike=not is_scaled, hint=_ONE_WIDTH), None
+    anatomy, widths = read_anatomy(checkpoint, differ="shapes" if is_scaled else "nothing", hint=_ONE_WIDTH), None
     if is_scaled:
         widths = read_widths(checkpoint, anatomy, _ONE_WIDTH)
         anatomy = replace(anatomy, types=widths.padded_types(anatomy.types))

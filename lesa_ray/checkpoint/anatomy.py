@@ -4,8 +4,10 @@ No table of families: a name such as `model.layers.17.self_attn.q_proj.weight` f
 layer index (17) and a weight type (`self_attn.q_proj.weight`), and any family whose names do so works. What a type
 is (matrix or vector, an expert's, a router, stored transposed) follows from shapes and names.
 
-What cannot be expanded soundly says so in one line: several stacks (encoder-decoders, vision towers), layers that
-differ in their tensors or shapes, depth that disagrees with the configuration.
+Layers may be of several kinds: the first few dense below layers of experts (DeepSeek-V3, GLM-4.5), attention among
+recurrent layers (Qwen3-Next, Jamba). How much of that a caller can take, it says; what cannot be expanded soundly is
+refused in one line: more differences than that, several stacks (encoder-decoders, vision towers), depth that disagrees
+with the configuration.
 """
 
 from __future__ import annotations
@@ -29,6 +31,13 @@ _EXPERTS = re.compile(r"(?P<before>^|\.)experts\.")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 Kind = Literal["matrix", "vector", "router", "other"]
+Differ = Literal["nothing", "below", "shapes", "tensors"]
+"""What may differ among layers. below: the first ones, fewer than half, may have other tensors than those above, which
+are alike; shapes: tensors of a name may be of several shapes; tensors: anything."""
+
+_NOT_SUPPORTED = "; models whose layers differ are not supported"
+_PREDICTS_FURTHER = "num_nextn_predict_layers"
+"""How many layers the files hold above the model's own, for predicting further tokens (DeepSeek-V3, GLM-4.5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +84,33 @@ class WeightType:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A stack of `layers` equal layers, and the tensors outside it. Picklable, holds no weights."""
+    """A stack of `layers` layers to work on, counted from 0, and the tensors outside it. Picklable, no weights."""
 
     family: str
     stack: str
     layers: int
     types: dict[str, WeightType]
+    """Of all layers, in shapes of the first that has it."""
     outside: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     """config.json, for what names and shapes do not say."""
+    below: int = 0
+    """Layers of the model beneath the stack, whose tensors are others; they count as outside."""
+    own: tuple[frozenset[str], ...] | None = None
+    """Where layers differ in their tensors, which each has."""
+
+    @property
+    def depth(self) -> int:
+        """The model's layers."""
+        return self.below + self.layers
 
     def name(self, layer: int, weight_type: str) -> str:
         """The tensor's name in the files."""
-        return f"{self.stack}{layer}.{weight_type}"
+        return f"{self.stack}{self.below + layer}.{weight_type}"
+
+    def types_of(self, layer: int) -> tuple[WeightType, ...]:
+        """The weight types that a layer has."""
+        return tuple(t for t in self.types.values() if self.own is None or t.name in self.own[layer])
 
     @property
     def matrices(self) -> tuple[WeightType, ...]:
@@ -115,19 +138,19 @@ def longest_window(text_config: Any) -> int | None:
 
 
 def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:
-    """The key that holds the number of layers and its value, or None."""
+    """The key that holds the number of layers, or one value for each (Nemotron-H), and their number; or None."""
     for key in DEPTH_KEYS:
         if isinstance(config.get(key), int):
             return key, config[key]
-    return None
+    kinds = config.get("layers_block_type")
+    return ("layers_block_type", len(kinds)) if isinstance(kinds, list) else None
 
 
-def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True, hint: str = "") -> Anatomy:
+def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: str = _NOT_SUPPORTED) -> Anatomy:
     """Find the stack of layers of a checkpoint.
 
-    alike: whether all layers must have tensors of the same shapes. If not, `types` has the shapes of layer 0.
-    hint: what to do about layers of several shapes, the end of the message.
-    Raises: UserError, one line, if there is none, more than one, or its layers are not alike.
+    differ: what may differ among its layers. hint: what to do where more does, the end of the message.
+    Raises: UserError, one line, if there is no stack, more than one, or layers differ in more.
     """
     base = checkpoint.base
     stacks: dict[str, dict[int, dict[str, TensorEntry]]] = {}
@@ -146,39 +169,87 @@ def read_anatomy(checkpoint: Checkpoint, *, alike: bool = True, hint: str = "") 
         raise UserError(
             f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported"
         )
-    stack, layers = next(iter(stacks.items()))
-    _check_alike(base, stack, layers, shapes=alike, hint=hint)
+    stack, found = next(iter(stacks.items()))
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(found)}")
     depth = config_depth(checkpoint.config)
+    more = _further(checkpoint.config, depth, len(found))
+    stacked = [found[index] for index in range(len(found) - more)]
+    below = _first_alike(stacked) if differ == "below" else 0
+    if differ != "tensors":
+        _check_alike(base, stack, stacked, below, shapes=differ != "shapes", hint=hint)
     if depth is None:
         raise UserError(f"BASE {base}: config.json has none of {', '.join(DEPTH_KEYS)}")
-    if depth[1] != len(layers):
-        raise UserError(f"BASE {base}: config.json says {depth[0]} = {depth[1]}, the files hold {len(layers)} layers")
+    if depth[1] != len(stacked):
+        raise UserError(f"BASE {base}: config.json says {depth[0]} = {depth[1]}, the files hold {len(found)} layers")
+    apart = [*range(below), *range(len(stacked), len(found))]
+    outside += [entry.name for index in apart for entry in found[index].values()]
     family = str(checkpoint.config.get("model_type", "unknown"))
-    conv1d = _uses_conv1d(family, layers[0])
-    types = {name: _weight_type(entry, name, layers[0], conv1d) for name, entry in layers[0].items()}
-    return Anatomy(family, stack, len(layers), types, tuple(outside), checkpoint.config)
+    alike = stacked[below:]
+    own = tuple(map(frozenset, alike))
+    return Anatomy(
+        family,
+        stack,
+        len(alike),
+        _weight_types(family, alike),
+        tuple(outside),
+        checkpoint.config,
+        below,
+        own if len(set(own)) > 1 else None,
+    )
 
 
-def _check_alike(base: str, stack: str, layers: dict[int, dict[str, TensorEntry]], *, shapes: bool, hint: str) -> None:
-    missing = sorted(set(range(max(layers) + 1)) - set(layers))
-    if missing:
-        raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(layers)}")
-    first = layers[0]
-    for index in range(1, len(layers)):
+def _further(config: dict[str, Any], depth: tuple[str, int] | None, found: int) -> int:
+    """How many of the layers found are no part of the stack, but predict further tokens from what it gives."""
+    more = config.get(_PREDICTS_FURTHER)
+    return more if depth is not None and isinstance(more, int) and found == depth[1] + more else 0
+
+
+def _first_alike(layers: list[dict[str, TensorEntry]]) -> int:
+    """The first of the layers that are all like the last one, if these are more than those below them; else 0."""
+    alike = 1
+    while alike < len(layers) and not _differences(layers[-1], layers[-1 - alike]):
+        alike += 1
+    return len(layers) - alike if 2 * alike > len(layers) and alike > 1 else 0
+
+
+def _differences(one: dict[str, TensorEntry], other: dict[str, TensorEntry]) -> bool:
+    return one.keys() != other.keys() or any(
+        (one[name].dtype, one[name].shape) != (other[name].dtype, other[name].shape) for name in one
+    )
+
+
+def _check_alike(
+    base: str, stack: str, layers: list[dict[str, TensorEntry]], below: int, *, shapes: bool, hint: str
+) -> None:
+    """Raises: UserError if the layers from `below` on are not alike; `shapes`: in those too."""
+    first = layers[below]
+    for index in range(below + 1, len(layers)):
         layer = layers[index]
         for name in sorted(first.keys() ^ layer.keys()):
-            have, lack = (0, index) if name in first else (index, 0)
+            have, lack = (below, index) if name in first else (index, below)
             raise UserError(
-                f"BASE {base}: layers are not alike: {stack}{have}.{name} has no counterpart in layer {lack}; "
-                "models whose layers differ are not supported"
+                f"BASE {base}: layers are not alike: {stack}{have}.{name} has no counterpart in layer {lack}{hint}"
             )
         for name, entry in layer.items():
             if entry.dtype != first[name].dtype or (shapes and entry.shape != first[name].shape):
                 todo = hint if entry.shape != first[name].shape else ""
                 raise UserError(
                     f"BASE {base}: layers are not alike: {entry.name} is {entry.dtype} {list(entry.shape)}, "
-                    f"in layer 0 it is {first[name].dtype} {list(first[name].shape)}{todo}"
+                    f"in layer {below} it is {first[name].dtype} {list(first[name].shape)}{todo}"
                 )
+
+
+def _weight_types(family: str, layers: list[dict[str, TensorEntry]]) -> dict[str, WeightType]:
+    """The types of all layers by name, each as it is in the first layer that has it."""
+    types: dict[str, WeightType] = {}
+    for layer in layers:
+        if layer.keys() <= types.keys():
+            continue
+        conv1d = _uses_conv1d(family, layer)
+        types |= {n: _weight_type(entry, n, layer, conv1d) for n, entry in layer.items() if n not in types}
+    return types
 
 
 def _uses_conv1d(family: str, layer: dict[str, TensorEntry]) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import DEPTH_KEYS, config_depth
@@ -22,24 +23,30 @@ PER_LAYER = (
     "mlp_layer_types",
     "no_rope_layers",
     "layers_block_type",
+    "hybrid_override_pattern",
+    "indexer_types",
     "attention_layers",
     "layer_rope_theta",
     "intermediate_sizes",
     "num_attention_heads_per_layer",
     "num_key_value_heads_per_layer",
 )
-"""Lists with one value for each layer."""
+"""Lists with one value for each layer, or a word with one letter for each (Nemotron-H's pattern)."""
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the indices of the layers that are special."""
-_FIRST_ABOVE = ("max_window_layers", "moe_layer_start_index")
-"""The first layer of another kind than those below it (Qwen 2: of a window; Ernie 4.5: of experts)."""
-_BY_INDEX = (
+_FIRST_ABOVE = ("max_window_layers", "moe_layer_start_index", "first_k_dense_replace", "num_dense_layers")
+"""The first layer of another kind than those below it (Qwen 2: of a window; Ernie 4.5, DeepSeek, LFM 2: of experts)."""
+BY_INDEX = (
     "sliding_window_pattern",
     "no_rope_layer_interval",
     "global_attn_every_n_layers",
     "full_attention_interval",
     "attn_layer_period",
+    "expert_layer_period",
     "interleave_moe_layer_step",
+    "moe_layer_freq",
+    "decoder_sparse_step",
+    "moe_layer_interval",
 )
 """Rules by index. They are safe where transformers spells them out in a list, else they must be 1 or absent."""
 _SCALED_BY_DEPTH = "what each layer adds is divided by the root of the number of layers"
@@ -93,26 +100,24 @@ def deeper_config(
     for key, value in config.items():
         if key in PER_LAYER and value == []:
             continue  # nothing is said of any layer
-        if key in PER_LAYER and isinstance(value, list):
-            if len(value) != base_layers:
-                raise UserError(f"BASE {base}: config.json: {key} has {len(value)} entries for {base_layers} layers")
-            config[key] = [value[origin] for origin in origins]
-        elif key in LAYER_INDICES and isinstance(value, list):
-            config[key] = [index for index, origin in enumerate(origins) if origin in value]
-        elif key in _FIRST_ABOVE and isinstance(value, int):
-            config[key] = _moved(value, origins, base_layers)
-        elif key == "moe_layer_end_index" and isinstance(value, int) and value >= 0:  # -1: the last, whatever the depth
-            config[key] = _moved(value + 1, origins, base_layers) - 1
-        elif key == "attention_types" or (key not in _NOT_PER_LAYER and _looks_per_layer(value, base_layers)):
+        if key in PER_LAYER and isinstance(value, list | str) and len(value) != base_layers:
+            raise UserError(f"BASE {base}: config.json: {key} has {len(value)} entries for {base_layers} layers")
+        if follows_layers(key, value):
+            config[key] = followed(key, value, origins, base_layers)
+            continue
+        if key == "attention_types" or (key not in _NOT_PER_LAYER and _looks_per_layer(value, base_layers)):
             raise UserError(
                 f"BASE {base}: config.json: {key} seems to hold one value for each of the {base_layers} layers, "
                 "and how it should grow is not known; please report this model"
             )
-        elif _INDICES_NAME.search(key) and _looks_like_indices(value, base_layers):
-            raise UserError(
-                f"BASE {base}: config.json: {key} = {value} seems to name layers by index, "
-                "and what they should become is not known; please report this model"
-            )
+        for name, inner in {key: value, **_inner(key, value)}.items():
+            if _INDICES_NAME.search(name) and _looks_like_indices(inner, base_layers):
+                raise UserError(
+                    f"BASE {base}: config.json: {name} = {inner} seems to name layers by index, "
+                    "and what they should become is not known; please report this model"
+                )
+    if "mlp_layer_types" not in config:
+        _check_order(config, raw, origins, base)
     for key in DEPTH_KEYS:
         if config.get(key) == depth[1]:
             config[key] = len(origins)
@@ -121,7 +126,48 @@ def deeper_config(
     return config
 
 
-def _moved(bound: int, origins: list[int], base_layers: int) -> int:
+def _check_order(config: dict[str, Any], raw: dict[str, Any], origins: Sequence[int], base: str) -> None:
+    """Raises: UserError if layers below a bound of experts would lie above others, which it cannot say."""
+    for key in _FIRST_ABOVE[1:]:
+        if key not in raw or type(raw[key]) is not int:
+            continue
+        for layer, origin in enumerate(origins):
+            if origin < raw[key] and layer >= config[key]:
+                raise UserError(
+                    f"BASE {base}: config.json: {key} = {raw[key]}: layers below that are of another kind, and layer "
+                    f"{layer} of the result, one of them ({origin}), would lie above others; choose other positions"
+                )
+
+
+def follows_layers(key: str, value: object) -> bool:
+    """Whether a setting says something of single layers in a way that is known."""
+    if key in PER_LAYER:
+        return isinstance(value, list | str)
+    if key in LAYER_INDICES:
+        return isinstance(value, list)
+    if key == "moe_layer_end_index":
+        return type(value) is int and value >= 0  # -1: the last, whatever the depth
+    return key in _FIRST_ABOVE and type(value) is int
+
+
+def followed(key: str, value: Any, origins: Sequence[int], base_layers: int) -> Any:
+    """Such a setting's value for a model whose layers take theirs from the layers `origins` of `base_layers`."""
+    if key in PER_LAYER:
+        values = [value[origin] for origin in origins]
+        return "".join(values) if isinstance(value, str) else values
+    if key in LAYER_INDICES:
+        return [index for index, origin in enumerate(origins) if origin in value]
+    if key == "moe_layer_end_index":
+        return _moved(value + 1, origins, base_layers) - 1
+    return _moved(value, origins, base_layers)
+
+
+def _inner(key: str, value: object) -> dict[str, Any]:
+    """What a dictionary among the settings holds, with the names that lead there."""
+    return {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {}
+
+
+def _moved(bound: int, origins: Sequence[int], base_layers: int) -> int:
     """How many layers lie below a bound that `bound` of the base's did; above the depth it stays as far off."""
     return sum(origin < bound for origin in origins) + max(bound - base_layers, 0)
 
@@ -133,17 +179,19 @@ def _spelled_out(raw: dict[str, Any], base_layers: int, base: str) -> dict[str, 
         return {}
     full = completed_config(raw, base)
     if full is None:
-        for key in _BY_INDEX:
+        for key in BY_INDEX:
             if raw.get(key) not in (None, 0, 1) and not any(name in raw for name in PER_LAYER):
                 raise UserError(
                     f"BASE {base}: config.json: {key} = {raw[key]} chooses layers by index, and {family} is not known "
                     "to transformers, so which layers it chose cannot be spelled out"
                 )
         return {}
+    said_by_letters = "hybrid_override_pattern" in raw  # which the family's own code makes a list of
     return {
         key: list(full[key])
         for key in PER_LAYER
         if isinstance(full.get(key), list) and len(full[key]) == base_layers and raw.get(key) in (None, [])
+        if not (said_by_letters and key == "layers_block_type")
     }
 
 

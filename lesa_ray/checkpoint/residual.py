@@ -16,7 +16,7 @@ _WRITERS = (
     "out_proj",  # opt, gpt-neo, gptj, mpt, mamba: attention or mixer
     r"(?<!intermediate\.)dense",  # gpt_neox, falcon, bloom, phi: attention; bert's outputs, not its first feed-forward
     "c_proj",  # gpt2, gpt_bigcode, starcoder2: attention and feed-forward
-    "wo",  # internlm2: attention
+    "[wW]o",  # internlm2: attention; modernbert-decoder: attention and feed-forward
     "down_proj",  # llama …: feed-forward, each expert, shared experts
     "dense_4h_to_h",  # gpt_neox, falcon, bloom
     "fc2",  # opt, phi, starcoder

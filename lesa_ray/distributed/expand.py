@@ -177,7 +177,7 @@ def _expanded(
 ) -> Expanded:
     return Expanded(
         out=expansion.job.config.out,
-        layers=expansion.job.plan.layers,
+        layers=expansion.job.whole_plan.layers,
         parameters=expansion.parameters,
         seconds=time.monotonic() - begin,
         peak_memory=runner.peak_memory(),

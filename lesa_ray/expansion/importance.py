@@ -67,8 +67,8 @@ def read_importance(config: ExpandConfig, checkpoint: Checkpoint, anatomy: Anato
         influence = tuple(1 - float(layer["cosine"]) for layer in residual["layers"])
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{where}: has no cosine for each layer; repeat the analysis") from error
-    if len(influence) != anatomy.layers or not all(map(math.isfinite, influence)):
-        raise UserError(f"{where}: has no finite cosine for each of the {anatomy.layers} layers; repeat the analysis")
+    if len(influence) != anatomy.depth or not all(map(math.isfinite, influence)):
+        raise UserError(f"{where}: has no finite cosine for each of the {anatomy.depth} layers; repeat the analysis")
     return Importance(influence, hashlib.sha256(content).hexdigest())
 
 
@@ -85,5 +85,5 @@ def _check_base(analysis: dict[str, Any], checkpoint: Checkpoint, anatomy: Anato
         if all(str(found[name].get("digest")).startswith(_SAMPLED) for found in (mine, theirs))
     ]
     differs = any(mine[name] != theirs[name] for name in comparable)
-    if analysis.get("layers") != anatomy.layers or mine.keys() != theirs.keys() or differs:
+    if analysis.get("layers") != anatomy.depth or mine.keys() != theirs.keys() or differs:
         raise UserError(f"{where}: is an analysis of {analysis.get('checkpoint')}, not of BASE {checkpoint.base}")

@@ -11,15 +11,16 @@ from functools import cached_property
 from typing import Any
 
 from lesa_ray import __version__
-from lesa_ray.checkpoint.anatomy import Anatomy, read_anatomy
+from lesa_ray.checkpoint.anatomy import Anatomy, Differ, read_anatomy
 from lesa_ray.checkpoint.depth import deeper_config
 from lesa_ray.checkpoint.header import FLOAT_BYTES, TensorEntry
+from lesa_ray.checkpoint.names import LAYER
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.shards import OutTensor, Shard, Span, header_bytes, plan_shards, shard_limit
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.importance import read_importance
-from lesa_ray.expansion.method import Copy, Job, Unit, Zero, check_settings, make_job
+from lesa_ray.expansion.method import Copy, Job, Method, Unit, Zero, check_settings, make_job
 from lesa_ray.expansion.methods.resizing import resizing_units
 from lesa_ray.expansion.methods.slots import vectors_unit
 from lesa_ray.expansion.plan import New, Old
@@ -142,9 +143,9 @@ def lay_out(config: ExpandConfig) -> Expansion:
     checkpoint = open_checkpoint(config.base)
     if config.new_width is not None:
         require_convertible(checkpoint.config, config.base)
-    may_differ = method.copies or (method.pads and checkpoint.config.get("model_type") == MODEL_TYPE)
-    anatomy = read_anatomy(checkpoint, alike=not may_differ, hint=WHOLE_LAYERS)
-    variants = tuple(_open_variant(checkpoint, anatomy, variant, alike=not may_differ) for variant in config.variants)
+    differ = _may_differ(method, checkpoint)
+    anatomy = read_anatomy(checkpoint, differ=differ, hint=WHOLE_LAYERS)
+    variants = tuple(_open_variant(checkpoint, anatomy, variant, differ) for variant in config.variants)
     importance = read_importance(config, checkpoint, anatomy)
     job = make_job(config, anatomy, method, importance.influence if importance is not None else None)
     job = _with_widths(job, checkpoint)
@@ -166,6 +167,13 @@ def lay_out(config: ExpandConfig) -> Expansion:
     )
 
 
+def _may_differ(method: Method, checkpoint: Checkpoint) -> Differ:
+    """What the method can take of layers that differ."""
+    if method.copies:
+        return "tensors"
+    return "shapes" if method.pads and checkpoint.config.get("model_type") == MODEL_TYPE else "below"
+
+
 def _with_widths(job: Job, checkpoint: Checkpoint) -> Job:
     """The job with the widths of its layers, if they differ or are to."""
     factors = job.config.new_width
@@ -179,30 +187,35 @@ def _with_widths(job: Job, checkpoint: Checkpoint) -> Job:
 
 def _result_config(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json of the result."""
-    base, layers = job.config.base, job.plan.base_layers
+    base, layers = job.config.base, job.anatomy.depth
     raw = checkpoint.config if job.widths is None else as_layerwise(checkpoint.config, base, layers)
-    config = deeper_config(raw, job.plan.origins, layers, base, job.config.dtype)
+    config = deeper_config(raw, job.whole_plan.origins, layers, base, job.config.dtype)
     if job.widths is None:
         return config
     widths = [job.widths.of(output.id) for output in job.plan.outputs]
     return with_layer_widths(config, [width.neurons for width in widths], [width.heads for width in widths])
 
 
-def _open_variant(checkpoint: Checkpoint, anatomy: Anatomy, variant: str, *, alike: bool) -> Checkpoint:
+def _open_variant(checkpoint: Checkpoint, anatomy: Anatomy, variant: str, differ: Differ) -> Checkpoint:
     """Raises: UserError if its layers are not like the base's."""
     base, opened = checkpoint.base, open_checkpoint(variant)
-    other = read_anatomy(opened, alike=alike)
+    other = read_anatomy(opened, differ=differ)
     mine = {name: t.shape for name, t in anatomy.types.items()}
     theirs = {name: t.shape for name, t in other.types.items()}
-    if other.layers != anatomy.layers:
-        raise UserError(f"--variants {variant}: has {other.layers} layers, BASE {base} has {anatomy.layers}")
+    if other.depth != anatomy.depth:
+        raise UserError(f"--variants {variant}: has {other.depth} layers, BASE {base} has {anatomy.depth}")
+    if other.below != anatomy.below:
+        raise UserError(
+            f"--variants {variant}: its layers are alike from layer {other.below} on, those of BASE {base} from layer "
+            f"{anatomy.below} on"
+        )
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             found, expected = (list(s) if s else "absent" for s in (theirs.get(name), mine.get(name)))
             raise UserError(f"--variants {variant}: {name} is {found}, in BASE {base} it is {expected}")
     if other.stack != anatomy.stack:
         raise UserError(f"--variants {variant}: names its layers {other.stack}*, BASE {base} {anatomy.stack}*")
-    for name in () if alike else (anatomy.name(layer, t) for layer in range(anatomy.layers) for t in mine):
+    for name in () if differ != "shapes" else (anatomy.name(layer, t) for layer in range(anatomy.layers) for t in mine):
         found, expected = (list(one.tensors[name].shape) for one in (opened, checkpoint))
         if found != expected:
             raise UserError(f"--variants {variant}: {name} is {found}, in BASE {base} it is {expected}")
@@ -237,13 +250,17 @@ def _check_vectors(job: Job, checkpoint: Checkpoint) -> None:
     """Raises: UserError if vectors are to come from layers in which they have another length."""
     if job.vectors == "lower" or job.widths is not None:
         return
+    first = job.anatomy.below
     for weight_type in job.anatomy.vectors:
         for layer in range(job.anatomy.layers):
             name = job.anatomy.name(layer, weight_type.name)
-            if checkpoint.tensors[name].shape != weight_type.shape:
+            entry = checkpoint.tensors.get(name)
+            if entry is None:
+                raise UserError(f"--vectors {job.vectors}: not every layer has it: {name}; use --vectors lower")
+            if entry.shape != weight_type.shape:
                 raise UserError(
-                    f"--vectors {job.vectors}: {name} has {checkpoint.tensors[name].shape[0]} entries, in layer 0 it "
-                    f"has {weight_type.shape[0]}; use --vectors lower"
+                    f"--vectors {job.vectors}: {name} has {entry.shape[0]} entries, in layer {first} it has "
+                    f"{weight_type.shape[0]}; use --vectors lower"
                 )
 
 
@@ -255,8 +272,17 @@ def _old_tensors(job: Job, checkpoint: Checkpoint) -> list[OutTensor]:
         if isinstance(output, Old)
         for name in job.anatomy.types
     }
+    renamed |= {name: _moved_above(job, name) for name in job.anatomy.outside}
     entries = sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.offset))
     return [_copied(job, checkpoint, entry, renamed.get(entry.name, entry.name), check=True) for entry in entries]
+
+
+def _moved_above(job: Job, name: str) -> str:
+    """What a tensor outside the stack is called in the result: layers above it stay above."""
+    match = LAYER.match(name)
+    if match is None or int(match["index"]) < job.anatomy.depth:
+        return name
+    return f"{match['stack']}{int(match['index']) + len(job.plan.slots)}.{match['type']}"
 
 
 def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[OutTensor]:
@@ -273,7 +299,8 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
     for index, output in enumerate(job.plan.outputs):
         if not isinstance(output, New):
             continue
-        for weight_type in job.anatomy.types.values():
+        origin = job.plan.origin(output.lower)
+        for weight_type in job.anatomy.types_of(origin):
             name = job.anatomy.name(index, weight_type.name)
             content = job.content(output, weight_type)
             scale = job.output_scale if weight_type.name in job.scaled else 1.0
@@ -284,10 +311,11 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
                 continue
             source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name, sized=sized)]
             source = source and replace(source, scale=scale)
-            shape = job.shape(output, weight_type)
-            if job.widths is None:  # where layers differ, whole ones are copied: shapes of the layer it comes from
-                shape = checkpoint.tensors[job.anatomy.name(job.plan.origin(output.lower), weight_type.name)].shape
-            tensors.append(OutTensor(name, result_dtype(job, weight_type.dtype), shape, source))
+            shape, dtype = job.shape(output, weight_type), weight_type.dtype
+            if job.widths is None:  # where layers differ, whole ones are copied: as in the layer it comes from
+                like = checkpoint.tensors[job.anatomy.name(origin, weight_type.name)]
+                shape, dtype = like.shape, like.dtype
+            tensors.append(OutTensor(name, result_dtype(job, dtype), shape, source))
     return tensors
 
 

@@ -21,7 +21,15 @@ from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.config import ExpandConfig, LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.plan import New, Plan, between, gaps_by_importance, target_layers
+from lesa_ray.expansion.plan import (
+    POSITIONS,
+    New,
+    Plan,
+    between,
+    gaps_by_importance,
+    parse_gaps,
+    target_layers,
+)
 from lesa_ray.expansion.widths import Widths
 
 if TYPE_CHECKING:
@@ -122,6 +130,11 @@ class Job:
     widths: Widths | None = None
     """Where layers differ in width: `anatomy` then has the widest layer's shapes. None: all layers are alike, or whole
     layers are copied."""
+
+    @cached_property
+    def whole_plan(self) -> Plan:
+        """The plan with the layers that lie below those worked on: indices of the model's layers."""
+        return self.plan.raised(self.anatomy.below)
 
     @cached_property
     def zeroed(self) -> frozenset[str]:
@@ -264,20 +277,35 @@ def make_job(config: ExpandConfig, anatomy: Anatomy, method: Method, influence: 
 
     Raises: UserError for settings that do not fit the base or the method."""
     if anatomy.layers < method.minimum_layers:
-        raise UserError(f"{method.name}: needs at least {method.minimum_layers} layers, the base has {anatomy.layers}")
-    layers = target_layers(anatomy.layers, config.factor, config.layers, config.position)
+        alike = f" {anatomy.layers} alike" if anatomy.below else f" {anatomy.layers}"
+        raise UserError(f"{method.name}: needs at least {method.minimum_layers} layers, the base has{alike}")
+    layers = target_layers(anatomy.depth, config.factor, config.layers, config.position)
     position = config.position
     if influence is not None and position is not None:
-        position = gaps_by_importance(position, influence, layers - anatomy.layers)
+        position = gaps_by_importance(position, influence[anatomy.below :], layers - anatomy.depth)
+    elif anatomy.below and position is not None and position not in POSITIONS:
+        position = _above(anatomy, position)
     return Job(
         config=config,
         anatomy=anatomy,
-        plan=method.plan(anatomy.layers, layers, position),
+        plan=method.plan(anatomy.layers, layers - anatomy.below, position),
         method=method,
         zero_init=_zero_init(config, method),
         vectors=config.vectors or ("first" if _first_vectors(config) else method.vectors),
         output_scale=config.output_scale or 1.0,
     )
+
+
+def _above(anatomy: Anatomy, position: str) -> str:
+    """Gaps of the whole model as gaps of the layers that are worked on. Raises: UserError for one beneath them."""
+    gaps = parse_gaps(position, anatomy.depth)
+    if gaps[0] < anatomy.below:
+        raise UserError(
+            f"--position {position}: gap {gaps[0]} is out of range: layers below layer {anatomy.below} have other "
+            f"tensors than those above, and no layer can be made from both; gaps run from {anatomy.below} to "
+            f"{anatomy.depth - 2}"
+        )
+    return ",".join(str(gap - anatomy.below) for gap in gaps)
 
 
 def _zero_init(config: ExpandConfig, method: Method) -> bool:

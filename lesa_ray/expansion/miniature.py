@@ -6,13 +6,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import config_depth
-from lesa_ray.checkpoint.depth import LAYER_INDICES, PER_LAYER
+from lesa_ray.checkpoint.depth import followed, follows_layers
 
+_HEADS = 4
+_HEADS_AND_WIDTH = (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+"""Names of the number of experts, and of those that a token is sent to."""
 _SMALLER = {  # settings that shrink a model and leave its structure
     "vocab_size": 64,
     "intermediate_size": 64,
@@ -25,22 +32,31 @@ _SMALLER = {  # settings that shrink a model and leave its structure
 }
 
 
-def miniature(full: Mapping[str, Any], *, layers: int = 2, also: Mapping[str, int] | None = None) -> dict[str, Any]:
+def miniature(
+    full: Mapping[str, Any], *, keep: Sequence[int] = (0, 1), also: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The content of a miniature's config.json.
 
-    full: config.json as transformers completes it (`completed_config`). also: further settings, as upper bounds."""
+    full: config.json as transformers completes it (`completed_config`). keep: the layers that the miniature has, as
+    far as the model has them. also: further settings, as upper bounds (`narrow`). A layer has as many experts as a
+    token's choice among them needs."""
     raw = copy.deepcopy(dict(full))
     depth = config_depth(raw)
     assert depth is not None
+    keep = [layer for layer in keep if layer < depth[1]]
     for key, value in raw.items():
-        if isinstance(value, list) and (key in PER_LAYER or len(value) == depth[1]):
-            raw[key] = value[:layers]
-        elif isinstance(value, list) and key in LAYER_INDICES:
-            raw[key] = [index for index in value if index < layers]
+        if isinstance(value, list) and len(value) == depth[1]:
+            raw[key] = [value[layer] for layer in keep]
+        elif value and follows_layers(key, value):
+            raw[key] = followed(key, value, keep, depth[1])
         elif isinstance(value, dict) and value and all(str(name).isdigit() for name in value):
-            raw[key] = {name: inner for name, inner in value.items() if int(name) < layers}
-    raw[depth[0]] = layers
-    for key, value in {**_SMALLER, **(also or {})}.items():
+            named = {int(name): name for name in value}
+            if max(named) >= len(keep):
+                raw[key] = {type(named[i])(at): value[named[i]] for at, i in enumerate(keep) if i in named}
+    if isinstance(raw[depth[0]], int):
+        raw[depth[0]] = len(keep)
+    experts = dict.fromkeys(_EXPERTS, _fewest_experts(raw))
+    for key, value in {**_SMALLER, **experts, **(also or {})}.items():
         if isinstance(raw.get(key), int):
             raw[key] = min(raw[key], value)
     if widths := raw.get("intermediate_sizes"):  # a layer-wise scaled model's: equal ones stay equal
@@ -51,6 +67,33 @@ def miniature(full: Mapping[str, Any], *, layers: int = 2, also: Mapping[str, in
     raw.pop("dtype", None)
     raw.pop("torch_dtype", None)
     return raw
+
+
+def narrow(full: Mapping[str, Any]) -> dict[str, int]:
+    """Bounds that make the miniature of a wide model a narrow one: four heads of the same size. An architecture whose
+    other sizes follow from these may not take them."""
+    heads, width = (full.get(name, full.get(other)) for name, other in _HEADS_AND_WIDTH)
+    if not isinstance(heads, int) or not isinstance(width, int) or heads <= _HEADS or width % heads:
+        return {}
+    groups = full.get("num_key_value_heads") or heads
+    narrower = width // heads * _HEADS
+    return {
+        "num_attention_heads": _HEADS,
+        "n_head": _HEADS,
+        "num_key_value_heads": _HEADS if groups == heads else 2,
+        "hidden_size": narrower,
+        "n_embd": narrower,
+    }
+
+
+def _fewest_experts(raw: Mapping[str, Any]) -> int:
+    """As many as tokens are sent to; where they are chosen by groups, two in each at least, as groups are ranked by the
+    best two (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+    chosen = max((raw[key] for key in _CHOSEN if isinstance(raw.get(key), int)), default=0)
+    if not chosen:
+        return sys.maxsize
+    groups, among = (max(raw.get(key) or 1, 1) for key in ("n_group", "topk_group"))
+    return groups * max(2, math.ceil(chosen / among))
 
 
 @contextlib.contextmanager

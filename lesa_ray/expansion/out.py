@@ -130,9 +130,10 @@ def abandon(expansion: Expansion) -> None:
 def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
     """reports: what each unit reported, by its name."""
     job = expansion.job
-    index_of = {output.id: index for index, output in enumerate(job.plan.outputs)}
+    plan = job.whole_plan
+    index_of = {output.id: index for index, output in enumerate(plan.outputs)}
     layers: list[LayerRecord] = []
-    for index, output in enumerate(job.plan.outputs):
+    for index, output in enumerate(plan.outputs):
         if isinstance(output, Old):
             layers.append(LayerRecord(index=index, kind="old", base_layers=[output.id], neighbours=[]))
             continue
@@ -142,7 +143,7 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
             LayerRecord(
                 index=index,
                 kind="copy" if job.method.copies else "new",
-                base_layers=[job.plan.origin(source) for source in sources],
+                base_layers=[plan.origin(source) for source in sources],
                 neighbours=[index_of[source] for source in sources],
             )
         )

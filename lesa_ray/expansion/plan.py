@@ -65,6 +65,19 @@ class Plan:
     def _lower(self) -> dict[int, int]:
         return {slot.id: slot.lower for slot in self.slots}
 
+    def raised(self, below: int) -> Plan:
+        """The plan of the whole model where this is one for the layers above `below` others, which stay."""
+        if below == 0:
+            return self
+        outputs: list[Old | New] = [Old(layer) for layer in range(below)]
+        for output in self.outputs:
+            if isinstance(output, Old):
+                outputs.append(Old(below + output.id))
+            else:
+                upper = None if output.upper is None else below + output.upper
+                outputs.append(New(below + output.id, below + output.lower, upper))
+        return Plan(below + self.base_layers, tuple(outputs))
+
     @property
     def origins(self) -> list[int]:
         """For each layer of the result, the base layer whose settings in the configuration it takes."""
@@ -160,8 +173,8 @@ def between(base_layers: int, layers: int, position: str) -> Plan:
     named = None if position in POSITIONS else parse_gaps(position, base_layers)
     if named is not None and len(named) != layers - base_layers:
         raise UserError(
-            f"--position {position}: names {len(named)} gaps, {base_layers} → {layers} layers needs "
-            f"{layers - base_layers}; leave out --factor and --layers to fill just these"
+            f"--position: names {len(named)} gaps, and {layers - base_layers} layers are to be added; leave out "
+            "--factor and --layers to fill just these"
         )
     while len(outputs) < layers:
         gaps = len(outputs) - 1

@@ -2,10 +2,11 @@
 
 Names alone can mislead: an output projection under an unexpected name, or a norm after the addition (BERT), and the
 function is silently lost. So before a method that promises to keep it touches a checkpoint, a model of the same class
-and settings but two layers, a small vocabulary and narrow feed-forward is made with random weights, expanded by the
-code that expands the real one, loaded, and the logits before and after are compared: they must be equal to the last
-bit. Where new layers have widths of their own, so have the miniature's, so that its change of class is tried too. It
-costs 5 to 10 s, most of it the import of transformers, and no weight of the base is read."""
+and settings but two layers (one of each kind, where layers differ), few heads and a small vocabulary is made with
+random weights, expanded by the code that expands the real one, loaded, and the logits before and after are
+compared: they must be equal to the last bit. Where new layers have widths of their own, so have the miniature's, so
+that its change of class is tried too. It costs 5 to 10 s, most of it the import of transformers, and no weight of the
+base is read."""
 
 from __future__ import annotations
 
@@ -14,21 +15,22 @@ import tempfile
 import threading
 from typing import Any
 
+from lesa_ray.checkpoint.anatomy import Anatomy
 from lesa_ray.checkpoint.depth import NO_LISTS, completed_config
+from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.layout import Expansion, lay_out
-from lesa_ray.expansion.miniature import miniature, quiet_transformers, shake
+from lesa_ray.expansion.method import Job
+from lesa_ray.expansion.miniature import miniature, narrow, quiet_transformers, shake
 from lesa_ray.expansion.out import finish, make_manifest
-from lesa_ray.expansion.plan import Old
-from lesa_ray.expansion.same_layers import check_old_layers
+from lesa_ray.expansion.same_layers import check_same_layers
 from lesa_ray.expansion.workbench import run_unit
 
 _ALONE = threading.Lock()
 """transformers patches itself while a model is made, for all threads."""
-_LAYERS = 2
 _WIDTHS = (0.5, 2.0)
 """Of the miniature's new layers, where those of the real model get widths of their own: one is cut, one widened."""
 
@@ -48,9 +50,9 @@ def check_layers(expansion: Expansion) -> None:
     job = expansion.job
     if job.anatomy.family in NO_LISTS or job.widths is not None:
         return
-    places = {index: output.id for index, output in enumerate(job.plan.outputs) if isinstance(output, Old)}
+    places = dict(enumerate(job.whole_plan.origins))
     with _ALONE, quiet_transformers():
-        check_old_layers(expansion.checkpoint.config, expansion.config, places, job.config.base)
+        check_same_layers(expansion.checkpoint.config, expansion.config, places, job.config.base)
 
 
 def rehearse(expansion: Expansion) -> None:
@@ -65,15 +67,20 @@ def rehearse(expansion: Expansion) -> None:
             f"zeroed output projections keep its function; {hint}"
         )
     with _ALONE, tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, quiet_transformers():
-        try:
-            difference = _difference(full, folder, None if job.config.new_width is None else _WIDTHS)
-        except UserError:
-            raise
-        except Exception as error:  # a miniature of an unusual architecture can fail in ways of its own
+        failure: Exception | None = None
+        for place, also in (("narrow", narrow(full)), ("wide", {})):  # some cannot be made narrow
+            try:
+                difference = _difference(full, os.path.join(folder, place), job, also)
+                break
+            except UserError:
+                raise
+            except Exception as error:  # a miniature of an unusual architecture can fail in ways of its own
+                failure = error
+        else:
             raise UserError(
                 f"{job.method.name}: a miniature of {job.anatomy.family} could not be built to try whether its "
-                f"function is kept ({type(error).__name__}: {' '.join(str(error).split())[:160]}); {hint}"
-            ) from error
+                f"function is kept ({type(failure).__name__}: {' '.join(str(failure).split())[:160]}); {hint}"
+            ) from failure
     if difference != 0:
         raise UserError(
             f"{job.method.name}: zero-initialised layers do not keep the function of {job.anatomy.family}: its layers "
@@ -81,13 +88,14 @@ def rehearse(expansion: Expansion) -> None:
         )
 
 
-def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] | None) -> float:
+def _difference(full: dict[str, Any], folder: str, job: Job, also: dict[str, int]) -> float:
     """Largest difference of the miniature's outputs before and after; NaN counts as infinite."""
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.set_num_threads(1)  # as `run_unit` leaves it: sums of other threads differ in their last bits
-    raw = miniature(full, layers=_LAYERS)
+    keep = _of_each_kind(job.anatomy)
+    raw = miniature(full, keep=keep, also=also)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     base, out = os.path.join(folder, "base"), os.path.join(folder, "out")
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +108,10 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
         before = model(tokens)[0]
     model.save_pretrained(base)
     del model
-    small = lay_out(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * _LAYERS, new_width=new_width))
+    new_width = None if job.config.new_width is None else _WIDTHS
+    small = lay_out(ExpandConfig(base=base, out=out, method="llama-pro", layers=2 * len(keep), new_width=new_width))
+    if lacking := _writers(job.anatomy) - _writers(small.job.anatomy):
+        raise ValueError(f"its layers have no {min(lacking)}")
     for unit in small.units:
         run_unit(small.job, unit, small.made_in, small.checkpoints, out)
     for shard in small.shards:
@@ -111,6 +122,20 @@ def _difference(full: dict[str, Any], folder: str, new_width: tuple[float, ...] 
         after = deeper(tokens)[0]
     worst = (before - after).abs().max().item()
     return worst if worst == worst else float("inf")
+
+
+def _of_each_kind(anatomy: Anatomy) -> list[int]:
+    """Layers of the model, two at least, among which each kind of those worked on is."""
+    if anatomy.own is None:
+        return [anatomy.below, anatomy.below + 1]
+    kinds = [anatomy.own.index(kind) for kind in dict.fromkeys(anatomy.own)]
+    return sorted(anatomy.below + kind for kind in kinds)
+
+
+def _writers(anatomy: Anatomy) -> set[str]:
+    """What writes into the residual stream, where experts lie in one tensor as where each has its own."""
+    types = (anatomy.types[name] for name in residual_writers(anatomy.types))
+    return {t.of_its_kind.replace("experts.*.", "experts.").removesuffix(".weight") for t in types}
 
 
 def _new_model(full: dict[str, Any], config: Any) -> Any:

@@ -1,23 +1,25 @@
-"""Would an old layer still be the same layer in the deeper model?
+"""Would each layer of the deeper model be what it should: an old one the same, a new one like that below it?
 
 Settings that tie a layer to its place are known by name (`lesa_ray.checkpoint.depth`), and a family may bring others.
-So the base and the deeper model are built from their configurations, without weights, and each old layer is compared
-with what it is in the base: its parameters' names and shapes, and the plain numbers and words that its modules keep."""
+So the base and the deeper model are built from their configurations, without weights, and each layer is compared with
+the one of the base whose settings it takes: its parameters' names and shapes, and the plain numbers and words that its
+modules keep."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lesa_ray.checkpoint.brought_code import for_transformers
+from lesa_ray.checkpoint.depth import BY_INDEX
 from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.errors import UserError
 
 
-def check_old_layers(raw: dict[str, Any], deeper: dict[str, Any], places: dict[int, int], base: str) -> None:
+def check_same_layers(raw: dict[str, Any], deeper: dict[str, Any], places: dict[int, int], base: str) -> None:
     """Compare the models of two configurations, layer by layer; none is compared where transformers cannot build them.
 
-    raw, deeper: config.json of the base and of the result. places: for each old layer's index in the result that in
-    the base. Raises: UserError naming what would be different."""
+    raw, deeper: config.json of the base and of the result. places: for each layer's index in the result that in the
+    base. Raises: UserError naming what would be different."""
     try:
         before, after = _layers(raw), _layers(deeper)
     except Exception:  # an unknown family, or one that needs more than its configuration
@@ -26,13 +28,12 @@ def check_old_layers(raw: dict[str, Any], deeper: dict[str, Any], places: dict[i
         old, new = before.get(origin, {}), after.get(index, {})
         for name in sorted(old.keys() | new.keys()):
             was, is_now = old.get(name), new.get(name)
-            if name.endswith(".layer_idx"):  # its place in the cache
+            if name.endswith((".layer_idx", ".training")):  # its place in the cache; what every module says
                 continue
             if was != is_now and (was, is_now) not in ((origin, index), (len(before), len(after))):
                 raise UserError(
                     f"BASE {base}: layer {origin} would be another as layer {index} of a deeper model: {name} would be "
-                    f"{_shown(is_now)}, not {_shown(was)}; how config.json should change is not known; please report "
-                    "this model"
+                    f"{_shown(is_now)}, not {_shown(was)}; {_why(raw)}"
                 )
 
 
@@ -62,6 +63,17 @@ def _layers(raw: dict[str, Any]) -> dict[int, dict[str, Any]]:
             if not key.startswith("_") and isinstance(value, bool | int | float | str):
                 keep(f"{name}.{key}", value)
     return found
+
+
+def _why(raw: dict[str, Any]) -> str:
+    """Why a layer would be another, as far as config.json tells."""
+    rules = [f"{key} = {raw[key]}" for key in BY_INDEX if type(raw.get(key)) is int and raw[key] > 1]
+    if not rules:
+        return "how config.json should change is not known; please report this model"
+    return (
+        f"config.json says by a rule which layer is of which kind ({', '.join(rules)}), and the plan does not follow "
+        "it; solar does where layers move by a whole period"
+    )
 
 
 def _shown(value: object) -> str:

@@ -20,7 +20,7 @@ def model_card(expansion: Expansion, manifest: Manifest) -> str:
         lines += [f"base_model: {hub.removeprefix('hf://').split('@')[0]}", "base_model_relation: finetune"]
     lines += ["library_name: transformers", "tags:", "- depth-up-scaling", f"- {job.method.name}", "---", ""]
     lines += [
-        f"# {base.rsplit('/', 1)[-1]}, {job.plan.base_layers} → {job.plan.layers} layers",
+        f"# {base.rsplit('/', 1)[-1]}, {job.whole_plan.base_layers} → {job.whole_plan.layers} layers",
         "",
         f"`{base}` ({job.anatomy.family}) grown deeper with {named}: "
         f"{manifest['parameters']['base'] / 1e6:,.1f} M → {manifest['parameters']['result'] / 1e6:,.1f} M parameters. "

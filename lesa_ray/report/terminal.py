@@ -72,14 +72,12 @@ def plan_picture(plan: Plan, *, copies: bool, width: int) -> Text:
 def show_expansion(expansion: Expansion) -> None:
     """What the base is, the plan, and the size of the result."""
     show_base(expansion)
-    job = expansion.job
+    job, plan = expansion.job, expansion.job.whole_plan
     paper = f" ({job.method.paper})" if job.method.paper else ""
-    console.print(
-        Text.assemble("\n", (job.method.name, "bold"), f": {job.plan.base_layers} → {job.plan.layers} layers{paper}")
-    )
+    console.print(Text.assemble("\n", (job.method.name, "bold"), f": {plan.base_layers} → {plan.layers} layers{paper}"))
     if expansion.chosen is not None:
         console.print(f"chosen by auto: {expansion.chosen}", highlight=False)
-    console.print(plan_picture(job.plan, copies=job.method.copies, width=console.width))
+    console.print(plan_picture(plan, copies=job.method.copies, width=console.width))
     table = Table.grid(padding=(0, 2))
     scaled = "not zeroed" if job.output_scale == 1 else f"output projections × {job.output_scale:g}"
     table.add_row("new layers", "all output projections zero: the function is kept" if job.zero_init else scaled)
@@ -113,7 +111,7 @@ def show_base(expansion: Expansion) -> None:
     console.print(
         Text.assemble(
             (checkpoint.base, "bold"),
-            f": {anatomy.family}, {anatomy.layers} layers, {count(checkpoint.parameters)} parameters, "
+            f": {anatomy.family}, {anatomy.depth} layers, {count(checkpoint.parameters)} parameters, "
             f"{size(checkpoint.nbytes)} in {len(checkpoint.shards)} file(s), {tied} embeddings",
         ),
         soft_wrap=True,
@@ -123,14 +121,26 @@ def show_base(expansion: Expansion) -> None:
         table.add_column(column)
     for t in anatomy.types.values():
         kind = t.kind + (" (stored transposed)" if t.transposed else "")
+        if (having := _layers_with(expansion, t.name)) < anatomy.layers:
+            kind += f" ({having} of {anatomy.layers} layers)"
         table.add_row(t.name, _shape(expansion, t.name), t.dtype, kind)
     console.print(table)
+    if anatomy.below:
+        lowest = "layer 0 has" if anatomy.below == 1 else f"layers 0 to {anatomy.below - 1} have"
+        console.print(f"{lowest} other tensors than those above, between which the new layers go")
+
+
+def _layers_with(expansion: Expansion, weight_type: str) -> int:
+    """How many layers have a weight type."""
+    own = expansion.job.anatomy.own
+    return expansion.job.anatomy.layers if own is None else sum(weight_type in names for names in own)
 
 
 def _shape(expansion: Expansion, weight_type: str) -> str:
     """A weight type's shape; from the least to the most where layers differ."""
     anatomy, tensors = expansion.job.anatomy, expansion.checkpoint.tensors
-    shapes = [tensors[anatomy.name(layer, weight_type)].shape for layer in range(anatomy.layers)]
+    names = [anatomy.name(layer, weight_type) for layer in range(anatomy.layers)]
+    shapes = [tensors[name].shape for name in names if name in tensors]
     sizes = [sorted(set(size)) for size in zip(*shapes, strict=True)]
     return " × ".join(str(size[0]) if len(size) == 1 else f"{size[0]} … {size[-1]}" for size in sizes)
 
@@ -142,22 +152,29 @@ def describe(expansion: Expansion) -> dict[str, Any]:
         "base": {
             "name": job.config.base,
             "family": job.anatomy.family,
-            "layers": job.anatomy.layers,
+            "layers": job.anatomy.depth,
+            "other_layers_below": job.anatomy.below,
             "parameters": expansion.checkpoint.parameters,
             "bytes": expansion.checkpoint.nbytes,
             "files": len(expansion.checkpoint.shards),
             "tied_embeddings": bool(expansion.checkpoint.config.get("tie_word_embeddings")),
             "weight_types": {
-                t.name: {"shape": list(t.shape), "dtype": t.dtype, "kind": t.kind} for t in job.anatomy.types.values()
+                t.name: {
+                    "shape": list(t.shape),
+                    "dtype": t.dtype,
+                    "kind": t.kind,
+                    "layers": _layers_with(expansion, t.name),
+                }
+                for t in job.anatomy.types.values()
             },
         },
         "plan": {
             "method": job.method.name,
             "chosen": expansion.chosen,
-            "layers": job.plan.layers,
+            "layers": job.whole_plan.layers,
             "outputs": [
                 {"old": o.id} if isinstance(o, Old) else {"new": o.id, "lower": o.lower, "upper": o.upper}
-                for o in job.plan.outputs
+                for o in job.whole_plan.outputs
             ],
             "zero_init": job.zero_init,
             "output_scale": 0.0 if job.zero_init else job.output_scale,

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lesa_ray.checkpoint.anatomy import config_depth
 from lesa_ray.checkpoint.depth import PER_LAYER
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.miniature import miniature, quiet_transformers, shake
+from lesa_ray.expansion.miniature import miniature, narrow, quiet_transformers, shake
 from lesa_ray.training.model import build
 from lesa_ray.training.packing import fill_rows, hide
 
@@ -37,15 +37,7 @@ _ROWS = ((9, 7, 5), (3, 12, 9))
 _SEQ_LEN = 24
 _TOLERANCE = 1e-3
 """Of the logits' standard deviation. Rounding is at 1e-6; a neighbour that is seen, at 0.1 and more."""
-_HEADS = 4
-_NARROW = {
-    "sliding_window": 4,
-    "num_local_experts": 8,
-    "num_experts": 8,
-    "n_routed_experts": 8,
-    "num_kv_shared_layers": 0,
-    "vocab_size_per_layer_input": 64,
-}
+_SMALLER = {"sliding_window": 4, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 64}
 
 
 def check_packing(architecture: dict[str, Any], where: str, seq_len: int) -> None:
@@ -86,9 +78,9 @@ def _difference(architecture: str, where: str) -> float:
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         failure: Exception | None = None
-        for also in (_narrow(config), {}):  # an unusual architecture may not take narrower settings
+        for also in ({**_SMALLER, **narrow(full)}, {}):  # an unusual architecture may not take narrower settings
             try:
-                raw = miniature(full, layers=_layers(full), also=also)
+                raw = miniature(full, keep=range(_layers(full)), also=also)
                 return _measure(_new_model(raw, config._attn_implementation))
             except Exception as error:  # a miniature of one can fail in ways of its own
                 failure = error
@@ -106,16 +98,6 @@ def _layers(full: dict[str, Any]) -> int:
     kinds = [1 + max(kind.index(value) for value in kind) for kind in lists]
     enough: int = max([2, *kinds])
     return min(enough, depth[1]) if depth else enough
-
-
-def _narrow(config: Any) -> dict[str, int]:
-    """Bounds that make the miniature of a wide model a narrow one: four heads of the same size."""
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if not isinstance(heads, int) or not isinstance(width, int) or heads <= _HEADS or width % heads:
-        return _NARROW
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    fewer = {"num_attention_heads": _HEADS, "n_head": _HEADS, "num_key_value_heads": _HEADS if groups == heads else 2}
-    return {**_NARROW, **fewer, "hidden_size": width // heads * _HEADS, "n_embd": width // heads * _HEADS}
 
 
 def _new_model(raw: dict[str, Any], attention: str) -> PreTrainedModel:

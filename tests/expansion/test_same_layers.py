@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lesa_ray import Expanded, UserError, cli
 from lesa_ray.checkpoint import depth
-from lesa_ray.expansion.same_layers import check_old_layers
+from lesa_ray.expansion.same_layers import check_same_layers
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "pad_token_id": None}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
@@ -42,10 +42,10 @@ def test_what_a_layer_is_made_of_and_what_it_keeps(
     before, after = ({"model_type": family} if more is None else raw_config(family, n, **more) for n in (3, 4))
     places = {0: 0, 2: 1, 3: 2}  # a new one above the lowest
     if differs is None:
-        check_old_layers(before, after, places, "base")
+        check_same_layers(before, after, places, "base")
         return
     with pytest.raises(UserError, match=differs):
-        check_old_layers(before, after, places, "base")
+        check_same_layers(before, after, places, "base")
 
 
 @pytest.fixture
