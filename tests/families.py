@@ -198,6 +198,83 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_MLA: dict[str, object] = {
+    **_MHA,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+UNLIKE: dict[str, Family] = {
+    # Two dense layers below those of experts: mlp.{gate,up,down}_proj there, else mlp.gate (with
+    # e_score_correction_bias), mlp.experts.{e}.*, mlp.shared_experts.*; attention through low ranks.
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        {**_MLA, "first_k_dense_replace": 2, "tie_word_embeddings": False},
+        writes=("self_attn.o_proj.weight", "mlp.*down_proj.weight"),
+        norms=(*_NORMS, "self_attn.q_a_layernorm.weight", "self_attn.kv_a_layernorm.weight"),
+    ),
+    # Three layers with a recurrence (linear_attn.*, a 3-D convolution) below each with attention (self_attn.*).
+    "qwen3_next": Family(
+        "qwen3_next",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        writes=("self_attn.o_proj.weight", "linear_attn.out_proj.weight", "mlp.*down_proj.weight"),
+        norms=(*_NORMS, *_HEAD_NORMS, "linear_attn.norm.weight"),
+    ),
+    # One mixer a layer: a recurrence, attention, or an MLP. Told in layers_block_type, without num_hidden_layers.
+    "nemotron_h": Family(
+        "nemotron_h",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "layers_block_type": ["mamba", "mlp", "attention", "mlp"] * 2,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+        writes=("mixer.out_proj.weight", "mixer.o_proj.weight", "mixer.down_proj.weight"),
+        norms=("norm.weight", "mixer.norm.weight"),
+        depth_key="layers",
+        layer_prefix="backbone.layers.",
+    ),
+    # Experts in every second layer, attention in one of four, by rules of the layer's index.
+    "jamba": Family(
+        "jamba",
+        {
+            **_GQA,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 2,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        writes=("self_attn.o_proj.weight", "mamba.out_proj.weight", "feed_forward.*down_proj.weight"),
+        norms=("input_layernorm.weight", "pre_ff_layernorm.weight"),
+    ),
+}
+"""Families whose layers are of several kinds."""
+
 
 def make(
     name: str,
@@ -210,7 +287,7 @@ def make(
 ) -> str:
     """Write the family's checkpoint (config.json and safetensors) into `folder`; `config` overrides its
     keys."""
-    family = FAMILIES[name]
+    family = (FAMILIES | UNLIKE)[name]
     keys = {**family.config, family.depth_key: layers, **config}
     model = family.auto.from_config(AutoConfig.for_model(family.model_type, **keys))
     _randomise(model, seed)
@@ -222,7 +299,7 @@ def make(
 
 def load_strict(folder: str | Path, family: Family | str, **options: object) -> PreTrainedModel:
     """Load a checkpoint, asserting that its names and shapes are exactly the model's; in eval mode."""
-    family = FAMILIES[family] if isinstance(family, str) else family
+    family = (FAMILIES | UNLIKE)[family] if isinstance(family, str) else family
     model, found = family.auto.from_pretrained(str(folder), output_loading_info=True, **options)
     wrong = {key: value for key, value in found.items() if value}
     assert not wrong, f"{folder}: {wrong}"
@@ -253,7 +330,7 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
 
 def layer_tensors(folder: str | Path, name: str, layer: int) -> dict[str, Tensor]:
     """The tensors of one layer, by what follows the layer's index in their names."""
-    prefix = f"{FAMILIES[name].layer_prefix}{layer}."
+    prefix = f"{(FAMILIES | UNLIKE)[name].layer_prefix}{layer}."
     return {key.removeprefix(prefix): value for key, value in tensors(folder).items() if key.startswith(prefix)}
 
 

@@ -119,11 +119,15 @@ def show_base(expansion: Expansion) -> None:
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for column in ("weight type", "shape", "dtype", "kind"):
         table.add_column(column)
+    rows: dict[tuple[str, ...], int] = {}
     for t in anatomy.types.values():
         kind = t.kind + (" (stored transposed)" if t.transposed else "")
         if (having := _layers_with(expansion, t.name)) < anatomy.layers:
             kind += f" ({having} of {anatomy.layers} layers)"
-        table.add_row(t.name, _shape(expansion, t.name), t.dtype, kind)
+        row = (t.of_its_kind, _shape(expansion, t.name), t.dtype, kind)
+        rows[row] = rows.get(row, 0) + 1
+    for (name, shape, dtype, kind), members in rows.items():
+        table.add_row(name, shape, dtype, f"{kind}, of {members} experts" if members > 1 else kind)
     console.print(table)
     if anatomy.below:
         lowest = "layer 0 has" if anatomy.below == 1 else f"layers 0 to {anatomy.below - 1} have"

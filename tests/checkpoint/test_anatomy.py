@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from lesa_ray import UserError
-from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
+from lesa_ray.checkpoint.anatomy import Anatomy, Differ, WeightType, config_depth, read_anatomy
 from lesa_ray.checkpoint.names import layer_of
-from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from tests import families
 
 Bases = Callable[[str], str]
@@ -152,3 +152,72 @@ def test_layers_of_two_dtypes_are_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"layers.1.w is BF16 \[2, 2\], in layer 0 it is F32 \[2, 2\]"):
         anatomy_of(folder)
+
+
+Shapes = dict[str, tuple[int, ...]]
+DENSE: Shapes = {"norm": (4,), "mlp.w": (8, 4)}
+EXPERTS: Shapes = {"norm": (4,), "mlp.experts.0.w": (6, 4), "mlp.experts.1.w": (6, 4)}
+
+
+def stacked(folder: Path, *layers: Shapes, depth: int | None = None, **config: object) -> Checkpoint:
+    """A checkpoint of layers with tensors of these shapes. depth: as config.json says it; None: all."""
+    shapes = {f"layers.{at}.{name}": shape for at, layer in enumerate(layers) for name, shape in layer.items()}
+    depth = len(layers) if depth is None else depth
+    return open_checkpoint(str(checkpoint(folder, {**shapes, "embed.weight": (2, 2)}, n_layer=depth, **config)))
+
+
+def test_layers_below_those_that_are_alike(tmp_path: Path) -> None:
+    opened = stacked(tmp_path, DENSE, DENSE, EXPERTS, EXPERTS, EXPERTS)
+    anatomy = read_anatomy(opened, differ="below")
+    assert (anatomy.below, anatomy.layers, anatomy.depth, anatomy.own) == (2, 3, 5, None)
+    assert anatomy.name(0, "norm") == "layers.2.norm"
+    assert set(anatomy.types) == set(EXPERTS)
+    below = {f"layers.{layer}.{name}" for layer in (0, 1) for name in DENSE}
+    assert set(anatomy.outside) == below | {"embed.weight"}
+
+
+@pytest.mark.parametrize("below", [2, 3])
+def test_only_fewer_than_half_count_as_below(below: int, tmp_path: Path) -> None:
+    """Elsewhere what happens to be alike at the top is no stack to grow."""
+    opened = stacked(tmp_path, *[DENSE] * below, *[EXPERTS] * 2)
+    with pytest.raises(UserError, match=r"layers\.\d\.mlp\..* has no counterpart in layer 0; do this"):
+        read_anatomy(opened, differ="below", hint="; do this")
+
+
+def test_layers_alike_have_none_below(tmp_path: Path) -> None:
+    anatomy = read_anatomy(stacked(tmp_path, DENSE, DENSE, DENSE), differ="below")
+    assert (anatomy.below, anatomy.layers) == (0, 3)
+
+
+def test_a_last_layer_of_its_own_kind_is_no_stack(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="layers are not alike"):
+        read_anatomy(stacked(tmp_path, DENSE, DENSE, DENSE, EXPERTS), differ="below")
+
+
+def test_layers_that_differ_in_anything(tmp_path: Path) -> None:
+    anatomy = read_anatomy(stacked(tmp_path, DENSE, EXPERTS, {**DENSE, "mlp.w": (12, 4)}), differ="tensors")
+    assert (anatomy.below, anatomy.layers) == (0, 3)
+    assert anatomy.own == (frozenset(DENSE), frozenset(EXPERTS), frozenset(DENSE))
+    assert [t.name for t in anatomy.types_of(1)] == ["norm", "mlp.experts.0.w", "mlp.experts.1.w"]
+    assert anatomy.types["mlp.w"].shape == (8, 4)
+    with pytest.raises(UserError, match=r"has no counterpart in layer 0; models whose layers differ are not supported"):
+        anatomy_of(tmp_path)
+
+
+@pytest.mark.parametrize("differ", ["nothing", "below", "shapes", "tensors"])
+def test_layers_that_predict_further_tokens_are_outside(differ: Differ, tmp_path: Path) -> None:
+    further = {"norm": (4,), "eh_proj.w": (4, 8)}
+    opened = stacked(tmp_path, DENSE, DENSE, DENSE, further, depth=3, num_nextn_predict_layers=1)
+    anatomy = read_anatomy(opened, differ=differ)
+    assert (anatomy.layers, anatomy.depth, set(anatomy.types)) == (3, 3, set(DENSE))
+    assert set(anatomy.outside) == {"layers.3.norm", "layers.3.eh_proj.w", "embed.weight"}
+
+
+def test_further_layers_that_are_not_told_of(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json says n_layer = 3, the files hold 5 layers"):
+        read_anatomy(stacked(tmp_path, *[DENSE] * 5, depth=3, num_nextn_predict_layers=1))
+
+
+def test_depth_as_the_length_of_a_list() -> None:
+    assert config_depth({"layers_block_type": ["mamba", "mlp"]}) == ("layers_block_type", 2)
+    assert config_depth({"layers_block_type": ["mamba", "mlp"], "n_layer": 3}) == ("n_layer", 3)

@@ -62,6 +62,28 @@ def test_the_last_layer_of_experts_stays_the_last(before: int, after: int) -> No
     assert deeper(moe_layer_start_index=2)["moe_layer_start_index"] == 3
 
 
+@pytest.mark.parametrize("key", ["first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 6)])
+def test_layers_below_experts_are_counted(key: str, before: int, after: int) -> None:
+    assert deeper(**{key: before})[key] == after
+
+
+@pytest.mark.parametrize("key", ["first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"])
+def test_a_layer_without_experts_above_others_cannot_be_said(key: str) -> None:
+    """Unless there is a list that says it."""
+    raw = {"model_type": "unheard-of", "num_hidden_layers": 4, key: 2}
+    origins = [0, 1, 2, 1, 2, 3]
+    with pytest.raises(UserError, match=rf"{key} = 2: .* layer 3 of the result, one of them \(1\), would lie above"):
+        deeper_config(raw, origins, 4, "base")
+    listed = {**raw, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]}
+    types = deeper_config(listed, origins, 4, "base")["mlp_layer_types"]
+    assert types == ["dense", "dense", "sparse", "dense", "sparse", "sparse"]
+
+
+def test_a_word_with_a_letter_for_each_layer() -> None:
+    assert deeper(hybrid_override_pattern="M-*E")["hybrid_override_pattern"] == "M--*EE"
+
+
 @pytest.mark.parametrize("family", ["minicpm3", "diffllama"])
 def test_families_whose_layers_follow_the_depth_are_refused(family: str) -> None:
     """Whatever config.json leaves to the class."""
@@ -98,6 +120,9 @@ def test_dtype_is_said_under_the_name_the_base_uses() -> None:
         ({"attention_types": [[["global"], 4]]}, "attention_types seems to hold one value"),
         ({"skip_layers": [2]}, "skip_layers = .2. seems to name layers by index"),
         ({"ple_layer_ids": [0, 2]}, "ple_layer_ids = .0, 2. seems to name layers by index"),
+        ({"linear": {"kda_layers": [1, 2]}}, "linear.kda_layers = .1, 2. seems to name layers by index"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq = 2 chooses layers by index"),
+        ({"hybrid_override_pattern": "M-M"}, "hybrid_override_pattern has 3 entries for 4 layers"),
         ({"sliding_window_pattern": 4}, "sliding_window_pattern = 4 chooses layers by index"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2: the last layers share"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True: attention is"),

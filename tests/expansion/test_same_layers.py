@@ -19,6 +19,14 @@ SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidd
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
 EXPERTS = {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8, "moe_layer_start_index": 0}
 
+JAMBA = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "num_experts": 1,
+}
+
 
 def raw_config(family: str, layers: int, **more: Any) -> dict[str, Any]:
     settings = {**SIZES, **HEADS, **more, "num_hidden_layers": layers}
@@ -32,6 +40,7 @@ def raw_config(family: str, layers: int, **more: Any) -> dict[str, Any]:
         ("qwen3", {}, None),
         ("ernie4_5_moe", {**EXPERTS, "moe_layer_end_index": -1}, None),
         ("ernie4_5_moe", {**EXPERTS, "moe_layer_end_index": 2}, r"layer 2 would be another as layer 3 .* mlp\."),
+        ("jamba", JAMBA, r"layer 1 would be another as layer 2 .*\(attn_layer_period = 2\), and the plan does not"),
         ("diffllama", {}, r"layer 1 would be another as layer 2 .*lambda_init"),
         ("unheard-of", None, None),
     ],
@@ -81,3 +90,10 @@ def test_it_is_refused_by_what_only_looks(
         cli.main()
     assert stop.value.code == 2
     assert "lambda_init" in capsys.readouterr().err
+
+
+def test_a_new_layer_must_be_like_the_one_it_takes_its_settings_from() -> None:
+    before, after = (raw_config("jamba", layers, **JAMBA) for layers in (2, 4))
+    check_same_layers(before, after, {0: 0, 1: 1, 2: 0, 3: 1}, "base")
+    with pytest.raises(UserError, match="layer 1 would be another as layer 2"):
+        check_same_layers(before, after, {0: 0, 1: 1, 2: 1, 3: 1}, "base")
