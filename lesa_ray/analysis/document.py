@@ -36,7 +36,8 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
         }
         matched = {"matched": found[0]["candidates"][name]} if found and found[0]["candidates"][name] else {}
         fit[name] = {**(scores or {}), **matched}
-    measured = {"types": types, "fit": fit if all(fit.values()) else None, "residual": residual}
+    fit = {name: found for name, found in fit.items() if found}
+    measured = {"types": types, "fit": fit or None, "residual": residual}
     return {
         "kind": "analysis",
         "version": VERSION,
@@ -59,7 +60,9 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
 
 
 def _uneven(subject: Subject) -> str | None:
-    """What to know of figures over layers that differ in width; None where they do not."""
+    """What to know of figures over layers that differ; None where they do not."""
+    if subject.anatomy.own is not None:
+        return _several_kinds(subject)
     if subject.widths is None:
         return None
     ranges = {}
@@ -75,6 +78,20 @@ def _uneven(subject: Subject) -> str | None:
         said += (
             "; matching pads the narrower of two neighbours, and candidates for a layer between are not scored, as "
             "their width would count for more than what they hold"
+        )
+    return said
+
+
+def _several_kinds(subject: Subject) -> str:
+    counts = {name: len(subject.layers_with(name)) for name in subject.types}
+    fewest = min(counts, key=lambda name: counts[name])
+    said = (
+        f"layers are of several kinds: figures of a weight type are of the layers that have it ({fewest} is in "
+        f"{counts[fewest]} of {subject.anatomy.layers}), likeness is of layers side by side"
+    )
+    if lacking := len(subject.types) - len(subject.fitted) if subject.fitted else 0:
+        said += (
+            f"; no predictor is fitted to {lacking} weight type{'s' if lacking > 1 else ''}, in too few layers in a row"
         )
     return said
 

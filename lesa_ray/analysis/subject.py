@@ -3,6 +3,9 @@
 Layers of a layer-wise scaled model that differ in width are padded with zeros to the widest, as `lesa_ray.expansion`
 pads them, so that what is measured is what a method would see; norms, spectra and ranks are those of the layers alone.
 
+Where layers are of several kinds, a type's figures are of the layers that have it; predictors are fitted to types that
+lie in layers in a row, and layers are not matched.
+
 Types are independent of one another, so each may be a task of its own. A type's layers are read several times (singular
 values, the passes of the common basis, the fit); where all of them take at most a quarter of the memory budget they are
 read once and kept.
@@ -21,7 +24,7 @@ from torch import Tensor
 from lesa_ray.analysis.heldout import held_out_fit
 from lesa_ray.analysis.likeness import match_block
 from lesa_ray.analysis.settings import AnalyzeConfig
-from lesa_ray.analysis.weight_type import DIRECTIONS, analyse_type
+from lesa_ray.analysis.weight_type import DIRECTIONS, among, analyse_type
 from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, read_anatomy
 from lesa_ray.checkpoint.blocks import Attention, Block, Mlp, read_blocks
 from lesa_ray.checkpoint.finite import assert_finite
@@ -42,6 +45,8 @@ SMALL = 200_000_000
 """Weights in all layers up to which predictors are fitted and layers matched unless told otherwise."""
 KEPT_SHARE = 0.25
 """Of the memory budget, for layers that are read once and kept."""
+_IN_A_ROW = 3
+"""Old layers from which a predictor can learn."""
 _ONE_WIDTH = f"; analyze needs layers of one width, or those of a {MODEL_TYPE} model, with the same KV heads in all"
 
 
@@ -73,27 +78,40 @@ class Subject:
     @property
     def is_small(self) -> bool:
         """Whether what takes long is done without being asked for."""
-        return sum(t.d1 * t.d2 for t in self.anatomy.matrices) * self.anatomy.layers <= SMALL
+        return sum(len(self.layers_with(t.name)) * t.d1 * t.d2 for t in self.anatomy.matrices) <= SMALL
 
     @cached_property
     def old_layers(self) -> list[int]:
         """The others: the base's, in its order."""
         return [layer for layer in range(self.anatomy.layers) if layer not in self.new_layers]
 
+    def layers_with(self, name: str) -> list[int]:
+        """Those that have a type: all, where layers are alike."""
+        own, all_layers = self.anatomy.own, range(self.anatomy.layers)
+        members = {t.name for t in self.types.get(name, ())} or {name}
+        return [layer for layer in all_layers if own is None or members <= own[layer]]
+
+    def in_a_row(self, name: str) -> bool:
+        """Whether old layers with a type follow one another, and are enough for a predictor."""
+        places = [at for at, layer in enumerate(self.old_layers) if layer in set(self.layers_with(name))]
+        return len(places) >= _IN_A_ROW and places[-1] - places[0] == len(places) - 1
+
     @property
     def why_not_fitted(self) -> str | None:
         """Why predictors are not fitted, or None."""
         if not (self.is_small if self.config.fit is None else self.config.fit):
             return "not asked for" if self.config.fit is None else "not wanted"
-        if len(self.old_layers) < 3:
+        if len(self.old_layers) < _IN_A_ROW:
             of = "old layers of a grown model" if self.new_layers else "layers"
             return f"a predictor learns from three layers in a row; there are {len(self.old_layers)} {of}"
+        if not any(map(self.in_a_row, self.types)):
+            return "a predictor learns from three layers in a row; no weight type lies in so many"
         return None
 
-    @property
-    def fits(self) -> bool:
-        """Whether predictors are fitted."""
-        return self.why_not_fitted is None
+    @cached_property
+    def fitted(self) -> frozenset[str]:
+        """Types to which predictors are fitted."""
+        return frozenset(filter(self.in_a_row, self.types)) if self.why_not_fitted is None else frozenset()
 
     @property
     def why_not_matched(self) -> str | None:
@@ -116,7 +134,7 @@ class Subject:
 
     def nbytes(self, name: str) -> int:
         """Of a type's matrices in all layers, as they are stored."""
-        return self.anatomy.layers * sum(t.d1 * t.d2 * FLOAT_BYTES[t.dtype] for t in self.types[name])
+        return len(self.layers_with(name)) * sum(t.d1 * t.d2 * FLOAT_BYTES[t.dtype] for t in self.types[name])
 
     def keeps(self, name: str, budget: int | None) -> bool:
         """Whether a type's layers are read once and kept, in a budget of so many bytes; None: any."""
@@ -141,14 +159,14 @@ class Subject:
         task = Task(
             d1=members[0].d1,
             d2=len(members) * members[0].d2,
-            layers=len(self.old_layers),
+            layers=len({*self.old_layers}.intersection(self.layers_with(name))),
             slots=0,
             settings=LesaSettings(rank=min(DIRECTIONS, members[0].d1), ridge_yardstick=False),
             element_bytes=FLOAT_BYTES[members[0].dtype],
             memory_budget=self.left(name, budget),
         )
         needed = unit_cost(task).host_memory
-        if self.fits:
+        if name in self.fitted:
             fit = replace(
                 task, d2=members[0].d2, settings=self.config.lesa, checkpoints=len(members), basis=len(members)
             )
@@ -187,11 +205,13 @@ class Subject:
         return tensor.T.contiguous() if weight_type.transposed else tensor
 
     def loads(self, name: str, kept: dict[tuple[str, int], Tensor] | None) -> list[Load]:
-        """How the matrices of a type's members are read: layer → (d1, d2), all of one width. `kept`: where they stay,
-        if they do."""
+        """How the matrices of a type's members are read: place among the layers that have it → (d1, d2), all of one
+        width. `kept`: where they stay, if they do."""
+        layers = self.layers_with(name)
 
         def reader(weight_type: WeightType) -> Load:
-            def load(layer: int) -> Tensor:
+            def load(place: int) -> Tensor:
+                layer = layers[place]
                 if kept is not None and (weight_type.name, layer) in kept:
                     return kept[weight_type.name, layer]
                 tensor = self.read(layer, weight_type)
@@ -210,7 +230,9 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     """Open the checkpoint by its headers. Raises: UserError."""
     checkpoint = open_checkpoint(config.base)
     is_scaled = checkpoint.config.get("model_type") == MODEL_TYPE
-    anatomy, widths = read_anatomy(checkpoint, differ="shapes" if is_scaled else "nothing", hint=_ONE_WIDTH), None
+    anatomy, widths = read_anatomy(checkpoint, differ="shapes" if is_scaled else "tensors", hint=_ONE_WIDTH), None
+    if not is_scaled:
+        _check_one_shape(checkpoint, anatomy)
     if is_scaled:
         widths = read_widths(checkpoint, anatomy, _ONE_WIDTH)
         anatomy = replace(anatomy, types=widths.padded_types(anatomy.types))
@@ -225,6 +247,19 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     return subject
 
 
+def _check_one_shape(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+    """Raises: UserError if a type has several shapes or dtypes."""
+    for layer in range(anatomy.layers):
+        for weight_type in anatomy.types_of(layer):
+            name = anatomy.name(layer, weight_type.name)
+            found, first = checkpoint.tensors[name], (weight_type.dtype, weight_type.shape)
+            if (found.dtype, found.shape) != first:
+                raise UserError(
+                    f"BASE {checkpoint.base}: layers are not alike: {name} is {found.dtype} {list(found.shape)}, in a "
+                    f"layer below it is {first[0]} {list(first[1])}{_ONE_WIDTH}"
+                )
+
+
 def work_on_type(
     subject: Subject, name: str, device: str, progress: Callable[[str, float], None] = lambda phase, share: None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -232,20 +267,22 @@ def work_on_type(
 
     Of a grown model the fit is that of the old layers, as they followed one another in the base: a copy is predicted by
     repeating its neighbour, and what a predictor made by that predictor."""
-    config, layers = subject.config, subject.anatomy.layers
+    config, layers = subject.config, subject.layers_with(name)
     budget = config.memory_budget or default_budget()
     loads = subject.loads(name, {} if subject.keeps(name, budget) else None)
 
     def side_by_side(layer: int) -> Tensor:
         return loads[0](layer) if len(loads) == 1 else torch.cat([load(layer) for load in loads], dim=1)
 
-    share = 0.5 if subject.fits else 1.0
+    share = 0.5 if name in subject.fitted else 1.0
+    new = {*subject.new_layers}
+    old = [place for place, layer in enumerate(layers) if layer not in new]
     scratch = scratch_dir()
     left = subject.left(name, budget)
     figures = analyse_type(
         side_by_side,
-        layers,
-        new=subject.new_layers,
+        len(layers),
+        new=[place for place, layer in enumerate(layers) if layer in new],
         shapes=subject.shapes(name),
         members=len(loads),
         seed=config.seed,
@@ -255,10 +292,10 @@ def work_on_type(
         progress=lambda phase, done: progress(phase, share * done),
     )
     fit = None
-    if subject.fits:
+    if name in subject.fitted:
         fit = held_out_fit(
-            [only(load, subject.old_layers) for load in loads],
-            len(subject.old_layers),
+            [only(load, old) for load in loads],
+            len(old),
             config.lesa,
             config.seed,
             device=device,
@@ -266,7 +303,7 @@ def work_on_type(
             memory_budget=left,
             progress=lambda phase, done: progress(phase, 0.5 + 0.5 * done),
         )
-    return asdict(figures), fit
+    return asdict(among(figures, layers, subject.anatomy.layers)), fit
 
 
 def work_on_block(

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ CAPTURED = (1, 4, 16, 64, 256)
 @dataclass(frozen=True)
 class TypeFigures:
     """Lists go over the layers (L), from the bottom, or over pairs of neighbours (L−1). A zero matrix has ranks 0, and
-    no direction: its cosines are None."""
+    no direction: its cosines are None. So is what is said of layers that do not have the type (`among`); of those there
+    is no spectrum."""
 
     shape: list[int]
     """(d1, d2) of the matrix of a layer, the widest one's; of experts, side by side."""
@@ -53,10 +55,10 @@ class TypeFigures:
     """Of each layer, where they differ."""
     members: int
     """1, or the experts that lie side by side."""
-    norms: list[float]
+    norms: list[float | None]
     """‖W_i‖_F."""
-    effective_rank: list[float]
-    stable_rank: list[float]
+    effective_rank: list[float | None]
+    stable_rank: list[float | None]
     spectrum_index: list[int]
     """Which singular values `spectra` holds, 0 the largest; of a narrower layer those at the same shares of its own."""
     spectra: list[list[float]]
@@ -128,9 +130,9 @@ def analyse_type(
         shape=[d1, d2],
         shapes=None if shapes is None else [list(shape) for shape in shapes],
         members=members,
-        norms=source.squares[0].sqrt().tolist(),
-        effective_rank=[effective_rank(values) for values in spectra],
-        stable_rank=[stable_rank(values) for values in spectra],
+        norms=list(source.squares[0].sqrt().tolist()),
+        effective_rank=list(map(effective_rank, spectra)),
+        stable_rank=list(map(stable_rank, spectra)),
         spectrum_index=evenly(range(min(d1, d2)), SPECTRUM),
         spectra=[values[evenly(range(len(values)), SPECTRUM)].tolist() for values in spectra],
         common_spectrum=parts.sigma.tolist(),
@@ -139,6 +141,32 @@ def analyse_type(
         captured=captured(parts),
         neighbour_cosine=cosines,
         pictures={**asdict(pictures.draw(rows.flatten(1), new)), "directions": rows.shape[1]},
+    )
+
+
+def among(figures: TypeFigures, layers: Sequence[int], depth: int) -> TypeFigures:
+    """Figures of `layers` alone as figures of a model of `depth` layers."""
+    if len(layers) == depth:
+        return figures
+
+    def spread(values: Sequence[Any], absent: Any = None) -> list[Any]:
+        found = dict(zip(layers, values, strict=True))
+        return [found.get(layer, absent) for layer in range(depth)]
+
+    cosines = {
+        one: value
+        for (one, next_), value in zip(pairwise(layers), figures.neighbour_cosine, strict=True)
+        if next_ == one + 1
+    }
+    drawn = {key: spread(points) for key in ("pca", "tsne") if (points := figures.pictures.get(key))}
+    return replace(
+        figures,
+        norms=spread(figures.norms),
+        effective_rank=spread(figures.effective_rank),
+        stable_rank=spread(figures.stable_rank),
+        spectra=spread(figures.spectra, []),
+        neighbour_cosine=[cosines.get(layer) for layer in range(depth - 1)],
+        pictures={**figures.pictures, **drawn},
     )
 
 

@@ -211,7 +211,7 @@ def _first_alike(layers: list[dict[str, TensorEntry]]) -> int:
     alike = 1
     while alike < len(layers) and not _differences(layers[-1], layers[-1 - alike]):
         alike += 1
-    return len(layers) - alike if 2 * alike > len(layers) and alike > 1 else 0
+    return len(layers) - alike if 2 * alike > len(layers) else 0
 
 
 def _differences(one: dict[str, TensorEntry], other: dict[str, TensorEntry]) -> bool:

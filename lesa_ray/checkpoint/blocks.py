@@ -155,6 +155,8 @@ def read_blocks(anatomy: Anatomy, asker: str, hint: str = "") -> tuple[Attention
     def refuse(why: str) -> UserError:
         return UserError(f"{asker}: {anatomy.family} layers cannot be matched: {why}{hint}")
 
+    if anatomy.own is not None:
+        raise refuse("layers are of several kinds")
     if any(t.is_expert or t.kind == "router" for t in anatomy.types.values()):
         raise refuse("which expert of one layer corresponds to which of another is not known")
     writers = set(residual_writers(anatomy.types))

@@ -96,7 +96,7 @@ class _Shelf:
         self._storage, self._folder = storage, ""
         if storage is not None:
             counted = subject.config.model_dump(mode="json", include={"seed", "lesa", "memory_budget"})
-            identity = [_KEPT, counted, subject.fits, subject.new_layers, subject.checkpoint.digests()]
+            identity = [_KEPT, counted, bool(subject.fitted), subject.new_layers, subject.checkpoint.digests()]
             digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             self._folder = f"{WORK_DIR}/{_SHELF}{digest[:16]}"
 

@@ -78,7 +78,8 @@ def _neighbours(report: dict[str, Any]) -> Table:
     for name, found in report["types"].items():
         cells = [_number(_mean([found[f"neighbour_cosine{kind}"][at] for at in pairs])) for kind in kinds]
         if fitted:
-            cells += [_number(report["fit"][name].get(one, {}).get("r2")) for one in ("predictor", "mean", "ridge")]
+            scores = report["fit"].get(name, {})
+            cells += [_number(scores.get(one, {}).get("r2")) for one in ("predictor", "mean", "ridge")]
         table.add_row(name.removesuffix(".weight"), *cells)
     return table
 

@@ -151,9 +151,9 @@ def test_other_families(name: str, weight_type: str, shape: list[int], members: 
 def test_large_models_are_not_fitted_or_matched_unasked(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject_module, "SMALL", 1000)
     plain = open_subject(AnalyzeConfig(base=bases("llama")))
-    assert (plain.fits, plain.blocks, plain.why_not_matched) == (False, {}, "not asked for")
+    assert (plain.fitted, plain.blocks, plain.why_not_matched) == (frozenset(), {}, "not asked for")
     asked = open_subject(AnalyzeConfig(base=bases("llama"), fit=True, match=True))
-    assert asked.fits
+    assert asked.fitted
     assert len(asked.blocks) == 2
     for subject in (plain, asked):
         pieces = [*subject.types, *subject.blocks]

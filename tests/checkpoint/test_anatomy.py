@@ -189,6 +189,14 @@ def test_layers_alike_have_none_below(tmp_path: Path) -> None:
     assert (anatomy.below, anatomy.layers) == (0, 3)
 
 
+def test_layers_of_another_dtype_count_as_others(tmp_path: Path) -> None:
+    opened = stacked(tmp_path, DENSE, DENSE, DENSE)
+    tensors = {name: opened.read(name) for name in opened.tensors}
+    tensors["layers.0.mlp.w"] = tensors["layers.0.mlp.w"].bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_anatomy(open_checkpoint(str(tmp_path)), differ="below").below == 1
+
+
 def test_a_last_layer_of_its_own_kind_is_no_stack(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="layers are not alike"):
         read_anatomy(stacked(tmp_path, DENSE, DENSE, DENSE, EXPERTS), differ="below")

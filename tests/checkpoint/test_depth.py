@@ -82,6 +82,9 @@ def test_a_layer_without_experts_above_others_cannot_be_said(key: str) -> None:
 
 def test_a_word_with_a_letter_for_each_layer() -> None:
     assert deeper(hybrid_override_pattern="M-*E")["hybrid_override_pattern"] == "M--*EE"
+    hub = {"model_type": "nemotron_h", "num_hidden_layers": 4, "hybrid_override_pattern": "M-*-"}
+    grown = deeper_config(hub, ORIGINS, 4, "base")
+    assert grown == {**hub, "num_hidden_layers": 6, "hybrid_override_pattern": "M--*--"}, "its own code makes the list"
 
 
 @pytest.mark.parametrize("family", ["minicpm3", "diffllama"])

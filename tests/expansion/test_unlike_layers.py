@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.checkpoint import residual
+from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.expansion import rehearsal
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import rehearse
@@ -60,6 +62,8 @@ def test_means_are_of_the_layers_above_the_dense_ones(unlike: Callable[[str], st
     result = grow(base, method="avg-deus", position="2,5")
     before, after = families.tensors(base), families.tensors(result.out)
     assert result.manifest["new_layers"] == [3, 7]
+    assert result.layers == 9
+    assert "7 → 9 layers" in (Path(result.out) / "README.md").read_text()
     assert [(record["kind"], record["base_layers"]) for record in result.manifest["layers"]] == [
         ("old", [0]),
         ("old", [1]),
@@ -201,6 +205,23 @@ def test_the_trial_has_a_layer_of_each_kind(
         rehearse(prepare(config))
 
 
+def test_the_trial_of_layers_above_others_is_of_those(
+    unlike: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExpandConfig(base=unlike("deepseek_v3"), out=str(tmp_path / "out"), method="avg-deus", zero_init=True)
+    rehearse(prepare(config))
+    monkeypatch.setattr(residual, "_WRITER", re.compile(residual._WRITER.pattern.replace("|down_proj", "")))
+    with pytest.raises(UserError, match="do not keep the function of deepseek_v3"):
+        rehearse(prepare(config))
+
+
+def test_what_cannot_be_made_narrow_is_tried_as_it_is(
+    unlike: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "narrow", lambda full: {"num_key_value_heads": 3})
+    rehearse(prepare(ExpandConfig(base=unlike("qwen3_next"), out=str(tmp_path / "out"), method="llama-pro")))
+
+
 def test_a_trial_without_the_layers_it_is_for_is_none(
     unlike: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +261,7 @@ def test_inspect_tells_of_layers_that_differ(unlike: Callable[[str], str], tmp_p
         console = Console(file=io.StringIO(), width=120)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(terminal, "console", console)
-            terminal.show_base(expansion)
+            terminal.show_expansion(expansion)
         file = console.file
         assert isinstance(file, io.StringIO)
         return file.getvalue(), terminal.describe(expansion)
@@ -248,9 +269,52 @@ def test_inspect_tells_of_layers_that_differ(unlike: Callable[[str], str], tmp_p
     text, described = shown("deepseek_v3", "avg-deus")
     assert "layers 0 to 1 have other tensors than those above, between which the new layers go" in text
     assert re.search(r"mlp\.experts\.\*\.up_proj\.weight +16 × 64 +F32 +matrix, of 8 experts", text)
+    assert "avg-deus: 7 → 11 layers" in text
+    assert re.search(r"2 ← 2 +3 \+ 2\|3 +4 ← 3", text)
     assert described["base"]["layers"] == 7
     assert described["base"]["other_layers_below"] == DENSE
     assert described["plan"]["outputs"][:3] == [{"old": 0}, {"old": 1}, {"old": 2}]
     text, described = shown("qwen3_next", "llama-pro")
     assert re.search(r"self_attn\.o_proj\.weight +64 × 64 +F32 +matrix \(2 of 8 layers\)", text)
     assert described["base"]["weight_types"]["self_attn.o_proj.weight"]["layers"] == 2
+
+
+def test_importance_is_that_of_the_layers_above(unlike: Callable[[str], str], tmp_path: Path) -> None:
+    base = unlike("deepseek_v3")
+    cosines = [0.9, 0.1, 0.5, 0.2, 0.4, 0.3, 0.0]  # layer 1 does most, and 6 has no gap above it
+    analysis = {
+        "kind": "analysis",
+        "identity": {"weights": open_checkpoint(base).digests()},
+        "layers": 7,
+        "residual": {"layers": [{"cosine": cosine} for cosine in cosines]},
+    }
+    file = tmp_path / "analysis.json"
+    file.write_text(json.dumps(analysis))
+    settings: dict[str, Any] = {"position": "most-important", "importance": str(file), "layers": 9}
+    config = {"base": base, "out": str(tmp_path / "out"), "method": "avg-deus", **settings}
+    plan = prepare(ExpandConfig.model_validate(config)).job.whole_plan
+    assert sorted(slot.lower for slot in plan.slots) == [3, 5]
+
+
+def test_variants_have_as_many_layers_below(unlike: Callable[[str], str], tmp_path: Path) -> None:
+    tuned = families.make("deepseek_v3", tmp_path / "tuned", layers=7, seed=1)
+    other = families.make("deepseek_v3", tmp_path / "other", layers=7, first_k_dense_replace=1)
+    given = {"base": unlike("deepseek_v3"), "out": str(tmp_path / "out"), "method": "lesa"}
+    assert len(prepare(ExpandConfig.model_validate({**given, "variants": [tuned]})).variants) == 1
+    with pytest.raises(UserError, match=r"other: its layers are alike from layer 1 on, those of BASE .* from layer 2"):
+        prepare(ExpandConfig.model_validate({**given, "variants": [other]}))
+
+
+def test_copies_have_the_dtype_of_their_layer(unlike: Callable[[str], str], grow: Grow, tmp_path: Path) -> None:
+    """Zeros too."""
+    base = Path(shutil.copytree(unlike("deepseek_v3"), tmp_path / "base"))
+    tensors = families.tensors(base)
+    for name in tensors:
+        if name.startswith("model.layers.6."):
+            tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, base / "model.safetensors")
+    result = grow(str(base), method="llama-pro", layers=9)
+    after = families.tensors(result.out)
+    dtypes = [{tensor.dtype for tensor in layer(after, index).values()} for index in range(9)]
+    assert dtypes == [{torch.float32}] * 7 + [{torch.bfloat16}] * 2
+    assert result.manifest["layers"][8]["kind"] == "copy"

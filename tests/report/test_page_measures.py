@@ -76,6 +76,8 @@ def test_words() -> None:
     assert short_type("self_attn.q_proj.weight") == "q_proj"
     assert short_type("attention.dense.weight") == "attention.dense"
     assert short_type("mlp.experts.3.gate_proj.weight") == "3.gate_proj"
+    assert short_type("mlp.experts.*.gate_proj.weight") == "experts.gate_proj"
+    assert short_type("mlp.shared_experts.gate_proj.weight") == "shared_experts.gate_proj"
 
 
 def contrast(a: str, b: str) -> float:

@@ -22,14 +22,18 @@ from lesa_ray.report.page.words import percent, short_type, some
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Placed = dict[int, list[float]]
+"""Points by layer."""
+
 
 def picture_figure(analysis: Analysis, label: str, name: str, kind: str) -> Figure | None:
     """kind: pca or tsne. None where no weight type has it."""
-    points: dict[str, Points] = {}
+    points: dict[str, Placed] = {}
     for t, figures in shown_types(analysis).items():
         found = figures.pictures.pca if kind == "pca" else figures.pictures.tsne
-        if found and all(len(point) == 2 for point in found):
-            points[t] = found
+        placed = {at: point for at, point in enumerate(found or []) if point is not None}
+        if placed and all(len(point) == 2 for point in placed.values()):
+            points[t] = placed
     if not points:
         return None
     of = "old layers" if analysis.new_layers else "layers"
@@ -76,27 +80,28 @@ def _order_words(orders: dict[str, float], chance: dict[str, float], of: str) ->
     )
 
 
-def _old(points: Points, analysis: Analysis) -> Points:
-    return [point for at, point in enumerate(points) if at not in analysis.new_layers]
+def _old(points: Placed, analysis: Analysis) -> Points:
+    return [point for at, point in points.items() if at not in analysis.new_layers]
 
 
-def _panel(name: str, points: Points, analysis: Analysis, order: float | None, kind: str) -> Panel:
+def _panel(name: str, points: Placed, analysis: Analysis, order: float | None, kind: str) -> Panel:
     share = analysis.types[name].pictures.pca_share or []
 
     def draw(axes: Axes) -> None:
         new = set(analysis.new_layers)
-        x, y = [p[0] for p in points], [p[1] for p in points]
+        middle = [fmean(point[axis] for point in points.values()) for axis in (0, 1)]
         path = _old(points, analysis)
         axes.plot([p[0] for p in path], [p[1] for p in path], color=AXIS, linewidth=0.7, alpha=0.7, zorder=1)
-        for at, (px, py) in enumerate(points):
+        for at, (px, py) in points.items():
             if at in new:
                 plot_marks(axes, [px], [py], Stroke(NEW, "D"), filled=False, markersize=5)
             else:
-                plot_marks(axes, [px], [py], Stroke(depth_colour(at, len(points)), "o"), markersize=5)
-        for at in sorted({0, len(points) - 1}):
-            outward = (7 if x[at] >= fmean(x) else -7, 7 if y[at] >= fmean(y) else -7)
+                plot_marks(axes, [px], [py], Stroke(depth_colour(at, analysis.layers), "o"), markersize=5)
+        for at in sorted({min(points), max(points)}):
+            px, py = points[at]
+            outward = (7 if px >= middle[0] else -7, 7 if py >= middle[1] else -7)
             axes.annotate(
-                str(at), (x[at], y[at]), xytext=outward, textcoords="offset points", fontsize=8, color=INK,
+                str(at), (px, py), xytext=outward, textcoords="offset points", fontsize=8, color=INK,
                 ha="center", va="center",
             )  # fmt: skip
         axes.margins(0.14)

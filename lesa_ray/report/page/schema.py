@@ -125,11 +125,11 @@ class Comparison(_Read):
 
 
 class Pictures(_Read):
-    """Points (L, 2) of the layers' leading coefficients."""
+    """Points (L, 2) of the layers' leading coefficients; null for layers that lack the type."""
 
-    pca: Points | None = None
+    pca: list[list[float] | None] | None = None
     pca_share: list[float] | None = None
-    tsne: Points | None = None
+    tsne: list[list[float] | None] | None = None
     tsne_perplexity: Number = None
     tsne_missing: str | None = None
     directions: int | None = None

@@ -61,9 +61,12 @@ def big(value: float) -> str:
 
 
 def short_type(name: str) -> str:
-    """A weight type as people say it: self_attn.q_proj.weight → q_proj; experts keep their number."""
+    """A weight type as people say it: self_attn.q_proj.weight → q_proj; experts keep their number, or that they are
+    experts."""
     name = name.removesuffix(".weight")
     parts = name.split(".")
     if any(part.isdigit() for part in parts):
         return ".".join(parts[-2:])
+    if kinds := [part for part in parts[:-1] if "expert" in part]:
+        return f"{kinds[-1]}.{parts[-1]}"
     return parts[-1] if parts[-1] not in ("dense", "c_proj", "c_attn", "c_fc") else ".".join(parts[-2:])
