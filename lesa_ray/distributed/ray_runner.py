@@ -16,6 +16,8 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -90,7 +92,9 @@ def start_ray() -> bool:
     for again in (True, False):
         try:
             with as_before():
-                ray.init(address="local", include_dashboard=False, labels=EMBEDDED, **quiet)
+                ray.init(
+                    address="local", include_dashboard=False, labels=EMBEDDED, runtime_env=_own_python(), **quiet
+                )
             break
         except Exception as error:  # Ray has no class of its own for a node that does not come up
             # On a machine that is busy, one gives up on its agent after 15 seconds (ray-project/ray#65983).
@@ -116,6 +120,15 @@ def _own_token() -> None:
         return
     with contextlib.suppress(OSError):
         os.chmod(folder, 0o700)
+
+
+def _own_python() -> dict[str, Any]:
+    """This interpreter, as Ray's runtime environment, where its path means something else to a shell.
+
+    For workers with an environment of their own, as Ray Train's are, Ray puts the path into a shell's command as it is:
+    with a space in it they never come up, and Ray tries for ever. A cluster's machines have paths of their own."""
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def _passed_on() -> dict[str, Any]:

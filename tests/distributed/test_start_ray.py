@@ -95,20 +95,26 @@ def test_a_token_that_the_user_has_stays_in_use_and_is_closed_to_others(
 
 @pytest.mark.timeout(360)
 @pytest.mark.usefixtures("local_ray")
-def test_a_ray_embedded_in_another_process_is_left_alone(apart: str) -> None:
-    """And it starts without a home folder, with a token that no other user can read."""
+def test_a_ray_embedded_in_another_process_is_left_alone(apart: str, tmp_path: Path) -> None:
+    """And it starts without a home folder, with a token that no other user can read, and workers with an environment of
+    their own where the interpreter's path has to be quoted."""
     script = (
-        "import os; from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray()); "
-        "print('TOKEN', os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN'])"
+        "import os, ray; from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray()); "
+        "print('TOKEN', os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN']); "
+        "there = ray.remote(os.getenv).options(runtime_env={'env_vars': {'MINE': 'there'}}).remote('MINE'); "
+        "print('WORKER', ray.get(there, timeout=120))"
     )
+    (tmp_path / "my [x] é").symlink_to(sys.prefix)
+    python = str(tmp_path / "my [x] é" / "bin" / "python")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     no_home = os.path.join(os.devnull, "home")
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**clean, "RAY_TMPDIR": apart, "HOME": no_home}, capture_output=True,
-        text=True, timeout=330, check=False,
+        [python, "-c", script], env={**clean, "RAY_TMPDIR": apart, "HOME": no_home}, capture_output=True, text=True,
+        timeout=330, check=False,
     )  # fmt: skip
     assert "EMBEDDED True" in done.stdout, done.stderr[-2000:]
-    mode, token = done.stdout.split("TOKEN ")[1].split()
+    assert "WORKER there" in done.stdout, done.stderr[-2000:]
+    mode, token = done.stdout.split("TOKEN ")[1].split()[:2]
     assert (mode, len(token)) == ("token", 64)
     written = [path for path in Path(apart).rglob("*") if path.is_file()]
     assert written
