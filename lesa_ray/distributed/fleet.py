@@ -191,7 +191,7 @@ class _Fleet:
                 self._settle(stage, done)
                 return True
             if standing.state == "running":
-                self._wait(stage, standing.why)
+                self._wait(stage, f"{standing.why}; waits, {self._config.lease:.0f} s at most if that has died")
                 return True
             return False
         return True

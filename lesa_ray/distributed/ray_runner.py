@@ -92,9 +92,7 @@ def start_ray() -> bool:
     for again in (True, False):
         try:
             with as_before():
-                ray.init(
-                    address="local", include_dashboard=False, labels=EMBEDDED, runtime_env=_own_python(), **quiet
-                )
+                ray.init(address="local", include_dashboard=False, labels=EMBEDDED, runtime_env=_own_python(), **quiet)
             break
         except Exception as error:  # Ray has no class of its own for a node that does not come up
             # On a machine that is busy, one gives up on its agent after 15 seconds (ray-project/ray#65983).

@@ -54,6 +54,7 @@ def test_a_stage_whose_lease_is_lost_is_stopped_and_taken_up_again(
     story = ["begins: new", "is no longer this fleet's", "under way, a thief", "begins: was interrupted, goes on"]
     places = [next(i for i, one in enumerate(said) if one.startswith(text)) for text in story]
     assert places == sorted(places)
+    assert "under way, a thief; waits, 12 s at most if that has died" in said
     during, after = seen
     assert during == after  # nothing was written meanwhile
     assert ".lesa-ray/run.json" in during
