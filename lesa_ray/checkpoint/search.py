@@ -7,6 +7,7 @@ the order is that of the paths.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from lesa_ray.checkpoint.storage import filesystem, protocols
 from lesa_ray.checkpoint.walking import file_info, matching_files, visible_files
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
+
+_SIGNS = "*?["
 
 
 def find_files(
@@ -38,7 +41,7 @@ def find_files(
             if not (path if local else path.split("?")[0]).endswith(known):  # a signed URL goes on after its name
                 raise UserError(f"{where}: is of no kind that is read here ({', '.join(kinds)})")
             return {_name(fs, path, local): fs.info(path)}
-        elif any(sign in path for sign in "*?["):
+        elif any(sign in path for sign in _SIGNS):
             listed = matching_files(fs, path, local=local)
         else:
             return {}
@@ -53,6 +56,11 @@ def find_files(
     if unread is not None:
         unread.update(_name(fs, path, local) for path in listed if path not in found)
     return {_name(fs, path, local): info for path, info in found.items()}
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for what matches it; not where a file or folder here is called so."""
+    return any(sign in name for sign in _SIGNS) and ("://" in name or not os.path.exists(os.path.expanduser(name)))
 
 
 def _name(fs: Any, path: str, local: bool) -> str:

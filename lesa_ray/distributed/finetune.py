@@ -13,6 +13,7 @@ import logging
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import own_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.search import is_pattern
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
 from lesa_ray.distributed.tokenize import tokenize
@@ -130,7 +131,7 @@ def _are_made(asked: TokenizeConfig) -> bool:
 
 def _is_blocks(data: str) -> bool:
     """Whether DATA is a folder of token blocks rather than of files, a glob or the name of a data set."""
-    if any(sign in data for sign in "*?["):
+    if is_pattern(data):
         return False
     with reaching(f"data {data}"):
         return Storage(data).exists(MANIFEST)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from lesa_ray.checkpoint.search import is_pattern
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.evaluation.perplexity import Row
@@ -97,7 +98,7 @@ def open_data(config: EvaluateConfig) -> TextData | BlockData | None:
 
 def _is_blocks(source: str) -> bool:
     """Whether a source is a folder whose manifest is that of token blocks."""
-    if any(sign in source for sign in "*?[") or source.startswith(("http://", "https://")):
+    if is_pattern(source) or source.startswith(("http://", "https://")):
         return False
     try:
         manifest = read_manifest(Storage(source))

@@ -15,6 +15,7 @@ from typing import Any
 
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.search import is_pattern
 from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import reaching
@@ -105,7 +106,7 @@ def pinned(data: str | tuple[str, ...], found: Sequence[Any]) -> str | tuple[str
 
 def _blocks_digest(name: str) -> str | None:
     """The digest of token blocks; None if it is something else."""
-    if any(sign in name for sign in "*?[") or name.startswith(("http://", "https://")):
+    if is_pattern(name) or name.startswith(("http://", "https://")):
         return None
     try:
         manifest = json.loads(Storage(name).read(_BLOCKS))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from lesa_ray import __version__
 from lesa_ray.checkpoint.mark import is_free, mark, marked_by, read_mark
+from lesa_ray.checkpoint.search import is_pattern
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
@@ -142,7 +143,7 @@ def check_out(data: str, out: str) -> None:
     else:
         inner, outer = (os.path.realpath(os.path.expanduser(place)) for place in (out, data))
     whole, _, _ = outer.partition("**")  # a pattern of all below; others name files of a certain depth
-    if any(sign in whole for sign in "*?["):
+    if is_pattern(whole):
         return
     if inner == outer or inner.startswith(whole.rstrip("/") + "/"):
         raise UserError(f"OUT {out}: lies inside DATA {data}, so it would be read as data; give a place of its own")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from s3fs import S3FileSystem
 
-from lesa_ray.checkpoint.search import find_files
+from lesa_ray.checkpoint.search import find_files, is_pattern
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
 
@@ -67,6 +67,16 @@ def test_a_pattern_costs_a_store_listings_not_a_question_for_each_file(
     assert len(found := find_files(f"{storage.url}/*.txt", (".txt",), "DATA")) == 20
     assert all(info["ETag"] for info in found.values())
     assert asked.total() < 8
+
+
+def test_a_folder_here_with_a_patterns_signs_in_its_name_is_none(tmp_path: Path) -> None:
+    """As anything below `~/data [old]` is."""
+    folder = tmp_path / "my [x]" / "blocks"
+    assert is_pattern(str(folder))
+    folder.mkdir(parents=True)
+    assert not is_pattern(str(folder))
+    assert is_pattern(f"{folder}/*.txt")
+    assert is_pattern(f"s3://bucket{folder}")
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:

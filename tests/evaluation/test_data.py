@@ -77,7 +77,7 @@ def test_many_documents_come_in_order(tmp_path: Path) -> None:
 
 def test_rows_of_text_blocks(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(start, start + 12))} for start in range(130)]
-    data = opened(blocks(str(tmp_path / "blocks"), "text", 12, rows))
+    data = opened(blocks(str(tmp_path / "a [x]" / "blocks"), "text", 12, rows))
     assert isinstance(data, BlockData)
     assert (data.total, data.largest_id, data.kind) == (130, 261, "text")
     found = list(block_rows(data, None))
