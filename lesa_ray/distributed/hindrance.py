@@ -9,8 +9,19 @@ import shutil
 
 _LEAST_ROOM = 2**20
 """Bytes that a session's first files take."""
-_LIMITS = (("v", resource.RLIMIT_AS, 2**40), ("f", resource.RLIMIT_FSIZE, 2**40), ("u", resource.RLIMIT_NPROC, 1024))
+_PROCESSES = 1024
+_LIMITS = (
+    ("v", resource.RLIMIT_AS, 2**40), ("f", resource.RLIMIT_FSIZE, 2**40), ("u", resource.RLIMIT_NPROC, _PROCESSES)
+)  # fmt: skip
 """`ulimit`'s letter, the limit, and what is no hindrance. Ray's processes map far more memory than they use."""
+
+
+def few_processes() -> str:
+    """What to say before Ray starts where its processes may be refused threads: it then waits for them for ever."""
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if os.geteuid() == 0 or not 0 <= limit < _PROCESSES:  # it does not bind root
+        return ""
+    return f"`ulimit -u` is {limit} here, which may be too few processes and threads for Ray: raise it if this hangs"
 
 
 def hindrance(error: BaseException, folder: str) -> str:
@@ -21,7 +32,7 @@ def hindrance(error: BaseException, folder: str) -> str:
     if "AF_UNIX" in str(error):
         return f"; {folder}: too long a path for Ray's sockets; set RAY_TMPDIR to a short one"
     if os.path.isdir(folder):
-        if isinstance(error, OSError) or not os.access(folder, os.W_OK):
+        if (isinstance(error, OSError) and not isinstance(error, BlockingIOError)) or not os.access(folder, os.W_OK):
             return f"; {folder}: Ray's session cannot be written there; {elsewhere}"
         if shutil.disk_usage(folder).free < _LEAST_ROOM:
             return f"; {folder}: the disk is full, and Ray's session lies there; {elsewhere}"

@@ -33,7 +33,7 @@ from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.distributed.address import await_head, check_address, named_ray, session_root
 from lesa_ray.distributed.cluster import EMBEDDED, Share, share_of_task
 from lesa_ray.distributed.health import Health
-from lesa_ray.distributed.hindrance import hindrance
+from lesa_ray.distributed.hindrance import few_processes, hindrance
 from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
 from lesa_ray.distributed.tasks import POLL_SECONDS, Tasks
 from lesa_ray.errors import MachineError
@@ -89,6 +89,8 @@ def start_ray() -> bool:
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     _own_token()
+    if few := few_processes():
+        log.warning("%s", few)
     for again in (True, False):
         try:
             with as_before():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lesa_ray.distributed.hindrance import hindrance
+from lesa_ray.distributed.hindrance import few_processes, hindrance
 
 TIMED_OUT = RuntimeError("Timed out waiting for file gcs_server_port")
 
@@ -40,7 +40,13 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {resource.RLIMIT_AS: 6_000_000 * 1024}
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (limits.get(limit, resource.RLIM_INFINITY), 0))
     assert "`ulimit -v`" in hindrance(TIMED_OUT, str(tmp_path))
-    limits[resource.RLIMIT_AS] = 2**47
+    limits[resource.RLIMIT_AS], limits[resource.RLIMIT_NPROC] = 2**47, 40
+    for error in (TIMED_OUT, BlockingIOError(11, "Resource temporarily unavailable")):  # as fork is refused
+        assert "`ulimit -u`" in hindrance(error, str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "`ulimit -u` is 40 here" in few_processes()
+    limits[resource.RLIMIT_NPROC] = 2**20
+    assert few_processes() == ""
     assert hindrance(TIMED_OUT, str(tmp_path)) == ""
 
 
