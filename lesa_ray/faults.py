@@ -84,7 +84,7 @@ def _status(error: BaseException | None) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _is_disk(error: BaseException) -> bool:
+def is_disk(error: BaseException) -> bool:
     """Whether a disk is full, broken or away. s3fs calls an answer of the server that it does not know EIO, too."""
     return isinstance(error, OSError) and error.errno in _DISK_ERRNOS and not _status(error.__cause__)
 
@@ -116,7 +116,7 @@ def reaching(where: str, refused: str = "cannot be read", hint: str | None = Non
         if fault := unanswered(where, error):
             raise fault from error
         said = explain(error)[:200]
-        if _is_disk(error):
+        if is_disk(error):
             raise MachineError(f"{where}: {said}; the same command goes on from here") from error
         if hint is None:
             here = isinstance(error, OSError) and error.filename  # which stores' errors have not

@@ -21,13 +21,14 @@ from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
 from lesa_ray.config import ExpandConfig
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.layout import Expansion, lay_out
 from lesa_ray.expansion.method import Job
 from lesa_ray.expansion.miniature import miniature, narrow, quiet_transformers, shake
 from lesa_ray.expansion.out import finish, make_manifest
 from lesa_ray.expansion.same_layers import check_same_layers
 from lesa_ray.expansion.workbench import run_unit
+from lesa_ray.faults import explain, is_disk
 
 _ALONE = threading.Lock()
 """transformers patches itself while a model is made, for all threads."""
@@ -57,7 +58,7 @@ def check_layers(expansion: Expansion) -> None:
 
 def rehearse(expansion: Expansion) -> None:
     """Raises: UserError if a zero-initialised expansion of this architecture changes its function, or cannot be
-    tried."""
+    tried; MachineError if the machine lacks what it takes to try."""
     job = expansion.job
     full = completed_config(expansion.checkpoint.config, job.config.base)
     hint = "use --no-zero-init if the new layers may change the function"
@@ -72,10 +73,15 @@ def rehearse(expansion: Expansion) -> None:
             try:
                 difference = _difference(full, os.path.join(folder, place), job, also)
                 break
-            except UserError:
+            except (UserError, MachineError):
                 raise
-            except Exception as error:  # a miniature of an unusual architecture can fail in ways of its own
-                failure = error
+            except Exception as error:
+                if _is_machines(error):
+                    raise MachineError(
+                        f"{job.method.name}: could not be tried on a miniature, whose files lie in "
+                        f"{tempfile.gettempdir()}: {explain(error)}"
+                    ) from error
+                failure = error  # a miniature of an unusual architecture can fail in ways of its own
         else:
             raise UserError(
                 f"{job.method.name}: a miniature of {job.anatomy.family} could not be built to try whether its "
@@ -86,6 +92,12 @@ def rehearse(expansion: Expansion) -> None:
             f"{job.method.name}: zero-initialised layers do not keep the function of {job.anatomy.family}: its layers "
             f"do more than add to the residual stream (outputs of a miniature differ by {difference:.2g}); {hint}"
         )
+
+
+def _is_machines(error: Exception) -> bool:
+    """Whether the machine lacks room, memory or threads; safetensors and Python say so in words alone."""
+    lacking = "No space left", "Disk quota exceeded", "can't start new thread"
+    return is_disk(error) or isinstance(error, MemoryError) or any(said in str(error) for said in lacking)
 
 
 def _difference(full: dict[str, Any], folder: str, job: Job, also: dict[str, int]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from transformers import AutoConfig
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint import residual
+from lesa_ray.expansion import rehearsal
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import rehearse
@@ -65,8 +68,6 @@ def test_a_norm_after_the_addition_is_noticed(bases: Bases, tmp_path: Path) -> N
 def test_a_projection_whose_name_is_not_known_is_noticed(
     family: str, missed: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import re
-
     pattern = residual._WRITER.pattern.replace(f"|{missed}", "")
     assert pattern != residual._WRITER.pattern
     monkeypatch.setattr(residual, "_WRITER", re.compile(pattern))
@@ -102,3 +103,21 @@ def test_a_family_that_transformers_does_not_know(bases: Bases, tmp_path: Path) 
     (base / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     with pytest.raises(UserError, match="unheard-of is not known to transformers"):
         rehearse(planned(str(base), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on the device"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+    ],
+)
+def test_a_machine_that_cannot_try_it_is_no_reason_to_give_the_promise_up(
+    lacking: Exception, said: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> float:
+        raise lacking
+
+    monkeypatch.setattr(rehearsal, "_difference", fails)
+    with pytest.raises(MachineError, match=f"{re.escape(tempfile.gettempdir())}: .*{said}"):
+        rehearse(planned(bases("llama"), tmp_path))
