@@ -10,11 +10,12 @@ fault.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,8 @@ class _Shelf:
 
     def put(self, piece: str, result: Any) -> None:
         if self._storage is not None and piece != _RESIDUAL:
-            self._storage.write(self._name(piece), json.dumps(result, allow_nan=False).encode())
+            with _writing(self._storage):
+                self._storage.write(self._name(piece), json.dumps(result, allow_nan=False).encode())
 
     def clear(self) -> None:
         """Remove it and those of other settings, and what is empty then."""
@@ -125,6 +127,18 @@ class _Shelf:
     def _name(self, piece: str) -> str:
         plain = re.sub(r"[^\w.-]", "_", piece)
         return f"{self._folder}/{plain}.json"
+
+
+@contextlib.contextmanager
+def _writing(storage: Storage) -> Iterator[None]:
+    """Around what is written at OUT beside the report. Raises: MachineError for a fault, which is not BASE's."""
+    try:
+        yield
+    except Exception as error:
+        if is_fault(error) and not isinstance(error, MachineError):
+            where = f"--out {shown(storage.url)}"
+            raise MachineError(f"{where}: {explain(error)}; the same command goes on from here") from error
+        raise
 
 
 def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray: bool | None = None) -> dict[str, Any]:
@@ -187,7 +201,9 @@ def _write_page(report: dict[str, Any], config: AnalyzeConfig, storage: Storage,
     from lesa_ray.report.page.build import analysis_page
 
     listener.phase("drawing the page", 0)
-    storage.write(PAGE_FILE, analysis_page(report, _command(config)).encode())
+    page = analysis_page(report, _command(config)).encode()
+    with _writing(storage):
+        storage.write(PAGE_FILE, page)
 
 
 def _command(config: AnalyzeConfig) -> str:

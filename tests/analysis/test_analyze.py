@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -212,6 +214,23 @@ def test_a_killed_run_goes_on(bases: Bases, tmp_path: Path, monkeypatch: pytest.
     assert not {f"{name}.json" for name in seen} & set(kept)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["analysis.json"]
     assert report["types"] == look(bases("llama"), fit=False, match=False)["types"]
+
+
+@pytest.mark.parametrize("file", ["self_attn.q_proj.weight.json", "analysis.html"])
+def test_a_disk_that_fills_up_is_outs_and_what_is_finished_stays(
+    file: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, out = Storage.write, str(tmp_path / "out")
+
+    def filling(self: Storage, name: str, data: Any, *more: Any, **named: Any) -> Any:
+        if name.endswith(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, name, data, *more, **named)
+
+    monkeypatch.setattr(Storage, "write", filling)
+    with pytest.raises(MachineError, match=f"--out {re.escape(out)}: no space left .*the same command goes on"):
+        look(bases("llama"), fit=False, match=False, out=out)
+    assert list((tmp_path / "out" / WORK_DIR).rglob("*.json"))
 
 
 def test_what_is_finished_outlives_a_forward_pass_that_cannot_be(
