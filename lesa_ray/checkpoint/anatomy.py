@@ -38,6 +38,8 @@ are alike; shapes: tensors of a name may be of several shapes; tensors: anything
 _NOT_SUPPORTED = "; models whose layers differ are not supported"
 _PREDICTS_FURTHER = "num_nextn_predict_layers"
 """How many layers the files hold above the model's own, for predicting further tokens (DeepSeek-V3, GLM-4.5)."""
+_FURTHER_STACK = re.compile(r"(^|\.)mtp\.")
+"""Where such layers lie elsewhere (Qwen3-Next, MiMo)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     outside = []
     for entry in checkpoint.tensors.values():
         match = LAYER.match(entry.name)
-        if match is None:
+        if match is None or _FURTHER_STACK.search(match["stack"]):
             outside.append(entry.name)
             continue
         layers = stacks.setdefault(match["stack"], {})
@@ -174,7 +176,8 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     if missing:
         raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(found)}")
     depth = config_depth(checkpoint.config)
-    more = _further(checkpoint.config, depth, len(found))
+    further = further_layers(checkpoint.config)
+    more = further if depth is not None and len(found) == depth[1] + further else 0
     stacked = [found[index] for index in range(len(found) - more)]
     below = _first_alike(stacked) if differ == "below" else 0
     if differ != "tensors":
@@ -200,10 +203,10 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     )
 
 
-def _further(config: dict[str, Any], depth: tuple[str, int] | None, found: int) -> int:
-    """How many of the layers found are no part of the stack, but predict further tokens from what it gives."""
+def further_layers(config: dict[str, Any]) -> int:
+    """How many layers a checkpoint may hold above the model's own: they predict further tokens from what that gives."""
     more = config.get(_PREDICTS_FURTHER)
-    return more if depth is not None and isinstance(more, int) and found == depth[1] + more else 0
+    return more if isinstance(more, int) else 0
 
 
 def _first_alike(layers: list[dict[str, TensorEntry]]) -> int:

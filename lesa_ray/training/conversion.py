@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,7 +26,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from lesa_ray.checkpoint.anatomy import config_depth, further_layers
 from lesa_ray.checkpoint.header import TensorEntry
+from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.errors import UserError
 from lesa_ray.training.buffers import persistent_buffers
 
@@ -143,6 +145,14 @@ def _check_shapes(made: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.T
             )
 
 
+def _predicts_further(name: str, config: PretrainedConfig) -> bool:
+    """Whether a tensor is of a layer above the model's own; transformers knows these by index, which moves with the
+    depth."""
+    layer, raw = layer_of(name), config.to_dict()
+    depth = config_depth(raw)
+    return layer is not None and depth is not None and 0 <= layer - depth[1] < further_layers(raw)
+
+
 def _check_complete(
     model: PreTrainedModel,
     found: Iterable[Conversion],
@@ -162,5 +172,5 @@ def _check_complete(
     # causal masks that older checkpoints of GPT-2 and GPT-NeoX hold
     ignored += [r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$"]
     for name in left_over:
-        if not any(re.search(pattern, name) for pattern in ignored):
+        if not _predicts_further(name, model.config) and not any(re.search(pattern, name) for pattern in ignored):
             raise UserError(f"{where}: holds {name}, which {kind} has no place for")

@@ -226,6 +226,13 @@ def test_further_layers_that_are_not_told_of(tmp_path: Path) -> None:
         read_anatomy(stacked(tmp_path, *[DENSE] * 5, depth=3, num_nextn_predict_layers=1))
 
 
+@pytest.mark.parametrize("stack", ["mtp.layers", "model.mtp.layers"])
+def test_a_stack_of_such_layers_is_outside(stack: str, tmp_path: Path) -> None:
+    shapes: Shapes = {"model.layers.0.w": (2, 2), "model.layers.1.w": (2, 2), f"{stack}.0.w": (2, 2)}
+    anatomy = anatomy_of(checkpoint(tmp_path, shapes, n_layer=2))
+    assert (anatomy.stack, anatomy.layers, anatomy.outside) == ("model.layers.", 2, (f"{stack}.0.w",))
+
+
 def test_depth_as_the_length_of_a_list() -> None:
     assert config_depth({"layers_block_type": ["mamba", "mlp"]}) == ("layers_block_type", 2)
     assert config_depth({"layers_block_type": ["mamba", "mlp"], "n_layer": 3}) == ("n_layer", 3)
