@@ -93,7 +93,8 @@ class Subject:
 
     def in_a_row(self, name: str) -> bool:
         """Whether old layers with a type follow one another, and are enough for a predictor."""
-        places = [at for at, layer in enumerate(self.old_layers) if layer in set(self.layers_with(name))]
+        having = {*self.layers_with(name)}
+        places = [at for at, layer in enumerate(self.old_layers) if layer in having]
         return len(places) >= _IN_A_ROW and places[-1] - places[0] == len(places) - 1
 
     @property
@@ -252,11 +253,12 @@ def _check_one_shape(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
     for layer in range(anatomy.layers):
         for weight_type in anatomy.types_of(layer):
             name = anatomy.name(layer, weight_type.name)
-            found, first = checkpoint.tensors[name], (weight_type.dtype, weight_type.shape)
-            if (found.dtype, found.shape) != first:
+            found, first = checkpoint.tensors[name], weight_type
+            if (found.dtype, found.shape) != (first.dtype, first.shape):
+                hint = _ONE_WIDTH if found.shape != first.shape else "; analyze needs one dtype for a weight type"
                 raise UserError(
                     f"BASE {checkpoint.base}: layers are not alike: {name} is {found.dtype} {list(found.shape)}, in a "
-                    f"layer below it is {first[0]} {list(first[1])}{_ONE_WIDTH}"
+                    f"layer below it is {first.dtype} {list(first.shape)}{hint}"
                 )
 
 

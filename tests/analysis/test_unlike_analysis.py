@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lesa_ray import UserError
 from lesa_ray.analysis.settings import AnalyzeConfig
@@ -104,12 +106,27 @@ def test_the_terminal_shows_what_there_is(report: dict[str, Any], capsys: pytest
     assert "several kinds" in text
 
 
-def test_a_type_of_several_shapes_is_refused(tmp_path: Path, hybrid: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda tensor: tensor[:8].clone(),
+            r"is F32 \[8, 64\], in a layer below it is F32 \[16, 64\]; .* of one width",
+        ),
+        (
+            lambda tensor: tensor.bfloat16(),
+            r"is BF16 \[16, 64\], in a layer below it is F32 .*; analyze needs one dtype",
+        ),
+    ],
+)
+def test_a_type_of_several_shapes_or_dtypes_is_refused(
+    change: Callable[[Tensor], Tensor], says: str, tmp_path: Path, hybrid: str
+) -> None:
     base = Path(shutil.copytree(hybrid, tmp_path / "base"))
     tensors = families.tensors(base)
-    tensors["model.layers.5.mlp.shared_expert.up_proj.weight"] = tensors["model.embed_tokens.weight"][:8].clone()
-    save_file(tensors, base / "model.safetensors")
-    with pytest.raises(UserError, match=r"layers\.5\.mlp\.shared_expert\.up_proj\.weight is F32 \[8, 64\], in a layer"):
+    name = "model.layers.5.mlp.shared_expert.up_proj.weight"
+    save_file({**tensors, name: change(tensors[name])}, base / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{name} {says}"):
         open_subject(AnalyzeConfig(base=str(base)))
 
 
