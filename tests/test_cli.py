@@ -195,7 +195,7 @@ def test_a_base_that_cannot_be_expanded(
         (["--factor", "2", "--layers", "8"], "give factor or layers, not both"),
         (["--layers", "5"], "the base has 5 already"),
         (["--method", "solar", "--layers", "11"], "more than twice the base's 5"),
-        (["--position", "0-3", "--layers", "12"], "names 4 gaps, 5 → 12 layers needs 7"),
+        (["--position", "0-3", "--layers", "12"], "names 4 gaps, and 7 layers are to be added"),
         (["--method", "magic"], "use one of lesa, llama-pro"),
         (["--position", "left"], "unknown; use top, middle"),
         (["--position", "4"], "out of range"),

@@ -16,7 +16,7 @@ from lesa_ray.distributed.evaluate import evaluate
 from lesa_ray.evaluation.checkpoints import load_model
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.rehearsal import _new_model
-from lesa_ray.expansion.same_layers import check_old_layers
+from lesa_ray.expansion.same_layers import check_same_layers
 from lesa_ray.training.model import build
 from lesa_ray.training.tokenizer import load_tokenizer
 from tests import families
@@ -74,7 +74,7 @@ def test_nobody_is_asked_whether_to_run_it(within: bool, tmp_path: Path, monkeyp
     for refused in (lambda: build(raw, "base"), lambda: load_model(str(tmp_path), None)):
         with pytest.raises(UserError, match=r"refuses it|cannot be loaded"):
             refused()
-    check_old_layers(raw, raw, {0: 0}, "base")
+    check_same_layers(raw, raw, {0: 0}, "base")
     full = completed_config(raw, "base")
     assert full is not None
     assert "auto_map" not in json.dumps(full)
