@@ -78,7 +78,7 @@ class Subject:
     @property
     def is_small(self) -> bool:
         """Whether what takes long is done without being asked for."""
-        return sum(len(self.layers_with(t.name)) * t.d1 * t.d2 for t in self.anatomy.matrices) <= SMALL
+        return sum(len(self.anatomy.layers_with(t.name)) * t.d1 * t.d2 for t in self.anatomy.matrices) <= SMALL
 
     @cached_property
     def old_layers(self) -> list[int]:
@@ -87,9 +87,7 @@ class Subject:
 
     def layers_with(self, name: str) -> list[int]:
         """Those that have a type: all, where layers are alike."""
-        own, all_layers = self.anatomy.own, range(self.anatomy.layers)
-        members = {t.name for t in self.types.get(name, ())} or {name}
-        return [layer for layer in all_layers if own is None or members <= own[layer]]
+        return self.anatomy.layers_with(*(member.name for member in self.types[name]))
 
     def in_a_row(self, name: str) -> bool:
         """Whether old layers with a type follow one another, and are enough for a predictor."""
@@ -232,11 +230,11 @@ def open_subject(config: AnalyzeConfig) -> Subject:
     checkpoint = open_checkpoint(config.base)
     is_scaled = checkpoint.config.get("model_type") == MODEL_TYPE
     anatomy, widths = read_anatomy(checkpoint, differ="shapes" if is_scaled else "tensors", hint=_ONE_WIDTH), None
-    if not is_scaled:
-        _check_one_shape(checkpoint, anatomy)
     if is_scaled:
         widths = read_widths(checkpoint, anatomy, _ONE_WIDTH)
         anatomy = replace(anatomy, types=widths.padded_types(anatomy.types))
+    else:
+        _check_one_shape(checkpoint, anatomy)
     subject = Subject(config, checkpoint, anatomy, None if widths is None or widths.are_even else widths)
     if not subject.types:
         raise UserError(f"BASE {config.base}: its layers have no matrix to look at")

@@ -114,6 +114,11 @@ class Anatomy:
         """The weight types that a layer has."""
         return tuple(t for t in self.types.values() if self.own is None or t.name in self.own[layer])
 
+    def layers_with(self, *weight_types: str) -> list[int]:
+        """The layers that have all of some weight types, by name."""
+        wanted = {*weight_types}
+        return [layer for layer in range(self.layers) if self.own is None or wanted <= self.own[layer]]
+
     @property
     def matrices(self) -> tuple[WeightType, ...]:
         """The 2-D weight types, routers' left out: what a method makes anew."""

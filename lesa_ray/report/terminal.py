@@ -122,7 +122,7 @@ def show_base(expansion: Expansion) -> None:
     rows: dict[tuple[str, ...], int] = {}
     for t in anatomy.types.values():
         kind = t.kind + (" (stored transposed)" if t.transposed else "")
-        if (having := _layers_with(expansion, t.name)) < anatomy.layers:
+        if (having := len(anatomy.layers_with(t.name))) < anatomy.layers:
             kind += f" ({having} of {anatomy.layers} layers)"
         row = (t.of_its_kind, _shape(expansion, t.name), t.dtype, kind)
         rows[row] = rows.get(row, 0) + 1
@@ -134,17 +134,11 @@ def show_base(expansion: Expansion) -> None:
         console.print(f"{lowest} other tensors than those above, between which the new layers go")
 
 
-def _layers_with(expansion: Expansion, weight_type: str) -> int:
-    """How many layers have a weight type."""
-    own = expansion.job.anatomy.own
-    return expansion.job.anatomy.layers if own is None else sum(weight_type in names for names in own)
-
-
 def _shape(expansion: Expansion, weight_type: str) -> str:
     """A weight type's shape; from the least to the most where layers differ."""
     anatomy, tensors = expansion.job.anatomy, expansion.checkpoint.tensors
-    names = [anatomy.name(layer, weight_type) for layer in range(anatomy.layers)]
-    shapes = [tensors[name].shape for name in names if name in tensors]
+    having = anatomy.layers_with(weight_type)
+    shapes = [tensors[anatomy.name(layer, weight_type)].shape for layer in having]
     sizes = [sorted(set(size)) for size in zip(*shapes, strict=True)]
     return " × ".join(str(size[0]) if len(size) == 1 else f"{size[0]} … {size[-1]}" for size in sizes)
 
@@ -167,7 +161,7 @@ def describe(expansion: Expansion) -> dict[str, Any]:
                     "shape": list(t.shape),
                     "dtype": t.dtype,
                     "kind": t.kind,
-                    "layers": _layers_with(expansion, t.name),
+                    "layers": len(job.anatomy.layers_with(t.name)),
                 }
                 for t in job.anatomy.types.values()
             },
