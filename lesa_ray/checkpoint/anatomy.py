@@ -160,26 +160,7 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     Raises: UserError, one line, if there is no stack, more than one, or layers differ in more.
     """
     base = checkpoint.base
-    stacks: dict[str, dict[int, dict[str, TensorEntry]]] = {}
-    outside = []
-    for entry in checkpoint.tensors.values():
-        match = LAYER.match(entry.name)
-        if match is None or _FURTHER_STACK.search(match["stack"]):
-            outside.append(entry.name)
-            continue
-        layers = stacks.setdefault(match["stack"], {})
-        layers.setdefault(int(match["index"]), {})[match["type"]] = entry
-    if not stacks:
-        raise UserError(f"BASE {base}: no layers found; tensors named like {_sample(outside)} are not a known layout")
-    if len(stacks) > 1:
-        names = ", ".join(f"{stack}*" for stack in sorted(stacks))
-        raise UserError(
-            f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported"
-        )
-    stack, found = next(iter(stacks.items()))
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
-        raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(found)}")
+    stack, found, outside = _find_stack(checkpoint)
     depth = config_depth(checkpoint.config)
     further = further_layers(checkpoint.config)
     more = further if depth is not None and len(found) == depth[1] + further else 0
@@ -208,6 +189,34 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     )
 
 
+def _find_stack(checkpoint: Checkpoint) -> tuple[str, dict[int, dict[str, TensorEntry]], list[str]]:
+    """The one stack's name, its layers' tensors by index and weight type, none missing, and the names of the others.
+
+    Raises: UserError if there is none, more than one, or a layer is missing."""
+    base = checkpoint.base
+    stacks: dict[str, dict[int, dict[str, TensorEntry]]] = {}
+    outside = []
+    for entry in checkpoint.tensors.values():
+        match = LAYER.match(entry.name)
+        if match is None or _FURTHER_STACK.search(match["stack"]):
+            outside.append(entry.name)
+            continue
+        layers = stacks.setdefault(match["stack"], {})
+        layers.setdefault(int(match["index"]), {})[match["type"]] = entry
+    if not stacks:
+        raise UserError(f"BASE {base}: no layers found; tensors named like {_sample(outside)} are not a known layout")
+    if len(stacks) > 1:
+        names = ", ".join(f"{stack}*" for stack in sorted(stacks))
+        raise UserError(
+            f"BASE {base}: has {len(stacks)} stacks of layers ({names}); only models with one are supported"
+        )
+    stack, found = next(iter(stacks.items()))
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise UserError(f"BASE {base}: layer {stack}{missing[0]} is missing, though there is a layer {max(found)}")
+    return stack, found, outside
+
+
 def further_layers(config: dict[str, Any]) -> int:
     """How many layers a checkpoint may hold above the model's own: they predict further tokens from what that gives."""
     more = config.get(_PREDICTS_FURTHER)
@@ -216,16 +225,11 @@ def further_layers(config: dict[str, Any]) -> int:
 
 def _first_alike(layers: list[dict[str, TensorEntry]]) -> int:
     """The first of the layers that are all like the last one, if these are more than those below them; else 0."""
-    alike = 1
-    while alike < len(layers) and not _differences(layers[-1], layers[-1 - alike]):
-        alike += 1
-    return len(layers) - alike if 2 * alike > len(layers) else 0
-
-
-def _differences(one: dict[str, TensorEntry], other: dict[str, TensorEntry]) -> bool:
-    return one.keys() != other.keys() or any(
-        (one[name].dtype, one[name].shape) != (other[name].dtype, other[name].shape) for name in one
-    )
+    forms = [{name: (entry.dtype, entry.shape) for name, entry in layer.items()} for layer in layers]
+    first = len(forms) - 1
+    while first > 0 and forms[first - 1] == forms[-1]:
+        first -= 1
+    return first if 2 * first < len(forms) else 0
 
 
 def _check_alike(
