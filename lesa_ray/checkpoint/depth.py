@@ -34,8 +34,10 @@ PER_LAYER = (
 """Lists with one value for each layer, or a word with one letter for each (Nemotron-H's pattern)."""
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the indices of the layers that are special."""
-_FIRST_ABOVE = ("max_window_layers", "moe_layer_start_index", "first_k_dense_replace", "num_dense_layers")
-"""The first layer of another kind than those below it (Qwen 2: of a window; Ernie 4.5, DeepSeek, LFM 2: of experts)."""
+_FIRST_OF_EXPERTS = ("moe_layer_start_index", "first_k_dense_replace", "num_dense_layers")
+"""The first layer of experts, above dense ones (Ernie 4.5, DeepSeek, LFM 2)."""
+_FIRST_ABOVE = ("max_window_layers", *_FIRST_OF_EXPERTS)
+"""The first layer of another kind than those below it (Qwen 2: of a window)."""
 BY_INDEX = (
     "sliding_window_pattern",
     "no_rope_layer_interval",
@@ -128,8 +130,8 @@ def deeper_config(
 
 def _check_order(config: dict[str, Any], raw: dict[str, Any], origins: Sequence[int], base: str) -> None:
     """Raises: UserError if layers below a bound of experts would lie above others, which it cannot say."""
-    for key in _FIRST_ABOVE[1:]:
-        if key not in raw or type(raw[key]) is not int:
+    for key in _FIRST_OF_EXPERTS:
+        if not follows_layers(key, raw.get(key)):
             continue
         for layer, origin in enumerate(origins):
             if origin < raw[key] and layer >= config[key]:
