@@ -69,9 +69,10 @@ def rehearse(expansion: Expansion) -> None:
         )
     with _ALONE, tempfile.TemporaryDirectory(prefix="lesa-ray-") as folder, quiet_transformers():
         failure: Exception | None = None
-        for place, also in (("narrow", narrow(full)), ("wide", {})):  # some cannot be made narrow
+        bounds = narrow(full)
+        for at, also in enumerate([bounds, {}] if bounds else [{}]):  # some cannot be made narrow
             try:
-                difference = _difference(full, os.path.join(folder, place), job, also)
+                difference = _difference(full, os.path.join(folder, str(at)), job, also)
                 break
             except (UserError, MachineError):
                 raise
