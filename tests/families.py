@@ -274,6 +274,24 @@ UNLIKE: dict[str, Family] = {
     ),
 }
 """Families whose layers are of several kinds."""
+TOGETHER: dict[str, Family] = {
+    # mlp.experts.{gate_up_proj,down_proj} (experts, in, out), each with a bias {..}_bias (experts, out); mlp.router
+    # with a bias; self_attn.sinks, one for each head. Even layers slide.
+    "gpt_oss": _llama_like(
+        "gpt_oss",
+        head_dim=16,
+        sliding_window=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        mlp_out="mlp.experts.down_proj*",
+    ),
+    # block_sparse_moe.{input_linear,output_linear}.weight (experts, out, in); block_sparse_moe.router.layer.weight.
+    "granitemoe": _llama_like(
+        "granitemoe", num_local_experts=4, num_experts_per_tok=2, mlp_out="block_sparse_moe.output_linear.weight"
+    ),
+}
+"""Families whose files hold all experts of a layer in one tensor."""
+EVERY = FAMILIES | UNLIKE | TOGETHER
 
 
 def make(
@@ -287,7 +305,7 @@ def make(
 ) -> str:
     """Write the family's checkpoint (config.json and safetensors) into `folder`; `config` overrides its
     keys."""
-    family = (FAMILIES | UNLIKE)[name]
+    family = EVERY[name]
     keys = {**family.config, family.depth_key: layers, **config}
     model = family.auto.from_config(AutoConfig.for_model(family.model_type, **keys))
     _randomise(model, seed)
@@ -299,7 +317,7 @@ def make(
 
 def load_strict(folder: str | Path, family: Family | str, **options: object) -> PreTrainedModel:
     """Load a checkpoint, asserting that its names and shapes are exactly the model's; in eval mode."""
-    family = (FAMILIES | UNLIKE)[family] if isinstance(family, str) else family
+    family = EVERY[family] if isinstance(family, str) else family
     model, found = family.auto.from_pretrained(str(folder), output_loading_info=True, **options)
     wrong = {key: value for key, value in found.items() if value}
     assert not wrong, f"{folder}: {wrong}"
@@ -330,7 +348,7 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
 
 def layer_tensors(folder: str | Path, name: str, layer: int) -> dict[str, Tensor]:
     """The tensors of one layer, by what follows the layer's index in their names."""
-    prefix = f"{(FAMILIES | UNLIKE)[name].layer_prefix}{layer}."
+    prefix = f"{EVERY[name].layer_prefix}{layer}."
     return {key.removeprefix(prefix): value for key, value in tensors(folder).items() if key.startswith(prefix)}
 
 

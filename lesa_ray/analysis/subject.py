@@ -251,7 +251,7 @@ def _check_one_shape(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
     for layer in range(anatomy.layers):
         for weight_type in anatomy.types_of(layer):
             name = anatomy.name(layer, weight_type.name)
-            found, first = checkpoint.tensors[name], weight_type
+            found, first = checkpoint.entry(name), weight_type
             if (found.dtype, found.shape) != (first.dtype, first.shape):
                 hint = _ONE_WIDTH if found.shape != first.shape else "; analyze needs one dtype for a weight type"
                 raise UserError(

@@ -2,7 +2,9 @@
 
 No table of families: a name such as `model.layers.17.self_attn.q_proj.weight` falls into a stack (`model.layers.`), a
 layer index (17) and a weight type (`self_attn.q_proj.weight`), and any family whose names do so works. What a type
-is (matrix or vector, an expert's, a router, stored transposed) follows from shapes and names.
+is (matrix or vector, an expert's, a router, stored transposed) follows from shapes and names. Where all experts of a
+layer lie in one tensor (gpt-oss, Granite MoE, Llama 4), each one's matrix in it is a weight type of its own, as where
+each has a tensor: `mlp.experts.down_proj[3]`.
 
 Layers may be of several kinds: the first few dense below layers of experts (DeepSeek-V3, GLM-4.5), attention among
 recurrent layers (Qwen3-Next, Jamba). How much of that a caller can take, it says; what cannot be expanded soundly is
@@ -13,10 +15,12 @@ with the configuration.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lesa_ray.checkpoint.names import LAYER
+from lesa_ray.checkpoint.names import LAYER, item_name, item_of
+from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +29,12 @@ if TYPE_CHECKING:
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Configuration keys that hold the number of layers, in the order in which they are looked for."""
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Configuration keys that hold the number of experts in a layer."""
+_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 
-_EXPERT = re.compile(r"(?P<before>^|\.)experts\.(?P<number>\d+)\.")
-_EXPERTS = re.compile(r"(?P<before>^|\.)experts\.")
+_EXPERT = re.compile(r"(?P<before>(?:^|\.)experts\.|\[)(?P<number>\d+)(?P<after>\.|\]$)")
+_EXPERTS = re.compile(r"(?:^|(?<=\.))experts\.")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 Kind = Literal["matrix", "vector", "router", "other"]
@@ -44,7 +51,7 @@ _FURTHER_STACK = re.compile(r"(^|\.)mtp\.")
 
 @dataclass(frozen=True, slots=True)
 class WeightType:
-    """One tensor that every layer has. `shape`, `dtype` are those in the files."""
+    """One tensor that every layer has, or one expert's part of it. `shape`, `dtype` are those in the files."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,14 +81,15 @@ class WeightType:
         return self.expert is not None
 
     @property
-    def holds_experts(self) -> bool:
-        """Whether all experts' matrices lie in it, one after the other."""
-        return _is_experts(self.name, self.shape)
+    def tensor(self) -> str:
+        """The tensor in the files, by its name within the layer, that it is or lies in."""
+        item = item_of(self.name)
+        return item[0] if item is not None else self.name
 
     @property
     def of_its_kind(self) -> str:
-        """The name that experts of a kind share, `experts.*`; of all else the name itself."""
-        return _EXPERT.sub(r"\g<before>experts.*.", self.name)
+        """The name that experts of a kind share, with `*` for the number; of all else the name itself."""
+        return _EXPERT.sub(r"\g<before>*\g<after>", self.name)
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,20 @@ class Anatomy:
         """The tensor's name in the files."""
         return f"{self.stack}{self.below + layer}.{weight_type}"
 
+    def has(self, layer: int, weight_type: str) -> bool:
+        """Whether a layer has a weight type, by name."""
+        return self.own is None or weight_type in self.own[layer]
+
     def types_of(self, layer: int) -> tuple[WeightType, ...]:
         """The weight types that a layer has."""
-        return tuple(t for t in self.types.values() if self.own is None or t.name in self.own[layer])
+        return tuple(t for t in self.types.values() if self.has(layer, t.name))
+
+    def stored(self, layer: int) -> dict[str, tuple[WeightType, ...]]:
+        """A layer's tensors in the files, by their names within the layer, with the weight types that lie in each."""
+        found: dict[str, list[WeightType]] = {}
+        for weight_type in self.types_of(layer):
+            found.setdefault(weight_type.tensor, []).append(weight_type)
+        return {name: tuple(types) for name, types in found.items()}
 
     def layers_with(self, *weight_types: str) -> list[int]:
         """The layers that have all of some weight types, by name."""
@@ -175,13 +194,13 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     apart = [*range(below), *range(len(stacked), len(found))]
     outside += [entry.name for index in apart for entry in found[index].values()]
     family = str(checkpoint.config.get("model_type", "unknown"))
-    alike = stacked[below:]
+    alike = [_taken_apart(layer, checkpoint.config) for layer in stacked[below:]]
     own = tuple(map(frozenset, alike))
     return Anatomy(
         family,
         stack,
         len(alike),
-        _weight_types(family, alike),
+        _weight_types(family, checkpoint.config, alike),
         tuple(outside),
         checkpoint.config,
         below,
@@ -253,15 +272,57 @@ def _check_alike(
                 )
 
 
-def _weight_types(family: str, layers: list[dict[str, TensorEntry]]) -> dict[str, WeightType]:
+def _taken_apart(layer: dict[str, TensorEntry], config: dict[str, Any]) -> dict[str, TensorEntry]:
+    """A layer's tensors by weight type, those that hold all experts' matrices or biases as one for each expert."""
+    experts = _configured(config, EXPERT_KEYS)
+    apart: dict[str, TensorEntry] = {}
+    for name, entry in layer.items():
+        if _holds_experts(name, entry, experts):
+            apart |= {item_name(name, index): entry.item(index) for index in range(entry.shape[0])}
+        else:
+            apart[name] = entry
+    return apart
+
+
+def _holds_experts(name: str, entry: TensorEntry, experts: int | None) -> bool:
+    """Whether a tensor holds all experts' matrices, one after the other (Granite MoE's names do not say `experts`; a
+    convolution has no matrix at an index), or their biases."""
+    if not entry.is_float or not entry.elements:
+        return False
+    named = _EXPERTS.search(name) is not None
+    if len(entry.shape) == 3:
+        return named or (entry.shape[0] == experts and min(entry.shape[1:]) > 1)
+    return len(entry.shape) == 2 and named and name.endswith("bias")
+
+
+def _configured(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first of some settings that config.json has as a number."""
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+
+
+def _weight_types(family: str, config: dict[str, Any], layers: list[dict[str, TensorEntry]]) -> dict[str, WeightType]:
     """The types of all layers by name, each as it is in the first layer that has it."""
     types: dict[str, WeightType] = {}
     for layer in layers:
         if layer.keys() <= types.keys():
             continue
         conv1d = _uses_conv1d(family, layer)
-        types |= {n: _weight_type(entry, n, layer, conv1d) for n, entry in layer.items() if n not in types}
+        experts, inputs_first = _experts(layer), _experts_are_transposed(layer, _configured(config, _WIDTH_KEYS))
+        for name, entry in layer.items():
+            if name not in types:
+                types[name] = _weight_type(entry, name, experts, conv1d=conv1d, inputs_first=inputs_first)
     return types
+
+
+def _experts_are_transposed(layer: dict[str, TensorEntry], width: int | None) -> bool:
+    """Whether experts that lie in one tensor are stored (in_features, out_features), as gpt-oss' and Llama 4's are: the
+    side on the residual stream is as wide as the model. Where one of them is square, others tell."""
+    for name, entry in layer.items():
+        if item_of(name) is not None and len(entry.shape) == 2 and entry.shape[0] != entry.shape[1]:
+            first_is_residual = bool(residual_writers([name]))
+            if width in entry.shape:
+                return (entry.shape[0] == width) != first_is_residual
+    return False
 
 
 def _uses_conv1d(family: str, layer: dict[str, TensorEntry]) -> bool:
@@ -276,24 +337,26 @@ def _uses_conv1d(family: str, layer: dict[str, TensorEntry]) -> bool:
     return family in ("gpt2", "openai-gpt")
 
 
-def _weight_type(entry: TensorEntry, name: str, layer: dict[str, TensorEntry], conv1d: bool) -> WeightType:
+def _weight_type(
+    entry: TensorEntry, name: str, experts: dict[str, int], *, conv1d: bool, inputs_first: bool
+) -> WeightType:
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     if not entry.is_float or len(entry.shape) not in (1, 2):
         kind: Kind = "other"
-    elif _is_router(name, entry, layer):
+    elif _is_router(name, entry, experts):
         kind = "router"
     else:
         kind = "matrix" if len(entry.shape) == 2 else "vector"
-    transposed = kind == "matrix" and conv1d and module in _CONV1D_MODULES
-    return WeightType(name, entry.shape, entry.dtype, kind, transposed)
+    transposed = inputs_first if item_of(name) is not None else conv1d and module in _CONV1D_MODULES
+    return WeightType(name, entry.shape, entry.dtype, kind, transposed and kind == "matrix")
 
 
-def _is_router(name: str, entry: TensorEntry, layer: dict[str, TensorEntry]) -> bool:
+def _is_router(name: str, entry: TensorEntry, experts: dict[str, int]) -> bool:
     """A matrix or vector in the module that holds `experts`, with a row or an entry for each: it chooses among them,
     and their order is its own. What all tokens share has no such axis, unless by chance."""
     if _EXPERT.search(name) or "shared" in name:
         return False
-    for module, count in _experts(layer).items():
+    for module, count in experts.items():
         beside = name.startswith(module) and not name.startswith(f"{module}experts.")
         if not module:  # they lie in the layer itself, as do its attention and all else
             beside = "." not in name.removesuffix(".weight") or name.startswith("router.")
@@ -302,20 +365,15 @@ def _is_router(name: str, entry: TensorEntry, layer: dict[str, TensorEntry]) -> 
     return False
 
 
-def _experts(layer: dict[str, TensorEntry]) -> dict[str, int]:
-    """How many experts each module of a layer (its name with the dot behind it) holds, one by one or in 3-D tensors."""
+def _experts(layer: Iterable[str]) -> dict[str, int]:
+    """How many experts each module of a layer (its name with the dot behind it) holds."""
     numbers: dict[str, set[str]] = {}
-    counts = {}
-    for name, entry in layer.items():
+    for name in layer:
         if match := _EXPERT.search(name):
-            numbers.setdefault(name[: match.end("before")], set()).add(match["number"])
-        elif _is_experts(name, entry.shape) and (match := _EXPERTS.search(name)):
-            counts[name[: match.end("before")]] = entry.shape[0]
-    return counts | {module: len(found) for module, found in numbers.items()}
-
-
-def _is_experts(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 3 and _EXPERTS.search(name) is not None
+            own = _EXPERTS.search(name)  # none where they lie in tensors of the module itself (Granite MoE)
+            module = name[: own.start()] if own else re.sub(r"[^.]+(\.weight)?\[\d+\]$", "", name)
+            numbers.setdefault(module, set()).add(match["number"])
+    return {module: len(found) for module, found in numbers.items()}
 
 
 def _sample(names: list[str]) -> str:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lesa_ray.checkpoint.names import item_name
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError, first_line
 
@@ -47,6 +48,12 @@ class TensorEntry:
     @property
     def is_float(self) -> bool:
         return self.dtype in FLOAT_BYTES
+
+    def item(self, index: int) -> TensorEntry:
+        """What lies at `index` of the first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        name, offset = item_name(self.name, index), self.offset + index * nbytes
+        return TensorEntry(name, self.dtype, self.shape[1:], self.file, offset, nbytes)
 
 
 def read_entries(storage: Storage, file: str) -> list[TensorEntry]:

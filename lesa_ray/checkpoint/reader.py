@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.header import TORCH_NAMES, TensorEntry, raw_header, read_header
-from lesa_ray.checkpoint.names import layer_of
+from lesa_ray.checkpoint.names import item_of, layer_of
 from lesa_ray.checkpoint.pages import empty_bytes
 from lesa_ray.checkpoint.ranges import read_into
 from lesa_ray.checkpoint.shards import INDEX_FILE, SINGLE_FILE
@@ -56,11 +56,16 @@ class Checkpoint:
     def shards(self) -> tuple[str, ...]:
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
 
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor, or what lies at an index of its first axis (`x[3]`), lies."""
+        item = item_of(name)
+        return self.tensors[name] if item is None or name in self.tensors else self.tensors[item[0]].item(item[1])
+
     def read(self, name: str) -> torch.Tensor:
-        """One float tensor, in the dtype and shape it is stored in, on the CPU."""
+        """One float tensor, or what lies at an index of its first axis, in its dtype and shape, on the CPU."""
         import torch
 
-        entry = self.tensors[name]
+        entry = self.entry(name)
         buffer = empty_bytes(entry.nbytes)
         read_into(self.storage, entry.file, entry.offset, buffer.numpy().data)
         return buffer.view(getattr(torch, TORCH_NAMES[entry.dtype])).reshape(entry.shape)

@@ -24,7 +24,7 @@ _WRITERS = (
     "w2",  # mixtral's experts, internlm2, dbrx
     "output_linear",  # granitemoe: its experts, and those shared
 )
-_WRITER = re.compile(rf"(?:^|\.)(?:{'|'.join(_WRITERS)})(?:[._](?:weight|bias))?$")
+_WRITER = re.compile(rf"(?:^|\.)(?:{'|'.join(_WRITERS)})(?:[._](?:weight|bias))?(?:\[\d+\])?$")
 
 
 def residual_writers(types: Iterable[str]) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ class OutTensor:
     dtype: str
     shape: tuple[int, ...]
     source: Span | None
+    parts: tuple[OutTensor, ...] = ()
+    """Where its bytes come from several places: what lies in it, one after the other, each with its source."""
 
     @property
     def nbytes(self) -> int:

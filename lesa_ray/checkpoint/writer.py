@@ -144,10 +144,11 @@ def _runs(tensors: tuple[OutTensor, ...]) -> Iterator[list[OutTensor]]:
     """Group neighbours of one dtype whose bytes are neighbours in their source too and need no conversion."""
     run: list[OutTensor] = []
     for tensor in tensors:
-        if run and not _continues(run[-1], tensor):
-            yield run
-            run = []
-        run.append(tensor)
+        for piece in tensor.parts or (tensor,):
+            if run and not _continues(run[-1], piece):
+                yield run
+                run = []
+            run.append(piece)
     if run:
         yield run
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from lesa_ray import __version__
-from lesa_ray.checkpoint.anatomy import Anatomy, Differ, read_anatomy
+from lesa_ray.checkpoint.anatomy import Anatomy, Differ, WeightType, read_anatomy
 from lesa_ray.checkpoint.depth import deeper_config
 from lesa_ray.checkpoint.header import FLOAT_BYTES, TensorEntry
 from lesa_ray.checkpoint.names import LAYER
@@ -235,14 +235,9 @@ def _check_supported(job: Job) -> None:
         return
     for weight_type in job.anatomy.types.values():
         if weight_type.kind == "other" and len(weight_type.shape) == 3 and weight_type.dtype in FLOAT_BYTES:
-            what = f"{job.method.name}: {weight_type.name}"
-            if weight_type.holds_experts:
-                raise UserError(
-                    f"{what} holds the experts in one 3-D tensor {list(weight_type.shape)}, which only llama-pro and "
-                    "solar can expand; save the checkpoint with one matrix for each expert"
-                )
             raise UserError(
-                f"{what} is a 3-D tensor {list(weight_type.shape)}, which only llama-pro and solar can expand"
+                f"{job.method.name}: {weight_type.name} is a 3-D tensor {list(weight_type.shape)}, which only "
+                "llama-pro and solar can expand"
             )
 
 
@@ -254,9 +249,9 @@ def _check_vectors(job: Job, checkpoint: Checkpoint) -> None:
     for weight_type in job.anatomy.vectors:
         for layer in range(job.anatomy.layers):
             name = job.anatomy.name(layer, weight_type.name)
-            entry = checkpoint.tensors.get(name)
-            if entry is None:
+            if not job.anatomy.has(layer, weight_type.name):
                 raise UserError(f"--vectors {job.vectors}: not every layer has it: {name}; use --vectors lower")
+            entry = checkpoint.entry(name)
             if entry.shape != weight_type.shape:
                 raise UserError(
                     f"--vectors {job.vectors}: {name} has {entry.shape[0]} entries, in layer {first} it has "
@@ -270,7 +265,7 @@ def _old_tensors(job: Job, checkpoint: Checkpoint) -> list[OutTensor]:
         job.anatomy.name(output.id, name): job.anatomy.name(index, name)
         for index, output in enumerate(job.plan.outputs)
         if isinstance(output, Old)
-        for name in job.anatomy.types
+        for name in job.anatomy.stored(output.id)
     }
     renamed |= {name: _moved_above(job, name) for name in job.anatomy.outside}
     entries = sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.offset))
@@ -295,28 +290,38 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
         for tensor in planned:
             made[tensor.name] = Span(url, unit.file, offset, tensor.nbytes, tensor.dtype, tensor.name)
             offset += tensor.nbytes
-    tensors = []
+    tensors: list[OutTensor] = []
     for index, output in enumerate(job.plan.outputs):
         if not isinstance(output, New):
             continue
-        origin = job.plan.origin(output.lower)
-        for weight_type in job.anatomy.types_of(origin):
-            name = job.anatomy.name(index, weight_type.name)
-            content = job.content(output, weight_type)
-            scale = job.output_scale if weight_type.name in job.scaled else 1.0
-            sized = job.resizes(output, weight_type)
-            if isinstance(content, Copy) and not sized:
-                entry = checkpoint.tensors[job.anatomy.name(content.layer, weight_type.name)]
-                tensors.append(_copied(job, checkpoint, entry, name, check=False, scale=scale))
-                continue
-            source = None if isinstance(content, Zero) else made[made_name(output.id, weight_type.name, sized=sized)]
-            source = source and replace(source, scale=scale)
-            shape, dtype = job.shape(output, weight_type), weight_type.dtype
-            if job.widths is None:  # where layers differ, whole ones are copied: as in the layer it comes from
-                like = checkpoint.tensors[job.anatomy.name(origin, weight_type.name)]
-                shape, dtype = like.shape, like.dtype
-            tensors.append(OutTensor(name, result_dtype(job, dtype), shape, source))
+        for name, types in job.anatomy.stored(job.plan.origin(output.lower)).items():
+            parts = tuple(_new_tensor(job, checkpoint, made, output, index, weight_type) for weight_type in types)
+            if (name,) == tuple(weight_type.name for weight_type in types):
+                tensors.extend(parts)
+            else:
+                shape = (len(parts), *parts[0].shape)
+                tensors.append(OutTensor(job.anatomy.name(index, name), parts[0].dtype, shape, None, parts))
     return tensors
+
+
+def _new_tensor(
+    job: Job, checkpoint: Checkpoint, made: dict[str, Span], slot: New, index: int, weight_type: WeightType
+) -> OutTensor:
+    """A weight type of the new layer at `index`. made: where what units make lies, by its name there."""
+    name = job.anatomy.name(index, weight_type.name)
+    content = job.content(slot, weight_type)
+    scale = job.output_scale if weight_type.name in job.scaled else 1.0
+    sized = job.resizes(slot, weight_type)
+    if isinstance(content, Copy) and not sized:
+        entry = checkpoint.entry(job.anatomy.name(content.layer, weight_type.name))
+        return _copied(job, checkpoint, entry, name, check=False, scale=scale)
+    source = None if isinstance(content, Zero) else made[made_name(slot.id, weight_type.name, sized=sized)]
+    source = source and replace(source, scale=scale)
+    shape, dtype = job.shape(slot, weight_type), weight_type.dtype
+    if job.widths is None:  # where layers differ, whole ones are copied: as in the layer it comes from
+        like = checkpoint.entry(job.anatomy.name(job.plan.origin(slot.lower), weight_type.name))
+        shape, dtype = like.shape, like.dtype
+    return OutTensor(name, result_dtype(job, dtype), shape, source)
 
 
 def _copied(

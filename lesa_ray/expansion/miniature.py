@@ -12,14 +12,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lesa_ray.checkpoint.anatomy import config_depth
+from lesa_ray.checkpoint.anatomy import EXPERT_KEYS, config_depth
 from lesa_ray.checkpoint.depth import followed, follows_layers
 
 _HEADS = 4
 _HEADS_AND_WIDTH = (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-"""Names of the number of experts, and of those that a token is sent to."""
+"""Names of the number of experts that a token is sent to."""
 _SMALLER = {  # settings that shrink a model and leave its structure
     "vocab_size": 64,
     "intermediate_size": 64,
@@ -55,7 +54,7 @@ def miniature(
                 raw[key] = {type(named[i])(at): value[named[i]] for at, i in enumerate(keep) if i in named}
     if isinstance(raw[depth[0]], int):
         raw[depth[0]] = len(keep)
-    experts = dict.fromkeys(_EXPERTS, _fewest_experts(raw))
+    experts = dict.fromkeys(EXPERT_KEYS, _fewest_experts(raw))
     for key, value in {**_SMALLER, **experts, **(also or {})}.items():
         if isinstance(raw.get(key), int):
             raw[key] = min(raw[key], value)

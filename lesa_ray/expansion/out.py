@@ -157,7 +157,7 @@ def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:
         paper=job.method.paper,
         identity=expansion.identity,
         layers=layers,
-        zeroed=sorted(job.zeroed),
+        zeroed=sorted({job.anatomy.types[name].tensor for name in job.zeroed}),
         train=job.method.trains,
         new_layers=[layer["index"] for layer in layers if layer["kind"] != "old"],
         parameters={"base": expansion.checkpoint.parameters, "result": expansion.parameters},

@@ -148,7 +148,7 @@ def _of_each_kind(anatomy: Anatomy) -> list[int]:
 def _writers(anatomy: Anatomy) -> set[str]:
     """What writes into the residual stream, where experts lie in one tensor as where each has its own."""
     types = (anatomy.types[name] for name in residual_writers(anatomy.types))
-    return {t.of_its_kind.replace("experts.*.", "experts.").removesuffix(".weight") for t in types}
+    return {t.of_its_kind.replace("experts.*.", "experts.").removesuffix("[*]").removesuffix(".weight") for t in types}
 
 
 def _new_model(full: dict[str, Any], config: Any) -> Any:

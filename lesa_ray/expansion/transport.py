@@ -38,6 +38,8 @@ import ot
 import torch
 from torch import Tensor
 
+from lesa_ray.checkpoint.names import item_name, item_of
+
 REGULARISATION = 0.06
 """Entropic regularisation, in units of the distance between rows (released code)."""
 MAX_ITERATIONS = 10_000
@@ -260,8 +262,12 @@ def _mean(below: Tensor, above: Tensor) -> Tensor:
 
 
 def _bias_of(name: str) -> str:
-    """The name a matrix's bias would have."""
-    return name.removesuffix("weight") + "bias"
+    """The name that a matrix's bias would have: `x.bias` of `x.weight`, `x_bias[3]` of `x[3]`."""
+    item = item_of(name)
+    if item is None:
+        return name.removesuffix("weight") + "bias"
+    whole, index = item
+    return item_name(whole.removesuffix("weight") + "bias" if whole.endswith("weight") else f"{whole}_bias", index)
 
 
 def _fitting(mapping: Tensor, name: str, tensor: Tensor) -> Tensor:

@@ -136,9 +136,9 @@ def show_base(expansion: Expansion) -> None:
 
 def _shape(expansion: Expansion, weight_type: str) -> str:
     """A weight type's shape; from the least to the most where layers differ."""
-    anatomy, tensors = expansion.job.anatomy, expansion.checkpoint.tensors
+    anatomy, checkpoint = expansion.job.anatomy, expansion.checkpoint
     having = anatomy.layers_with(weight_type)
-    shapes = [tensors[anatomy.name(layer, weight_type)].shape for layer in having]
+    shapes = [checkpoint.entry(anatomy.name(layer, weight_type)).shape for layer in having]
     sizes = [sorted(set(size)) for size in zip(*shapes, strict=True)]
     return " × ".join(str(size[0]) if len(size) == 1 else f"{size[0]} … {size[-1]}" for size in sizes)
 

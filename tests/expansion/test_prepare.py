@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from lesa_ray import ExpandConfig, UserError
+from lesa_ray import ExpandConfig
 from lesa_ray.expansion import layout
 from lesa_ray.expansion.methods.lesa import Lesa
 from lesa_ray.expansion.prepare import prepare
@@ -31,24 +28,6 @@ def test_a_slot_is_filled_after_the_new_ones_it_lies_between(
         for slot in laid_out.job.plan.slots
     }
     assert any(len(after) == 2 for after in found.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        (
-            "mlp.experts.gate_up_proj",
-            r"holds the experts in one 3-D tensor \[3, 8, 4\], which only llama-pro",
-        ),
-        ("mixer.conv1d.weight", r"mixer.conv1d.weight is a 3-D tensor \[3, 8, 4\], which only llama-pro and solar"),
-    ],
-)
-def test_3d_tensors_are_experts_only_where_they_are_named_so(name: str, says: str, tmp_path: Path) -> None:
-    tensors = {f"layers.{i}.{name}": torch.zeros(3, 8, 4) for i in range(2)}
-    save_file(tensors | {f"layers.{i}.w.weight": torch.zeros(8, 8) for i in range(2)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of", "num_hidden_layers": 2}))
-    with pytest.raises(UserError, match=says):
-        prepare(ExpandConfig(base=str(tmp_path), out=str(tmp_path / "out"), method="avg-deus", zero_init=False))
 
 
 def test_the_fingerprint_is_of_all_that_the_bytes_depend_on_and_of_no_place(

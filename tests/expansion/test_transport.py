@@ -125,16 +125,18 @@ def permuted(upper: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return upper[order], order
 
 
-def test_permuted_rows_come_back_in_order_and_the_bias_with_them() -> None:
-    upper = {"x.weight": draw(64, 48, seed=3), "x.bias": draw(64, seed=4)}  # rows about 10 apart
-    weight, order = permuted(upper["x.weight"], seed=5)
-    lower = {"x.weight": weight, "x.bias": upper["x.bias"][order]}
+@pytest.mark.parametrize("names", [("x.weight", "x.bias"), ("x[3]", "x_bias[3]"), ("x.weight[3]", "x.bias[3]")])
+def test_permuted_rows_come_back_in_order_and_the_bias_with_them(names: tuple[str, str]) -> None:
+    matrix, bias = names
+    upper = {matrix: draw(64, 48, seed=3), bias: draw(64, seed=4)}  # rows about 10 apart
+    weight, order = permuted(upper[matrix], seed=5)
+    lower = {matrix: weight, bias: upper[bias][order]}
     for role in (Role.ATTENTION_INPUT, Role.ATTENTION_OUTPUT, Role.MLP_OUTPUT):
-        fused = fuse_layer(lower, upper, {"x.weight": role, "x.bias": Role.OTHER_VECTOR}).tensors
-        torch.testing.assert_close(fused["x.weight"], upper["x.weight"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(fused["x.bias"], upper["x.bias"], rtol=0, atol=1e-5)
-    plain = fuse_layer(lower, upper, {"x.bias": Role.OTHER_VECTOR}).tensors
-    assert torch.equal(plain["x.bias"], (lower["x.bias"] + upper["x.bias"]) / 2)
+        fused = fuse_layer(lower, upper, {matrix: role, bias: Role.OTHER_VECTOR}).tensors
+        torch.testing.assert_close(fused[matrix], upper[matrix], rtol=0, atol=1e-5)
+        torch.testing.assert_close(fused[bias], upper[bias], rtol=0, atol=1e-5)
+    plain = fuse_layer(lower, upper, {bias: Role.OTHER_VECTOR}).tensors
+    assert torch.equal(plain[bias], (lower[bias] + upper[bias]) / 2)
 
 
 def test_with_marginals_left_in_the_result_is_half_the_upper_layer() -> None:

@@ -114,7 +114,7 @@ def _side_by_side(job: Job, kind: str, types: Sequence[WeightType]) -> dict[str,
         parts = math.ceil(len(alike) / most)
         for part in range(parts):
             some = tuple(alike[part * len(alike) // parts : (part + 1) * len(alike) // parts])
-            several = kind.replace("experts.*.", f"experts.{some[0].expert}-{some[-1].expert}.")
+            several = kind.replace("*", f"{some[0].expert}-{some[-1].expert}")
             units[some[0].name if len(some) == 1 else several] = some
     return units
 
