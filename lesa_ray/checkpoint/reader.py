@@ -11,11 +11,12 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.header import TORCH_NAMES, TensorEntry, raw_header, read_header
+from lesa_ray.checkpoint.language_model import PROCESSORS, component, language_config, language_name
 from lesa_ray.checkpoint.names import item_of, layer_of
 from lesa_ray.checkpoint.pages import empty_bytes
 from lesa_ray.checkpoint.ranges import read_into
@@ -42,6 +43,8 @@ class Checkpoint:
     files: dict[str, int]
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Bytes of the parts that see or hear, by name, where it is the language model of a larger one."""
 
     @property
     def parameters(self) -> int:
@@ -132,7 +135,22 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
                 f"{where}: tensor {entry.name} has dtype {entry.dtype}, so the checkpoint is quantised; "
                 f"expand one in {', '.join(TORCH_NAMES.values())}"
             )
-    return Checkpoint(base=base, storage=storage, files=files, config=config, tensors=tensors)
+    return _language_model(Checkpoint(base=base, storage=storage, files=files, config=config, tensors=tensors), where)
+
+
+def _language_model(whole: Checkpoint, where: str) -> Checkpoint:
+    """The checkpoint, of its language model alone if it is of more (`lesa_ray.checkpoint.language_model`)."""
+    config = language_config(whole.config, where)
+    named = {name: language_name(name) for name in whole.tensors}
+    if config is None or not any(name is not None and layer_of(name) is not None for name in named.values()):
+        return whole
+    tensors = {new: replace(whole.tensors[old], name=new) for old, new in named.items() if new is not None}
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    left_out: dict[str, int] = {}
+    for name in (old for old, new in named.items() if new is None):
+        left_out[component(name)] = left_out.get(component(name), 0) + whole.tensors[name].nbytes
+    files = {name: nbytes for name, nbytes in whole.files.items() if name not in PROCESSORS}
+    return replace(whole, files=files, config=config, tensors=tensors, left_out=left_out)
 
 
 def _reaching(where: str, storage: Storage, refused: str) -> AbstractContextManager[None]:

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.brought_code import for_transformers, forget_code
+from lesa_ray.checkpoint.language_model import KEY_MAPPING, language_config
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.config import DtypeName
@@ -88,7 +89,8 @@ def read_bounds(name: str) -> Bounds:
     model that transformers knows."""
     url = resolve_base(name, f"checkpoint {name}")
     if url.startswith("hf://"):
-        config = _parsed(name, _read_config(name, _fetch(name, url, ["config.json"])))
+        raw = _read_config(name, _fetch(name, url, ["config.json"]))
+        config = _parsed(name, language_config(raw, f"checkpoint {name}") or raw)
         text = config.get_text_config()
         return Bounds(name, url, int(text.vocab_size), longest_window(text), 0, 0, None, config)
     checkpoint = open_checkpoint(url, f"checkpoint {name}")
@@ -229,12 +231,18 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         forget_code(config)
+        mapping: dict[str, Any] = {}
+        if config.get_text_config() is not config:
+            raw = open_checkpoint(checkpoint, name).config
+            if raw["model_type"] != config.model_type:  # its language model alone
+                config, mapping = CONFIG_MAPPING[raw["model_type"]].from_dict(raw), {"key_mapping": KEY_MAPPING}
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             config=config,
             dtype=dtype or "auto",
             output_loading_info=True,
             trust_remote_code=False,
+            **mapping,
             **({} if placed is None else {"device_map": placed}),
         )
     except Exception as error:  # shapes that differ, files that are not there: each surfaces in its own way

@@ -17,6 +17,7 @@ from typing import Any
 
 from lesa_ray.checkpoint.anatomy import Anatomy
 from lesa_ray.checkpoint.depth import NO_LISTS, completed_config
+from lesa_ray.checkpoint.reader import Checkpoint
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.checkpoint.writer import write_shard
@@ -45,15 +46,28 @@ def check_function(expansion: Expansion) -> None:
 
 
 def check_layers(expansion: Expansion) -> None:
-    """Raises: UserError if an old layer would be another in the deeper model (`lesa_ray.expansion.same_layers`).
+    """Raises: UserError if an old layer would be another in the deeper model (`lesa_ray.expansion.same_layers`), or if
+    the language model of a larger one cannot be loaded by itself.
 
     Families whose settings are all known, and layers with widths of their own, are taken as they are."""
     job = expansion.job
+    if expansion.checkpoint.left_out:
+        _check_loads(expansion.checkpoint)
     if job.anatomy.family in NO_LISTS or job.widths is not None:
         return
     places = dict(enumerate(job.whole_plan.origins))
     with _ALONE, quiet_transformers():
         check_same_layers(expansion.checkpoint.config, expansion.config, places, job.config.base)
+
+
+def _check_loads(checkpoint: Checkpoint) -> None:
+    """Raises: UserError if its tensors are not those of its model."""
+    from lesa_ray.training.conversion import plan_conversions
+    from lesa_ray.training.model import build
+
+    where = f"BASE {checkpoint.base}: its language model by itself, {checkpoint.config['model_type']}"
+    with _ALONE, quiet_transformers():
+        plan_conversions(build(checkpoint.config, where), checkpoint.tensors, where)
 
 
 def rehearse(expansion: Expansion) -> None:

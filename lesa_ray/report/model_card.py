@@ -31,12 +31,19 @@ def model_card(expansion: Expansion, manifest: Manifest) -> str:
         else "The new layers change what the model computes: measure it before you use it."
         + ("" if job.output_scale == 1 else f" Their output projections are multiplied by {job.output_scale:g}."),
         "",
+        *_left_out(expansion),
         *_widths(expansion),
         f"New layers: {', '.join(map(str, manifest['new_layers']))}. `expansion.json` says where each layer comes from"
         + (" and how well each weight type was predicted." if manifest["fit"] else "."),
         "",
     ]
     return "\n".join(lines)
+
+
+def _left_out(expansion: Expansion) -> list[str]:
+    """What the base has and this has not."""
+    parts = expansion.checkpoint.left_out
+    return [f"It is the language model of its base alone, without {', '.join(parts)}.", ""] if parts else []
 
 
 def _widths(expansion: Expansion) -> list[str]:

@@ -129,6 +129,9 @@ def show_base(expansion: Expansion) -> None:
     for (name, shape, dtype, kind), members in rows.items():
         table.add_row(name, shape, dtype, f"{kind}, of {members} experts" if members > 1 else kind)
     console.print(table)
+    if checkpoint.left_out:
+        parts = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in checkpoint.left_out.items())
+        console.print(f"the language model of a larger one; left out: {parts}", markup=False, highlight=False)
     if anatomy.below:
         lowest = "layer 0 has" if anatomy.below == 1 else f"layers 0 to {anatomy.below - 1} have"
         console.print(f"{lowest} other tensors than those above, between which the new layers go")
@@ -152,6 +155,7 @@ def describe(expansion: Expansion) -> dict[str, Any]:
             "family": job.anatomy.family,
             "layers": job.anatomy.depth,
             "other_layers_below": job.anatomy.below,
+            "left_out": expansion.checkpoint.left_out,
             "parameters": expansion.checkpoint.parameters,
             "bytes": expansion.checkpoint.nbytes,
             "files": len(expansion.checkpoint.shards),
