@@ -22,8 +22,8 @@ KEY_MAPPING = {r"^(?:language_model|text_model)\.": "", r"^model\.(?:language_mo
 written before transformers 4.52, and of many written since."""
 _ALSO = re.compile(r"^(?:lm_head|mtp)\.")
 """Of the language model too: what it ends in, and layers that predict further tokens."""
-_OF_THE_WHOLE = ("dtype", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Settings that may be given for the whole model alone."""
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings that may be given for the whole model alone (Gemma 3 ends a turn with a token of its own)."""
 
 
 def language_config(raw: dict[str, Any], where: str) -> dict[str, Any] | None:
@@ -42,13 +42,14 @@ def language_config(raw: dict[str, Any], where: str) -> dict[str, Any] | None:
         whole = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw))
         text = whole.get_text_config()
         config: dict[str, Any] = json.loads(text.to_json_string(use_diff=False))
-        settings = json.loads(whole.to_json_string(use_diff=False))
     except Exception as error:  # each family validates in its own way
         raise UserError(f"{where}: config.json: transformers refuses it ({first_line(error)[:200]})") from error
     if text is whole or text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
-    return config | {key: settings.get(key) for key in _OF_THE_WHOLE if config.get(key) is None}
+    config["dtype"] = config.get("dtype") or raw.get("dtype", raw.get("torch_dtype"))
+    said = {key for key, value in raw["text_config"].items() if value is not None}
+    return config | {key: raw[key] for key in _OF_THE_WHOLE if key in raw and key not in said}
 
 
 def language_name(name: str) -> str | None:
