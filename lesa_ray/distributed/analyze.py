@@ -266,7 +266,7 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
         while tasks:
             for piece, result in tasks.ended():
                 finished(piece, result)
-            listener.progress(len(pieces) - len(tasks), tasks.lacking or ", ".join(list(tasks)[:2]))
+            listener.progress(len(pieces) - len(tasks), tasks.told(", ".join(list(tasks)[:2])))
 
 
 def _task(work: _Work, piece: str, share: Share, folders: tuple[Landmark, ...]) -> Any:

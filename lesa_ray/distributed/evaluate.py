@@ -150,7 +150,7 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[En
                 state = on_board(board) or {}
                 shares = [1.0 if i in ends else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
                 busy = [f"{names[i]}: {state[str(i)][0]}" for i in tasks if str(i) in state]
-                listener.progress(sum(shares), tasks.lacking or ", ".join(busy[:2]))
+                listener.progress(sum(shares), tasks.told(", ".join(busy[:2])))
     finally:
         ray.kill(board)
     return [ends[index] for index in range(len(names))]

@@ -276,19 +276,21 @@ class RayRunner:
                     if tasks.fault is not None and fault is None:
                         text = f"a unit met a fault ({explain(tasks.fault)}); waiting for those that have begun"
                         listener.phase(text, sum(map(weight_of, units)))
-                    self._tell(listener, units, records, board, tasks.lacking)
+                    self._tell(listener, units, records, board, tasks)
         finally:
             ray.kill(board)
         return records
 
-    def _tell(self, listener: Listener, units: list[Unit], records: dict[str, Any], board: Any, lacking: str) -> None:
+    def _tell(
+        self, listener: Listener, units: list[Unit], records: dict[str, Any], board: Any, tasks: Tasks[str]
+    ) -> None:
         state = on_board(board)
         if state is None:
             return
         shares = {unit.name: 1.0 if unit.name in records else state.get(unit.name, ("", 0.0))[1] for unit in units}
         under_way = [f"{u.name}: {state[u.name][0]}" for u in units if u.name in state and u.name not in records]
         done = sum(weight_of(unit) * shares[unit.name] for unit in units)
-        listener.progress(done, lacking or ", ".join(under_way[:2]))
+        listener.progress(done, tasks.told(", ".join(under_way[:2])))
 
     def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
         out = Storage(expansion.job.config.out).url
@@ -303,7 +305,7 @@ class RayRunner:
                     self._peak = max(self._peak, peak)
                     written += sizes[file]
                     health.task_ended(sizes[file])
-                listener.progress(written, tasks.lacking or ", ".join(list(tasks)[:2]))
+                listener.progress(written, tasks.told(", ".join(list(tasks)[:2])))
 
     def peak_memory(self) -> int:
         return max(self._peak, own_peak_memory())

@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lesa_ray.distributed.cluster import LOOK_SECONDS, machines
+from lesa_ray.distributed.cluster import LOOK_SECONDS, free, machines
 from lesa_ray.distributed.other_code import other_code
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
@@ -29,6 +29,8 @@ POLL_SECONDS = 0.5
 _RETRIES = 3
 _ENDING_SECONDS = 15.0
 """For the processes of cancelled tasks to be gone."""
+_CROWDED_SECONDS = 10.0
+"""Without room for a task, after which those that were started are taken to wait and not to be starting."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -55,6 +57,7 @@ class Tasks(Generic[Key]):
         self._running: dict[Any, _Started] = {}
         self._stranded: dict[Any, float] = {}
         self._looked = time.monotonic()
+        self._crowded: float | None = None
         self._begun = begun
         self.fault: Exception | None = None
         """What is raised when the tasks that had begun have ended; from then on nothing is to be started."""
@@ -82,11 +85,16 @@ class Tasks(Generic[Key]):
         needs = {kind: float(resources.get(option) or 0) for kind, option in asked.items()}
         self._running[task.options(name=name, **resources).remote(*args)] = _Started(key, name, needs)
 
-    @property
-    def lacking(self) -> str:
-        """What is waited for, as machines were lost and none that is left has room for some task; else nothing."""
-        needs = (self._running[reference].needs for reference in self._stranded if reference in self._running)
-        return next((f"{lacking(need)}; waiting for one to join" for need in needs), "")
+    def told(self, under_way: str) -> str:
+        """What a person is told: for what is waited, where machines were lost and none that is left has room for some
+        task; else what is under way; and where nothing is, as others have what there is, that."""
+        for reference in self._stranded:
+            if reference in self._running:
+                return f"{lacking(self._running[reference].needs)}; waiting for one to join"
+        if under_way:
+            self._crowded = None
+        crowded = self._crowded is not None and time.monotonic() - self._crowded >= _CROWDED_SECONDS
+        return "waiting for room: others use the cluster's machines" if crowded else under_way
 
     def ended(self) -> Iterator[tuple[Key, Any]]:
         """Tasks that have ended, with their results; none where none does for half a second. Raises: as `result_of`."""
@@ -119,7 +127,9 @@ class Tasks(Generic[Key]):
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
-        self._looked, before, there = now, self._stranded, machines()
+        self._looked, before, there, left = now, self._stranded, machines(), free()
+        has_room = any(left.hold(started.needs) for started in self._running.values())
+        self._crowded = None if has_room else self._crowded or now
         self._stranded = {
             reference: before.get(reference, now)
             for reference, started in self._running.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
+from lesa_ray.distributed import cluster
 from lesa_ray.distributed import tasks as tasks_module
 from lesa_ray.distributed.ray_runner import new_board, on_board
 from lesa_ray.distributed.tasks import Tasks, result_of
@@ -122,11 +124,38 @@ def test_what_no_machine_has_any_more_is_told_of_waited_for_and_given_up(
         ended, said = {}, ""
         while tasks:
             ended.update(tasks.ends())
-            said = said or tasks.lacking
+            said = said or tasks.told("")
     assert said == "no machine of the cluster has 64 CPUs now; waiting for one to join"
     assert ended["runs"]() == "runs"
     with pytest.raises(MachineError, match="unit waits: no machine of the cluster has 64 CPUs now, and none"):
         ended["waits"]()
+
+
+def test_room_that_others_have_is_waited_for_and_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tasks_module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(tasks_module, "_CROWDED_SECONDS", 1.0)
+    (tmp_path / "go").touch()
+
+    class Busy:
+        pass
+
+    others = ray.remote(num_cpus=4)(Busy).remote()
+    until(lambda: not cluster.free().most("CPU"))
+    waits = "waiting for room: others use the cluster's machines"
+    with Tasks[str](call()) as tasks:
+        tasks.start("waits", "unit waits", str(tmp_path), "waits", None, num_cpus=1)
+        until(lambda: not list(tasks.ends()) and tasks.told("") == waits)
+        assert tasks.told("waits: reading") == "waits: reading"
+        assert tasks.told("") == "", "what there is was in use by the task itself a moment ago"
+        ray.kill(others)
+        ended = dict(watched_ends(tasks))
+    assert ended["waits"]() == "waits"
+    assert tasks.told("") == ""
+
+
+def watched_ends(tasks: Tasks[str]) -> Iterator[tuple[str, Any]]:
+    while tasks:
+        yield from tasks.ends()
 
 
 def test_a_task_whose_worker_is_always_lost_is_a_fault() -> None:
