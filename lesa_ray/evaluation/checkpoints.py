@@ -235,7 +235,8 @@ def load_model(
         if config.get_text_config() is not config:
             raw = open_checkpoint(checkpoint, name).config
             if raw["model_type"] != config.model_type:  # its language model alone
-                config, mapping = CONFIG_MAPPING[raw["model_type"]].from_dict(raw), {"key_mapping": KEY_MAPPING}
+                config = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw))
+                mapping["key_mapping"] = KEY_MAPPING
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             config=config,
