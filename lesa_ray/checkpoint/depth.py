@@ -1,11 +1,11 @@
 """The configuration of a deeper model: every key that follows depth, changed along.
 
 Besides the number of layers these are lists with one value for each layer (`layer_types`, …), lists of layer indices
-(`mlp_only_layers`, …) and bounds (`max_window_layers`, …). Each old layer keeps its own values; a new one takes those
-of the layer below it. Many configurations leave such a list to a rule by index (Gemma 2: every second layer attends to
-a window). In a deeper model the rule would hit other layers, so the list is spelled out, as transformers' own
-configuration class completes it (no remote code is run). A list that looks like one value per layer and is not known
-is an error, never a guess."""
+(`mlp_only_layers`, …), settings by layer index (`per_layer_config`) and bounds (`max_window_layers`, …). Each old layer
+keeps its own values; a new one takes those of the layer below it. Many configurations leave such a list to a rule by
+index (Gemma 2: every second layer attends to a window). In a deeper model the rule would hit other layers, so the list
+is spelled out, as transformers' own configuration class completes it (no remote code is run). A list that looks like
+one value per layer and is not known is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ PER_LAYER = (
 """Lists with one value for each layer, or a word with one letter for each (Nemotron-H's pattern)."""
 LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attention_layers", "attn_layer_indices", "full_attn_idxs")
 """Lists of the indices of the layers that are special."""
+_BY_LAYER = "per_layer_config"
+"""Settings that differ from the model's own, by layer index: transformers' for any family (Gemma 4)."""
 _FIRST_OF_EXPERTS = ("moe_layer_start_index", "first_k_dense_replace", "num_dense_layers")
 """The first layer of experts, above dense ones (Ernie 4.5, DeepSeek, LFM 2)."""
 _FIRST_ABOVE = ("max_window_layers", *_FIRST_OF_EXPERTS)
@@ -147,6 +149,8 @@ def follows_layers(key: str, value: object) -> bool:
         return isinstance(value, list | str)
     if key in LAYER_INDICES:
         return isinstance(value, list)
+    if key == _BY_LAYER:
+        return isinstance(value, dict)
     if key == "moe_layer_end_index":
         return type(value) is int and value >= 0  # -1: the last, whatever the depth
     return key in _FIRST_ABOVE and type(value) is int
@@ -159,6 +163,10 @@ def followed(key: str, value: Any, origins: Sequence[int], base_layers: int) -> 
         return "".join(values) if isinstance(value, str) else values
     if key in LAYER_INDICES:
         return [index for index, origin in enumerate(origins) if origin in value]
+    if key == _BY_LAYER:
+        named = {int(layer): settings for layer, settings in value.items()}
+        digits = len(str(len(origins) - 1))
+        return {str(at).zfill(digits): named[origin] for at, origin in enumerate(origins) if origin in named}
     if key == "moe_layer_end_index":
         return _moved(value + 1, origins, base_layers) - 1
     return _moved(value, origins, base_layers)

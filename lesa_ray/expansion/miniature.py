@@ -48,10 +48,6 @@ def miniature(
             raw[key] = [value[layer] for layer in keep]
         elif value and follows_layers(key, value):
             raw[key] = followed(key, value, keep, depth[1])
-        elif isinstance(value, dict) and value and all(str(name).isdigit() for name in value):
-            named = {int(name): name for name in value}
-            if max(named) >= len(keep):
-                raw[key] = {type(named[i])(at): value[named[i]] for at, i in enumerate(keep) if i in named}
     if isinstance(raw[depth[0]], int):
         raw[depth[0]] = len(keep)
     experts = dict.fromkeys(EXPERT_KEYS, _fewest_experts(raw))

@@ -40,6 +40,17 @@ def test_lists_follow_their_layers() -> None:
     assert deeper(mlp_only_layers=[])["mlp_only_layers"] == []
 
 
+def test_settings_by_index_follow_their_layers() -> None:
+    by_layer = {"1": {"head_dim": 8}, "03": {"head_dim": 16, "num_key_value_heads": 1}}
+    assert deeper(per_layer_config=by_layer)["per_layer_config"] == {
+        "1": {"head_dim": 8},
+        "2": {"head_dim": 8},
+        "4": {"head_dim": 16, "num_key_value_heads": 1},
+        "5": {"head_dim": 16, "num_key_value_heads": 1},
+    }
+    assert deeper(per_layer_config=None)["per_layer_config"] is None
+
+
 def test_an_empty_list_says_nothing() -> None:
     """Llama 4 takes it for its rule by index, which is then spelled out."""
     assert deeper(no_rope_layers=[])["no_rope_layers"] == []

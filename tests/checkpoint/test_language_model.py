@@ -68,6 +68,20 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 OF_TEXT = {"gemma3": ("gemma3_text", "Gemma3ForCausalLM"), "mistral3": ("mistral", "MistralForCausalLM")}
+GEMMA4: dict[str, Any] = {
+    "text_config": {
+        **TEXT,
+        "num_hidden_layers": 4,
+        "model_type": "gemma4_text",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 4,
+    },
+    "vision_config": {**SIGHT, "model_type": "gemma4_vision", "head_dim": 16, "global_head_dim": 16},
+    "audio_config": None,
+}
+"""Layers that attend to everything have heads of another size, which config.json says by their indices."""
 NEW, OLD = r"^model\.language_model\.", r"^language_model\.model\."
 
 
@@ -190,6 +204,21 @@ def test_it_grows_and_keeps_its_function(
         assert not any(info.values()), info
         assert torch.equal(families.logits(model.eval(), ids), expected)
     assert result.manifest["family"] == OF_TEXT[family][0]
+
+
+def test_settings_by_layer_index_move_along(grow: Grow, tmp_path: Path) -> None:
+    model = transformers.Gemma4ForConditionalGeneration(AutoConfig.for_model("gemma4", **GEMMA4)).eval()
+    families._randomise(model, 0)
+    model.save_pretrained(tmp_path / "base")
+    result = grow(str(tmp_path / "base"), method="llama-pro", layers=6)
+    config = json.loads((Path(result.out) / "config.json").read_text())
+    heads = {int(layer): settings["head_dim"] for layer, settings in config["per_layer_config"].items()}
+    full = [layer for layer, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    assert heads == dict.fromkeys(full, 32)
+    assert full != [1, 3]
+    grown = AutoModelForCausalLM.from_pretrained(result.out).eval()
+    ids = families.tokens()
+    assert torch.equal(families.logits(grown, ids), families.logits(model, ids))
 
 
 def test_layers_between_are_means(seeing: Callable[[str], str], grow: Grow) -> None:

@@ -22,7 +22,7 @@ def test_settings_of_layers_follow_those_that_are_kept() -> None:
             "layer_types": list("abcd"),
             "first_k_dense_replace": 3,
             "mlp_only_layers": [1, 3],
-            "by_layer": {"0": "w", "1": "x", "3": "z"},
+            "per_layer_config": {"0": {"head_dim": 1}, "1": {"head_dim": 2}, "3": {"head_dim": 3}},
             "id2label": {0: "no", 1: "yes"},
         },
         keep=[1, 3],
@@ -31,7 +31,7 @@ def test_settings_of_layers_follow_those_that_are_kept() -> None:
     assert raw["layer_types"] == ["b", "d"]
     assert raw["first_k_dense_replace"] == 1
     assert raw["mlp_only_layers"] == [0, 1]
-    assert raw["by_layer"] == {"0": "x", "1": "z"}
+    assert raw["per_layer_config"] == {"0": {"head_dim": 2}, "1": {"head_dim": 3}}
     assert raw["id2label"] == {0: "no", 1: "yes"}
 
 
