@@ -150,7 +150,7 @@ def follows_layers(key: str, value: object) -> bool:
     if key in LAYER_INDICES:
         return isinstance(value, list)
     if key == _BY_LAYER:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and all(str(layer).isdecimal() for layer in value)
     if key == "moe_layer_end_index":
         return type(value) is int and value >= 0  # -1: the last, whatever the depth
     return key in _FIRST_ABOVE and type(value) is int

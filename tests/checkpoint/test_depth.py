@@ -48,7 +48,8 @@ def test_settings_by_index_follow_their_layers() -> None:
         "4": {"head_dim": 16, "num_key_value_heads": 1},
         "5": {"head_dim": 16, "num_key_value_heads": 1},
     }
-    assert deeper(per_layer_config=None)["per_layer_config"] is None
+    for nothing in (None, {}, {"all": {"head_dim": 8}}):  # the last is none that transformers takes
+        assert deeper(per_layer_config=nothing)["per_layer_config"] == nothing
 
 
 def test_an_empty_list_says_nothing() -> None:
