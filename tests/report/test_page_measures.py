@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lesa_ray.report.page import palette
-from lesa_ray.report.page.figure import short_number
+from lesa_ray.report.page.figure import _wrapped, short_number
 from lesa_ray.report.page.measures import evenly, orderliness, orderly_by_chance, value_at
 from lesa_ray.report.page.words import big, listed, short_type, some
 from lesa_ray.report.published import DEUS_1B, DEUS_8B, LESA_8B, matching
@@ -78,6 +78,23 @@ def test_words() -> None:
     assert short_type("mlp.experts.3.gate_proj.weight") == "3.gate_proj"
     assert short_type("mlp.experts.*.gate_proj.weight") == "experts.gate_proj"
     assert short_type("mlp.shared_experts.gate_proj.weight") == "shared_experts.gate_proj"
+    assert short_type("mlp.experts.gate_up_proj[3]") == "gate_up_proj[3]"
+    assert short_type("mlp.experts.gate_up_proj[*]") == "experts.gate_up_proj"
+    assert short_type("block_sparse_moe.input_linear.weight[*]") == "experts.input_linear"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("experts.down_proj", ["experts.", "down_proj"]),
+        ("a.b.c", ["a.b.c"]),
+        ("one.two.three.four", ["one.two.", "three.four"]),
+        ("anameoftwentyletters", ["anameoftwentyle", "tters"]),
+        ("words of a title. More", ["words of a", "title. More"]),
+    ],
+)
+def test_names_are_parted_after_their_dots(text: str, lines: list[str]) -> None:
+    assert _wrapped(text, 15).split("\n") == lines
 
 
 def contrast(a: str, b: str) -> float:

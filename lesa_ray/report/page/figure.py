@@ -267,9 +267,12 @@ def short_ticks(axes: Axes) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
+    """In lines of at most so many characters; one word, as names are, is parted after its dots."""
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, width, break_long_words=True)) or text
+    if " " in text:
+        return "\n".join(textwrap.wrap(text, width))
+    return "\n".join(textwrap.wrap(text.replace(".", ". "), width)).replace(". ", ".") or text
 
 
 def _label(figure: Figure, panel: Panel) -> str:

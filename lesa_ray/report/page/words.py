@@ -63,8 +63,10 @@ def big(value: float) -> str:
 def short_type(name: str) -> str:
     """A weight type as people say it: self_attn.q_proj.weight → q_proj; experts keep their number, or that they are
     experts."""
-    name = name.removesuffix(".weight")
-    parts = name.split(".")
+    whole, inside, item = name.partition("[")  # all experts may lie in one tensor
+    parts = whole.removesuffix(".weight").split(".")
+    if inside:
+        return f"experts.{parts[-1]}" if item == "*]" else f"{parts[-1]}[{item}"
     if any(part.isdigit() for part in parts):
         return ".".join(parts[-2:])
     if kinds := [part for part in parts[:-1] if "expert" in part]:
