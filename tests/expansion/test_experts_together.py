@@ -158,6 +158,12 @@ def test_the_trial_sees_an_output_of_experts_that_was_missed(
         rehearse(expansion)
 
 
+def test_the_trial_may_have_a_tensor_for_each_expert(made: Callable[[str], str], tmp_path: Path) -> None:
+    """As transformers writes the miniature of this family, whatever the files hold."""
+    base = together(made("qwen3_moe"), tmp_path / "base", inputs_first=False)
+    rehearse(prepare(ExpandConfig(base=base, out=str(tmp_path / "out"), method="llama-pro")))
+
+
 def test_what_inspect_says(made: Callable[[str], str], tmp_path: Path) -> None:
     expansion = prepare(ExpandConfig(base=made("gpt_oss"), out=str(tmp_path / "out"), method="lesa"))
     types = terminal.describe(expansion)["base"]["weight_types"]
