@@ -296,7 +296,7 @@ def _new_tensors(job: Job, checkpoint: Checkpoint, units: list[Unit]) -> list[Ou
             continue
         for name, types in job.anatomy.stored(job.plan.origin(output.lower)).items():
             parts = tuple(_new_tensor(job, checkpoint, made, output, index, weight_type) for weight_type in types)
-            if (name,) == tuple(weight_type.name for weight_type in types):
+            if types[0].name == name:
                 tensors.extend(parts)
             else:
                 shape = (len(parts), *parts[0].shape)
