@@ -141,8 +141,10 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
 def _language_model(whole: Checkpoint, where: str) -> Checkpoint:
     """The checkpoint, of its language model alone if it is of more (`lesa_ray.checkpoint.language_model`)."""
     config = language_config(whole.config, where)
+    if config is None:
+        return whole
     named = {name: language_name(name) for name in whole.tensors}
-    if config is None or not any(name is not None and layer_of(name) is not None for name in named.values()):
+    if not any(name is not None and layer_of(name) is not None for name in named.values()):
         return whole
     tensors = {new: replace(whole.tensors[old], name=new) for old, new in named.items() if new is not None}
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
