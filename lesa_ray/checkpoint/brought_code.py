@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.special_floats import decoded
+from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +30,23 @@ def for_transformers(raw: dict[str, Any]) -> dict[str, Any]:
     """A config.json as the classes of transformers get to see it."""
     plain: dict[str, Any] = decoded(without_code(raw))
     return plain
+
+
+def known_config(raw: dict[str, Any], where: str) -> PreTrainedConfig | None:
+    """A config.json as transformers' own class for it; None for families it does not know.
+
+    Raises: UserError if the class refuses the values."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        return None
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw))
+    except Exception as error:  # each family validates in its own way
+        raise UserError(
+            f"{where}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return config
 
 
 def forget_code(config: PreTrainedConfig) -> None:

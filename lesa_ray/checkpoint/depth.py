@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import DEPTH_KEYS, config_depth
-from lesa_ray.checkpoint.brought_code import for_transformers
+from lesa_ray.checkpoint.brought_code import known_config
 from lesa_ray.errors import UserError
 
 PER_LAYER = (
@@ -210,20 +210,11 @@ def completed_config(raw: dict[str, Any], base: str) -> dict[str, Any] | None:
 
     Raises: UserError if the class refuses the values.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     from lesa_ray.layerwise.register import register
 
     register()
-    if raw.get("model_type") not in CONFIG_MAPPING:
-        return None
-    try:
-        full: dict[str, Any] = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw)).to_dict()
-    except Exception as error:  # each family validates in its own way
-        raise UserError(
-            f"BASE {base}: config.json: transformers refuses it ({' '.join(str(error).split())[:200]})"
-        ) from error
-    return full
+    config = known_config(raw, f"BASE {base}")
+    return None if config is None else config.to_dict()
 
 
 def _looks_like_indices(value: object, base_layers: int) -> bool:

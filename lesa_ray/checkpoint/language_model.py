@@ -12,8 +12,7 @@ import json
 import re
 from typing import Any
 
-from lesa_ray.checkpoint.brought_code import for_transformers
-from lesa_ray.errors import UserError, first_line
+from lesa_ray.checkpoint.brought_code import known_config
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """What lies beside the weights for pictures and sound alone."""
@@ -33,19 +32,13 @@ def language_config(raw: dict[str, Any], where: str) -> dict[str, Any] | None:
     Raises: UserError if transformers refuses it."""
     if not isinstance(raw.get("text_config"), dict):
         return None
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if raw.get("model_type") not in CONFIG_MAPPING:
+    whole = known_config(raw, where)
+    text = whole and whole.get_text_config()
+    if text is None or text is whole or text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
-    try:
-        whole = CONFIG_MAPPING[raw["model_type"]].from_dict(for_transformers(raw))
-        text = whole.get_text_config()
-        config: dict[str, Any] = json.loads(text.to_json_string(use_diff=False))
-    except Exception as error:  # each family validates in its own way
-        raise UserError(f"{where}: config.json: transformers refuses it ({first_line(error)[:200]})") from error
-    if text is whole or text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return None
+    config: dict[str, Any] = json.loads(text.to_json_string(use_diff=False))
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     config["dtype"] = config.get("dtype") or raw.get("dtype", raw.get("torch_dtype"))
     said = {key for key, value in raw["text_config"].items() if value is not None}
