@@ -271,7 +271,7 @@ def _wrapped(text: str, width: int) -> str:
     import textwrap
 
     if " " in text:
-        return "\n".join(textwrap.wrap(text, width))
+        return "\n".join(textwrap.wrap(text, width)) or text
     return "\n".join(textwrap.wrap(text.replace(".", ". "), width)).replace(". ", ".") or text
 
 
