@@ -15,7 +15,7 @@ with the configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,6 +172,11 @@ def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:
     return ("layers_block_type", len(kinds)) if isinstance(kinds, list) else None
 
 
+def configured(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first of some settings that config.json has as a number."""
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+
+
 def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: str = _NOT_SUPPORTED) -> Anatomy:
     """Find the stack of layers of a checkpoint.
 
@@ -274,7 +279,7 @@ def _check_alike(
 
 def _taken_apart(layer: dict[str, TensorEntry], config: dict[str, Any]) -> dict[str, TensorEntry]:
     """A layer's tensors by weight type, those that hold all experts' matrices or biases as one for each expert."""
-    experts = _configured(config, EXPERT_KEYS)
+    experts = configured(config, EXPERT_KEYS)
     apart: dict[str, TensorEntry] = {}
     for name, entry in layer.items():
         if _holds_experts(name, entry, experts):
@@ -295,11 +300,6 @@ def _holds_experts(name: str, entry: TensorEntry, experts: int | None) -> bool:
     return len(entry.shape) == 2 and named and name.endswith("bias")
 
 
-def _configured(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    """The first of some settings that config.json has as a number."""
-    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
-
-
 def _weight_types(family: str, config: dict[str, Any], layers: list[dict[str, TensorEntry]]) -> dict[str, WeightType]:
     """The types of all layers by name, each as it is in the first layer that has it."""
     types: dict[str, WeightType] = {}
@@ -307,7 +307,7 @@ def _weight_types(family: str, config: dict[str, Any], layers: list[dict[str, Te
         if layer.keys() <= types.keys():
             continue
         conv1d = _uses_conv1d(family, layer)
-        experts, inputs_first = _experts(layer), _experts_are_transposed(layer, _configured(config, _WIDTH_KEYS))
+        experts, inputs_first = _experts(layer), _experts_are_transposed(layer, configured(config, _WIDTH_KEYS))
         for name, entry in layer.items():
             if name not in types:
                 types[name] = _weight_type(entry, name, experts, conv1d=conv1d, inputs_first=inputs_first)

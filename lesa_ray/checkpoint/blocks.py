@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, configured
 from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 
@@ -223,7 +223,7 @@ def _query_heads(config: Mapping[str, Any]) -> int:
     each: list[int] | None = config.get("num_attention_heads_per_layer")
     if each:
         return max(each)
-    return next((v for key in ("num_attention_heads", "n_head") if isinstance(v := config.get(key), int)), 0)
+    return configured(config, ("num_attention_heads", "n_head")) or 0
 
 
 def _partly_rotary(anatomy: Anatomy) -> bool:
