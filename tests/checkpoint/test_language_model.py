@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -25,8 +24,8 @@ from lesa_ray.evaluation.checkpoints import load_model, read_bounds
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import check_layers
 from lesa_ray.report import terminal
-from lesa_ray.report.console import Console
 from tests import families
+from tests.report.printing import printed
 
 Grow = Callable[..., Expanded]
 TEXT: dict[str, Any] = {
@@ -261,13 +260,8 @@ def test_bounds_of_a_repository_are_those_of_its_language_model(
 
 def test_what_is_left_out_is_told(seeing: Callable[[str], str], grow: Grow, tmp_path: Path) -> None:
     expansion = prepare(ExpandConfig(base=seeing("gemma3"), out=str(tmp_path / "out"), method="llama-pro"))
-    console = Console(file=io.StringIO(), width=160)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal, "console", console)
-        terminal.show_base(expansion)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    assert re.search(r"larger one; left out: .*vision_tower \([\d.]+ kB\)", file.getvalue())
+    shown = printed(terminal.show_base, expansion, 160)
+    assert re.search(r"larger one; left out: .*vision_tower \([\d.]+ kB\)", shown)
     assert terminal.describe(expansion)["base"]["left_out"] == expansion.checkpoint.left_out
     card = (Path(grow(seeing("gemma3"), method="llama-pro").out) / "README.md").read_text()
     assert re.search(r"language model of its base alone, without .*vision_tower", card)

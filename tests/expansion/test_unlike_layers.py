@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -22,8 +21,8 @@ from lesa_ray.expansion import rehearsal
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import rehearse
 from lesa_ray.report import terminal
-from lesa_ray.report.console import Console
 from tests import families
+from tests.report.printing import printed
 
 LAYERS = {"deepseek_v3": 7, "qwen3_next": 8, "nemotron_h": 8, "jamba": 12}
 DENSE = 2
@@ -258,13 +257,7 @@ def test_layers_that_predict_further_tokens_stay_above(
 def test_inspect_tells_of_layers_that_differ(unlike: Callable[[str], str], tmp_path: Path) -> None:
     def shown(family: str, method: str) -> tuple[str, dict[str, Any]]:
         expansion = prepare(ExpandConfig(base=unlike(family), out=str(tmp_path / "out"), method=method))
-        console = Console(file=io.StringIO(), width=120)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(terminal, "console", console)
-            terminal.show_expansion(expansion)
-        file = console.file
-        assert isinstance(file, io.StringIO)
-        return file.getvalue(), terminal.describe(expansion)
+        return printed(terminal.show_expansion, expansion, 120), terminal.describe(expansion)
 
     text, described = shown("deepseek_v3", "avg-deus")
     assert "layers 0 to 1 have other tensors than those above, between which the new layers go" in text
