@@ -9,12 +9,12 @@ from typing import Any
 
 from lesa_ray import __version__
 from lesa_ray.analysis.subject import Subject
+from lesa_ray.checkpoint.settings import WIDTH_KEYS, configured
 from lesa_ray.expansion.widths import SIDES
 from lesa_ray.places import shown
 
 VERSION = 1
 """Of analysis.json."""
-_WIDTHS = ("hidden_size", "n_embd", "d_model")
 _PACKAGES = ("torch", "numpy", "scikit-learn")
 _DIGITS = 6
 
@@ -48,7 +48,7 @@ def make_report(subject: Subject, results: dict[str, Any], residual: dict[str, A
         },
         "family": anatomy.family,
         "layers": anatomy.layers,
-        "hidden_size": next((checkpoint.config[key] for key in _WIDTHS if key in checkpoint.config), None),
+        "hidden_size": configured(checkpoint.config, WIDTH_KEYS),
         "new_layers": subject.new_layers,
         "uneven": _uneven(subject),
         "created_with": _versions(),

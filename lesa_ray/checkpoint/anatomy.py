@@ -15,26 +15,18 @@ with the configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lesa_ray.checkpoint.names import LAYER, item_name, item_of
-from lesa_ray.checkpoint.residual import residual_writers
+from lesa_ray.checkpoint.experts import count_experts, expert_of, inputs_come_first, is_router, kind_of, taken_apart
+from lesa_ray.checkpoint.names import LAYER, item_of
+from lesa_ray.checkpoint.settings import DEPTH_KEYS, config_depth, further_layers
 from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
     from lesa_ray.checkpoint.header import TensorEntry
     from lesa_ray.checkpoint.reader import Checkpoint
 
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Configuration keys that hold the number of layers, in the order in which they are looked for."""
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Configuration keys that hold the number of experts in a layer."""
-_WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
-
-_EXPERT = re.compile(r"(?P<before>(?:^|\.)experts\.|\[)(?P<number>\d+)(?P<after>\.|\]$)")
-_EXPERTS = re.compile(r"(?:^|(?<=\.))experts\.")
 _CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 Kind = Literal["matrix", "vector", "router", "other"]
@@ -43,10 +35,8 @@ Differ = Literal["nothing", "below", "shapes", "tensors"]
 are alike; shapes: tensors of a name may be of several shapes; tensors: anything."""
 
 _NOT_SUPPORTED = "; models whose layers differ are not supported"
-_PREDICTS_FURTHER = "num_nextn_predict_layers"
-"""How many layers the files hold above the model's own, for predicting further tokens (DeepSeek-V3, GLM-4.5)."""
 _FURTHER_STACK = re.compile(r"(^|\.)mtp\.")
-"""Where such layers lie elsewhere (Qwen3-Next, MiMo)."""
+"""Where layers that predict further tokens lie in some families (Qwen3-Next, MiMo); in others above the stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +63,7 @@ class WeightType:
     @property
     def expert(self) -> int | None:
         """Which of the experts it is of; None of what is no expert's."""
-        match = _EXPERT.search(self.name)
-        return int(match["number"]) if match else None
+        return expert_of(self.name)
 
     @property
     def is_expert(self) -> bool:
@@ -89,7 +78,7 @@ class WeightType:
     @property
     def of_its_kind(self) -> str:
         """The name that experts of a kind share, with `*` for the number; of all else the name itself."""
-        return _EXPERT.sub(r"\g<before>*\g<after>", self.name)
+        return kind_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -157,26 +146,6 @@ class Anatomy:
         return tuple(t for t in self.types.values() if t.kind == "vector")
 
 
-def longest_window(text_config: Any) -> int | None:
-    """Positions a model was made for, by its text configuration; None if it has no such bound (Mamba)."""
-    positions = getattr(text_config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
-
-
-def config_depth(config: dict[str, Any]) -> tuple[str, int] | None:
-    """The key that holds the number of layers, or one value for each (Nemotron-H), and their number; or None."""
-    for key in DEPTH_KEYS:
-        if isinstance(config.get(key), int):
-            return key, config[key]
-    kinds = config.get("layers_block_type")
-    return ("layers_block_type", len(kinds)) if isinstance(kinds, list) else None
-
-
-def configured(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    """The first of some settings that config.json has as a number."""
-    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
-
-
 def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: str = _NOT_SUPPORTED) -> Anatomy:
     """Find the stack of layers of a checkpoint.
 
@@ -199,7 +168,7 @@ def read_anatomy(checkpoint: Checkpoint, *, differ: Differ = "nothing", hint: st
     apart = [*range(below), *range(len(stacked), len(found))]
     outside += [entry.name for index in apart for entry in found[index].values()]
     family = str(checkpoint.config.get("model_type", "unknown"))
-    alike = [_taken_apart(layer, checkpoint.config) for layer in stacked[below:]]
+    alike = [taken_apart(layer, checkpoint.config) for layer in stacked[below:]]
     own = tuple(map(frozenset, alike))
     return Anatomy(
         family,
@@ -241,12 +210,6 @@ def _find_stack(checkpoint: Checkpoint) -> tuple[str, dict[int, dict[str, Tensor
     return stack, found, outside
 
 
-def further_layers(config: dict[str, Any]) -> int:
-    """How many layers a checkpoint may hold above the model's own: they predict further tokens from what that gives."""
-    more = config.get(_PREDICTS_FURTHER)
-    return more if isinstance(more, int) else 0
-
-
 def _first_alike(layers: list[dict[str, TensorEntry]]) -> int:
     """The first of the layers that are all like the last one, if these are more than those below them; else 0."""
     forms = [{name: (entry.dtype, entry.shape) for name, entry in layer.items()} for layer in layers]
@@ -277,29 +240,6 @@ def _check_alike(
                 )
 
 
-def _taken_apart(layer: dict[str, TensorEntry], config: dict[str, Any]) -> dict[str, TensorEntry]:
-    """A layer's tensors by weight type, those that hold all experts' matrices or biases as one for each expert."""
-    experts = configured(config, EXPERT_KEYS)
-    apart: dict[str, TensorEntry] = {}
-    for name, entry in layer.items():
-        if _holds_experts(name, entry, experts):
-            apart |= {item_name(name, index): entry.item(index) for index in range(entry.shape[0])}
-        else:
-            apart[name] = entry
-    return apart
-
-
-def _holds_experts(name: str, entry: TensorEntry, experts: int | None) -> bool:
-    """Whether a tensor holds all experts' matrices, one after the other (Granite MoE's names do not say `experts`; a
-    convolution has no matrix at an index), or their biases."""
-    if not entry.is_float or not entry.elements:
-        return False
-    named = _EXPERTS.search(name) is not None
-    if len(entry.shape) == 3:
-        return named or (entry.shape[0] == experts and min(entry.shape[1:]) > 1)
-    return len(entry.shape) == 2 and named and name.endswith("bias")
-
-
 def _weight_types(family: str, config: dict[str, Any], layers: list[dict[str, TensorEntry]]) -> dict[str, WeightType]:
     """The types of all layers by name, each as it is in the first layer that has it."""
     types: dict[str, WeightType] = {}
@@ -307,22 +247,11 @@ def _weight_types(family: str, config: dict[str, Any], layers: list[dict[str, Te
         if layer.keys() <= types.keys():
             continue
         conv1d = _uses_conv1d(family, layer)
-        experts, inputs_first = _experts(layer), _experts_are_transposed(layer, configured(config, _WIDTH_KEYS))
+        experts, inputs_first = count_experts(layer), inputs_come_first(layer, config)
         for name, entry in layer.items():
             if name not in types:
                 types[name] = _weight_type(entry, name, experts, conv1d=conv1d, inputs_first=inputs_first)
     return types
-
-
-def _experts_are_transposed(layer: dict[str, TensorEntry], width: int | None) -> bool:
-    """Whether experts that lie in one tensor are stored (in_features, out_features), as gpt-oss' and Llama 4's are: the
-    side on the residual stream is as wide as the model. Where one of them is square, others tell."""
-    for name, entry in layer.items():
-        if item_of(name) is not None and len(entry.shape) == 2 and entry.shape[0] != entry.shape[1]:
-            first_is_residual = bool(residual_writers([name]))
-            if width in entry.shape:
-                return (entry.shape[0] == width) != first_is_residual
-    return False
 
 
 def _uses_conv1d(family: str, layer: dict[str, TensorEntry]) -> bool:
@@ -343,37 +272,12 @@ def _weight_type(
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     if not entry.is_float or len(entry.shape) not in (1, 2):
         kind: Kind = "other"
-    elif _is_router(name, entry, experts):
+    elif is_router(name, entry.shape, experts):
         kind = "router"
     else:
         kind = "matrix" if len(entry.shape) == 2 else "vector"
     transposed = inputs_first if item_of(name) is not None else conv1d and module in _CONV1D_MODULES
     return WeightType(name, entry.shape, entry.dtype, kind, transposed and kind == "matrix")
-
-
-def _is_router(name: str, entry: TensorEntry, experts: dict[str, int]) -> bool:
-    """A matrix or vector in the module that holds `experts`, with a row or an entry for each: it chooses among them,
-    and their order is its own. What all tokens share has no such axis, unless by chance."""
-    if _EXPERT.search(name) or "shared" in name:
-        return False
-    for module, count in experts.items():
-        beside = name.startswith(module) and not name.startswith(f"{module}experts.")
-        if not module:  # they lie in the layer itself, as do its attention and all else
-            beside = "." not in name.removesuffix(".weight") or name.startswith("router.")
-        if beside and count in entry.shape:
-            return True
-    return False
-
-
-def _experts(layer: Iterable[str]) -> dict[str, int]:
-    """How many experts each module of a layer (its name with the dot behind it) holds."""
-    numbers: dict[str, set[str]] = {}
-    for name in layer:
-        if match := _EXPERT.search(name):
-            own = _EXPERTS.search(name)  # none where they lie in tensors of the module itself (Granite MoE)
-            module = name[: own.start()] if own else re.sub(r"[^.]+(\.weight)?\[\d+\]$", "", name)
-            numbers.setdefault(module, set()).add(match["number"])
-    return {module: len(found) for module, found in numbers.items()}
 
 
 def _sample(names: list[str]) -> str:

@@ -25,8 +25,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lesa_ray.checkpoint.anatomy import Anatomy, WeightType, configured
+from lesa_ray.checkpoint.anatomy import Anatomy, WeightType
 from lesa_ray.checkpoint.residual import residual_writers
+from lesa_ray.checkpoint.settings import HEAD_KEYS, configured
 from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _query_heads(config: Mapping[str, Any]) -> int:
     each: list[int] | None = config.get("num_attention_heads_per_layer")
     if each:
         return max(each)
-    return configured(config, ("num_attention_heads", "n_head")) or 0
+    return configured(config, HEAD_KEYS) or 0
 
 
 def _partly_rotary(anatomy: Anatomy) -> bool:

@@ -14,8 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lesa_ray.checkpoint.anatomy import DEPTH_KEYS, config_depth
 from lesa_ray.checkpoint.brought_code import known_config
+from lesa_ray.checkpoint.settings import DEPTH_KEYS, config_depth
 from lesa_ray.errors import UserError
 
 PER_LAYER = (

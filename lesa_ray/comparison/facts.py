@@ -58,7 +58,7 @@ class FactFinder:
     def _of(
         self, architecture: Mapping[str, Any], train: tuple[str, ...], manifest: Manifest | None, where: str
     ) -> Facts:
-        from lesa_ray.checkpoint.anatomy import longest_window
+        from lesa_ray.checkpoint.settings import longest_window
         from lesa_ray.training.flops import step_flops
         from lesa_ray.training.freeze import default_choice, freeze, trained_names
         from lesa_ray.training.model import build

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 
-from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import own_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.search import is_pattern
+from lesa_ray.checkpoint.settings import longest_window
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.tenancy import Guarded, Tenant, tenancy
 from lesa_ray.distributed.tokenize import tokenize

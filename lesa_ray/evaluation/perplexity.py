@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from lesa_ray.checkpoint.anatomy import longest_window
+from lesa_ray.checkpoint.settings import longest_window
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.checkpoints import choose_device, input_device, load_model

@@ -12,13 +12,10 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lesa_ray.checkpoint.anatomy import EXPERT_KEYS, config_depth
 from lesa_ray.checkpoint.depth import followed, follows_layers
+from lesa_ray.checkpoint.settings import CHOSEN_KEYS, EXPERT_KEYS, HEAD_KEYS, WIDTH_KEYS, config_depth, configured
 
 _HEADS = 4
-_HEADS_AND_WIDTH = (("num_attention_heads", "n_head"), ("hidden_size", "n_embd"))
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-"""Names of the number of experts that a token is sent to."""
 _SMALLER = {  # settings that shrink a model and leave its structure
     "vocab_size": 64,
     "intermediate_size": 64,
@@ -67,24 +64,22 @@ def miniature(
 def narrow(full: Mapping[str, Any]) -> dict[str, int]:
     """Bounds that make the miniature of a wide model a narrow one: four heads of the same size. An architecture whose
     other sizes follow from these may not take them."""
-    heads, width = (full.get(name, full.get(other)) for name, other in _HEADS_AND_WIDTH)
-    if not isinstance(heads, int) or not isinstance(width, int) or heads <= _HEADS or width % heads:
+    heads, width = configured(full, HEAD_KEYS), configured(full, WIDTH_KEYS)
+    if heads is None or width is None or heads <= _HEADS or width % heads:
         return {}
     groups = full.get("num_key_value_heads") or heads
     narrower = width // heads * _HEADS
     return {
-        "num_attention_heads": _HEADS,
-        "n_head": _HEADS,
+        **dict.fromkeys(HEAD_KEYS, _HEADS),
         "num_key_value_heads": _HEADS if groups == heads else 2,
-        "hidden_size": narrower,
-        "n_embd": narrower,
+        **dict.fromkeys(WIDTH_KEYS, narrower),
     }
 
 
 def _fewest_experts(raw: Mapping[str, Any]) -> int:
     """As many as tokens are sent to; where they are chosen by groups, two in each at least, as groups are ranked by the
     best two (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
-    chosen = max((raw[key] for key in _CHOSEN if isinstance(raw.get(key), int)), default=0)
+    chosen = max((raw[key] for key in CHOSEN_KEYS if isinstance(raw.get(key), int)), default=0)
     if not chosen:
         return sys.maxsize
     groups, among = (max(raw.get(key) or 1, 1) for key in ("n_group", "topk_group"))

@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from lesa_ray.checkpoint.anatomy import config_depth, further_layers
 from lesa_ray.checkpoint.header import TensorEntry
 from lesa_ray.checkpoint.names import layer_of
+from lesa_ray.checkpoint.settings import config_depth, further_layers
 from lesa_ray.errors import UserError
 from lesa_ray.training.buffers import persistent_buffers
 

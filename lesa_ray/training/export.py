@@ -26,11 +26,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lesa_ray import __version__
-from lesa_ray.checkpoint.anatomy import config_depth
 from lesa_ray.checkpoint.header import TORCH_NAMES, TensorEntry
 from lesa_ray.checkpoint.manifest import own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint
 from lesa_ray.checkpoint.room import MARGIN, check_free
+from lesa_ray.checkpoint.settings import config_depth
 from lesa_ray.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 
 from lesa_ray.checkpoint.names import layer_of
+from lesa_ray.checkpoint.settings import CHOSEN_KEYS, EXPERT_KEYS
 
 _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets and architecture papers (most print twice
 # that, "with sparsity"). Each row: the words that a device's name must hold; the first row that fits counts.
@@ -168,8 +167,8 @@ def _head(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def _active_share(config: Any, parameter: torch.nn.Parameter, name: str) -> float:
     """The share of a layer's experts that one token is sent to."""
-    top_k = next((value for key in _TOP_K if isinstance(value := getattr(config, key, None), int)), None)
-    experts = next((value for key in _NUM_EXPERTS if isinstance(value := getattr(config, key, None), int)), None)
+    top_k = next((value for key in CHOSEN_KEYS if isinstance(value := getattr(config, key, None), int)), None)
+    experts = next((value for key in EXPERT_KEYS if isinstance(value := getattr(config, key, None), int)), None)
     if parameter.ndim == 3:
         experts = parameter.shape[0]
     if not top_k or not experts:

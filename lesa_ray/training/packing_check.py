@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lesa_ray.checkpoint.anatomy import config_depth
 from lesa_ray.checkpoint.depth import PER_LAYER
+from lesa_ray.checkpoint.settings import config_depth
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.miniature import miniature, narrow, quiet_transformers, shake
 from lesa_ray.training.model import build

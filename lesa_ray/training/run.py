@@ -15,9 +15,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lesa_ray.checkpoint.anatomy import longest_window
 from lesa_ray.checkpoint.manifest import Manifest, own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.settings import longest_window
 from lesa_ray.checkpoint.storage import Storage, read_file
 from lesa_ray.errors import UserError
 from lesa_ray.faults import explain, reaching

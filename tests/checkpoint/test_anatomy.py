@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from lesa_ray import UserError
-from lesa_ray.checkpoint.anatomy import Anatomy, Differ, WeightType, config_depth, read_anatomy
+from lesa_ray.checkpoint.anatomy import Anatomy, Differ, WeightType, read_anatomy
 from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
+from lesa_ray.checkpoint.settings import config_depth
 from tests import families
 
 Bases = Callable[[str], str]
