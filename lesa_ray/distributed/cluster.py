@@ -34,6 +34,10 @@ EMBEDDED = {"lesa-ray/ray": "embedded"}
 """Label of the one node of a Ray that is embedded in a process."""
 LOOK_SECONDS = 5.0
 """Between looks at which machines there are."""
+CROWDED_SECONDS = 10.0
+"""Without room for a task, after which those that were started are taken to wait and not to be starting."""
+OTHERS_HAVE_IT = "others use the cluster's machines"
+"""Why there is no room."""
 
 Tell = Callable[[str], None]
 
@@ -85,16 +89,27 @@ def await_room(
 
 
 @contextmanager
-def telling_of_loss(bundle: Mapping[str, float], tell: Tell) -> Iterator[None]:
+def telling_of_waits(bundle: Mapping[str, float], tell: Tell, has_begun: Callable[[], bool]) -> Iterator[None]:
     """Where Ray waits within for room for a bundle, which it does without a word: tell, from a thread, as long as no
-    machine has it."""
+    machine has it, or others use those that have.
+
+    has_begun: whether any of the work within had room already. After that, busy machines may be so with it."""
     stop = threading.Event()
 
     def watch() -> None:
+        begun, crowded = False, None
         while not stop.wait(LOOK_SECONDS):
-            with suppress(RayError):
+            with suppress(RayError, OSError, MachineError):
                 if not machines().hold(bundle):
                     tell(f"{lacking(bundle)}; waiting for one to join")
+                    continue
+                begun = begun or has_begun()
+                if begun or free().hold(bundle):
+                    crowded = None
+                    continue
+                crowded = crowded or time.monotonic()
+                if time.monotonic() - crowded >= CROWDED_SECONDS:
+                    tell(f"waiting for room: {OTHERS_HAVE_IT}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

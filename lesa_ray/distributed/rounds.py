@@ -31,7 +31,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.distributed.cluster import free, machines
+from lesa_ray.distributed.cluster import OTHERS_HAVE_IT, free, machines
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.orphans import give_back_room
 from lesa_ray.distributed.other_code import other_code
@@ -171,7 +171,7 @@ def train_in_rounds(run: Run, resources: Resources, listener: Listener) -> None:
                 continue
             if _is_no_room(error):
                 each, seconds = told(resources.per_worker), 0.0
-                listener.phase(f"waiting for room for {workers} × {each}: others use the cluster's machines", 0)
+                listener.phase(f"waiting for room for {workers} × {each}: {OTHERS_HAVE_IT}", 0)
             else:
                 cause, pause = _cause(error), faults.pause(watch.saved)
                 if pause is None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lesa_ray.distributed.cluster import LOOK_SECONDS, free, machines
+from lesa_ray.distributed.cluster import CROWDED_SECONDS, LOOK_SECONDS, OTHERS_HAVE_IT, free, machines
 from lesa_ray.distributed.other_code import other_code
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
@@ -29,8 +29,6 @@ POLL_SECONDS = 0.5
 _RETRIES = 3
 _ENDING_SECONDS = 15.0
 """For the processes of cancelled tasks to be gone."""
-_CROWDED_SECONDS = 10.0
-"""Without room for a task, after which those that were started are taken to wait and not to be starting."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -93,8 +91,8 @@ class Tasks(Generic[Key]):
                 return f"{lacking(self._running[reference].needs)}; waiting for one to join"
         if under_way:
             self._crowded = None
-        crowded = self._crowded is not None and time.monotonic() - self._crowded >= _CROWDED_SECONDS
-        return "waiting for room: others use the cluster's machines" if crowded else under_way
+        crowded = self._crowded is not None and time.monotonic() - self._crowded >= CROWDED_SECONDS
+        return f"waiting for room: {OTHERS_HAVE_IT}" if crowded else under_way
 
     def ended(self) -> Iterator[tuple[Key, Any]]:
         """Tasks that have ended, with their results; none where none does for half a second. Raises: as `result_of`."""

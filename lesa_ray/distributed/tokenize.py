@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 from lesa_ray.checkpoint.mark import LEASE_DIR, MARK_FILE
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.distributed.address import check_address
-from lesa_ray.distributed.cluster import Tell, telling_of_loss
+from lesa_ray.distributed.cluster import Tell, telling_of_waits
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.other_code import other_code
 from lesa_ray.distributed.ray_runner import start_ray
@@ -40,7 +40,7 @@ from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import explain, is_fault, reaching
 from lesa_ray.training import layout, pieces, sources, tokens
-from lesa_ray.training.block_folder import STOP, Run, abandon, claim, finish, finished_pieces, out_state, prepare
+from lesa_ray.training.block_folder import BEGUN, STOP, Run, abandon, claim, finish, finished_pieces, out_state, prepare
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.layout import Layout, Written
 from lesa_ray.training.pieces import Job, PieceRecord
@@ -235,10 +235,12 @@ def _run_all(
 ) -> Iterator[Any]:
     """`work(job, item)` of each item, as Ray Data tasks, in the order of the items.
 
-    tell: is told if no machine is left.
+    tell: is told if no machine is left, or others have those that are.
     Raises: UserError when all tasks that had begun have ended, so that nothing is written any more; MachineError."""
     if not items:
         return
+    storage = Storage(job.config.out)
+    storage.remove(BEGUN)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars
@@ -249,14 +251,14 @@ def _run_all(
         dataset = dataset.map(_do, fn_args=(work, job, folders), num_cpus=1)
         dataset.context.execution_options.preserve_order = True
         wrong: UserError | None = None
-        with telling_of_loss({"CPU": 1.0}, tell):
+        with telling_of_waits({"CPU": 1.0}, tell, lambda: storage.exists(BEGUN)):
             for row in dataset.iter_rows():
                 kind, result = pickle.loads(row["result"])
                 if kind == "machine":
                     raise MachineError(result)
                 if kind == "user" and wrong is None:
                     wrong = UserError(result)
-                    Storage(job.config.out).write(STOP, b"")  # where the task itself did not find OUT
+                    storage.write(STOP, b"")  # where the task itself did not find OUT
                 elif kind == "done" and wrong is None:
                     yield result
         if wrong:
@@ -289,6 +291,8 @@ def _do(
         try:
             if storage.exists(STOP):
                 return {"result": pickle.dumps(("skipped", ""))}
+            if not storage.exists(BEGUN):
+                storage.write(BEGUN, b"")
             return {"result": pickle.dumps(("done", work(job, item)))}
         except UserError as error:
             storage.write(STOP, b"")

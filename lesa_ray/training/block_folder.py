@@ -40,6 +40,8 @@ _SOURCES = "sources.jsonl"
 """Name, bytes and digest of each file that was read."""
 STOP = f"{WORK_DIR}/stop"
 """Written when the data turn out to be wrong: tasks not yet begun do nothing."""
+BEGUN = f"{WORK_DIR}/begun"
+"""Written by the first task that begins: without it all wait for room."""
 _PACKAGES = ("pyarrow", "tokenizers", "transformers")
 
 State = Literal["fresh", "resume", "done"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from ray._private.state import actors
 from lesa_ray import ExpandConfig
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.distributed import cluster
-from lesa_ray.distributed.cluster import Share, await_room, share_of_task, telling_of_loss
+from lesa_ray.distributed.cluster import Share, await_room, share_of_task, telling_of_waits
 from lesa_ray.errors import MachineError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.machines import Machines, told
@@ -64,9 +66,31 @@ def test_what_there_is_no_room_for_is_asked_for_until_there_is(
 def test_that_no_machine_is_left_is_told_while_ray_waits(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
     monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.1)
-    with telling_of_loss({"CPU": 1.0}, heard.append), telling_of_loss({"CPU": 5.0}, heard.append):
+    small, large = {"CPU": 1.0}, {"CPU": 5.0}
+    with telling_of_waits(small, heard.append, lambda: False), telling_of_waits(large, heard.append, lambda: False):
         until(lambda: len(heard) > 1)
     assert set(heard) == {"no machine of the cluster has 5 CPUs now; waiting for one to join"}
+
+
+def test_room_that_others_have_is_told_until_the_work_begins(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(cluster, "CROWDED_SECONDS", 0.5)
+    heard: list[str] = []
+    begun = threading.Event()
+
+    class Busy:
+        pass
+
+    with telling_of_waits({"CPU": 1.0}, heard.append, begun.is_set):
+        others = ray.remote(num_cpus=4)(Busy).remote()
+        until(lambda: len(heard) > 1)
+        assert set(heard) == {"waiting for room: others use the cluster's machines"}
+        begun.set()
+        time.sleep(0.5)  # for a look that had begun
+        said = len(heard)
+        time.sleep(1.0)
+        assert len(heard) == said, "what is busy may be so with the work itself"
+    ray.kill(others)
 
 
 def test_what_is_asked_for_goes_with_who_asks(local_ray: None) -> None:

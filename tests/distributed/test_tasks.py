@@ -133,7 +133,7 @@ def test_what_no_machine_has_any_more_is_told_of_waited_for_and_given_up(
 
 def test_room_that_others_have_is_waited_for_and_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tasks_module, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(tasks_module, "_CROWDED_SECONDS", 1.0)
+    monkeypatch.setattr(tasks_module, "CROWDED_SECONDS", 1.0)
     (tmp_path / "go").touch()
 
     class Busy:
