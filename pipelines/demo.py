@@ -235,7 +235,7 @@ def grow(out: str, method: str) -> Expanded:
         console.print(f"reusing {folder}")
         return result
     console.print(f"expanding into {folder}")
-    from lesa_ray.distributed.ray_runner import start_ray
+    from lesa_ray.distributed.start import start_ray
 
     start_ray()
     import ray

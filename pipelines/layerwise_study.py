@@ -143,7 +143,7 @@ def side_by_side(parallel: int) -> TrainAll:
     """So many at once, each led by a Ray task; a fault of the machine ends the others."""
 
     def train_all(configs: Sequence[TrainConfig]) -> Iterator[tuple[TrainConfig, Trained | UserError]]:
-        from lesa_ray.distributed.ray_runner import start_ray
+        from lesa_ray.distributed.start import start_ray
         from lesa_ray.distributed.tasks import Tasks
         from lesa_ray.distributed.train import pretrain
         from lesa_ray.report.terminal import log_line

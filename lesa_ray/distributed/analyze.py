@@ -233,8 +233,9 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     """A Ray task for each piece; the first to fail stops the others."""
     import ray
 
+    from lesa_ray.distributed.board import on_board, open_board
     from lesa_ray.distributed.cluster import share_of_task
-    from lesa_ray.distributed.ray_runner import start_ray
+    from lesa_ray.distributed.start import start_ray
     from lesa_ray.distributed.tasks import Tasks
 
     listener.phase("starting Ray", 0)
@@ -259,19 +260,26 @@ def _side_by_side(work: _Work, pieces: list[str], finished: Callable[[str, Any],
     listener.phase(_title(work), len(pieces))
     subject = work.subject
     shared, folders = ray.put(work), landmarks([(f"BASE {config.base}", subject.checkpoint.storage, "config.json")])
-    with Tasks[str](_task) as tasks:
+    with open_board() as board, Tasks[str](_task) as tasks:
         for piece in pieces:
             share = shares[piece]
-            tasks.start(piece, f"analyze {piece}", shared, piece, share, folders, **share.options(_memory(work, piece)))
+            resources = share.options(_memory(work, piece))
+            tasks.start(piece, f"analyze {piece}", *(shared, piece, share, board, folders), **resources)
         while tasks:
             for piece, result in tasks.ended():
                 finished(piece, result)
-            listener.progress(len(pieces) - len(tasks), tasks.told(", ".join(list(tasks)[:2])))
+            state = on_board(board) or {}
+            begun = {piece: state[piece] for piece in tasks if piece in state}
+            reached = len(pieces) - len(tasks) + sum(share for _, share in begun.values())
+            under_way = [f"{piece}: {phase}" for piece, (phase, _) in begun.items()]
+            listener.progress(reached, tasks.told(", ".join(under_way[:2])))
 
 
-def _task(work: _Work, piece: str, share: Share, folders: tuple[Landmark, ...]) -> Any:
+def _task(work: _Work, piece: str, share: Share, board: Any, folders: tuple[Landmark, ...]) -> Any:
+    from lesa_ray.distributed.board import posting
+
     check_landmarks(folders)
-    return work.do(piece, share.begin())
+    return work.do(piece, share.begin(), posting(board, piece))
 
 
 def _memory(work: _Work, piece: str) -> int:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import ray
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.gpu import limit_device
@@ -86,6 +87,11 @@ def await_room(
     finally:
         for actor in waiting:
             ray.kill(actor)
+
+
+def on_this_machine() -> NodeAffinitySchedulingStrategy:
+    """Where an actor lives as long as this process does: elsewhere it would go with a machine that is lost."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextmanager

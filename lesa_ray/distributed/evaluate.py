@@ -10,7 +10,6 @@ run in a process of Ray's: lm-evaluation-harness prints to standard output as it
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,6 @@ End = Outcome | UserError | MachineError
 """What became of a checkpoint."""
 FORMAT = 1
 FILE = "evaluation.json"
-_TELL_SECONDS = 0.5
 _INTERPRETER_BYTES = 2 * 2**30  # a worker with torch and transformers, the logits of a batch
 
 
@@ -112,11 +110,10 @@ def _end_of(outcome: Callable[[], Outcome]) -> End:
 
 def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[End]:
     """One Ray task for each checkpoint."""
-    import ray
-
+    from lesa_ray.distributed.board import on_board, open_board
     from lesa_ray.distributed.cluster import share_of_task
     from lesa_ray.distributed.health import Health
-    from lesa_ray.distributed.ray_runner import new_board, on_board, start_ray
+    from lesa_ray.distributed.start import start_ray
     from lesa_ray.distributed.tasks import Tasks
 
     start_ray()
@@ -130,29 +127,26 @@ def _side_by_side(job: Job, bounds: list[Bounds], listener: Listener) -> list[En
         tell=lambda text: listener.phase(text, 0),
     )
     listener.phase(_title(names), len(names))
-    board, health = new_board(), Health(job.config.out or names[0], "evaluate")
+    health = Health(job.config.out or names[0], "evaluate")
     ends: dict[int, End] = {}
     data = landmarks(_data_folders(job))
-    try:
-        with Tasks[int](_task) as tasks:
-            for index, bound in enumerate(bounds):
-                own = landmarks([(f"checkpoint {bound.name}", Storage(bound.url), "config.json")])
-                tasks.start(
-                    index,
-                    f"evaluate {bound.name}",
-                    *(job, bound, share, str(index), board, (*own, *data)),
-                    **share.options(bound.weights(job.config.dtype) + _INTERPRETER_BYTES),
-                )
-            while tasks:
-                for index, outcome in tasks.ends():
-                    ends[index] = _end_of(outcome)
-                    health.task_ended()
-                state = on_board(board) or {}
-                shares = [1.0 if i in ends else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
-                busy = [f"{names[i]}: {state[str(i)][0]}" for i in tasks if str(i) in state]
-                listener.progress(sum(shares), tasks.told(", ".join(busy[:2])))
-    finally:
-        ray.kill(board)
+    with open_board() as board, Tasks[int](_task) as tasks:
+        for index, bound in enumerate(bounds):
+            own = landmarks([(f"checkpoint {bound.name}", Storage(bound.url), "config.json")])
+            tasks.start(
+                index,
+                f"evaluate {bound.name}",
+                *(job, bound, share, str(index), board, (*own, *data)),
+                **share.options(bound.weights(job.config.dtype) + _INTERPRETER_BYTES),
+            )
+        while tasks:
+            for index, outcome in tasks.ends():
+                ends[index] = _end_of(outcome)
+                health.task_ended()
+            state = on_board(board) or {}
+            shares = [1.0 if i in ends else state.get(str(i), ("", 0.0))[1] for i in range(len(names))]
+            busy = [f"{names[i]}: {state[str(i)][0]}" for i in tasks if str(i) in state]
+            listener.progress(sum(shares), tasks.told(", ".join(busy[:2])))
     return [ends[index] for index in range(len(names))]
 
 
@@ -164,19 +158,14 @@ def _data_folders(job: Job) -> list[tuple[str, Storage, str]]:
 
 
 def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any, folders: tuple[Landmark, ...]) -> Outcome:
+    from lesa_ray.distributed.board import posting
+
     check_landmarks(folders)
+    post = posting(board, key)
     device = share.begin()
     if not share.gpus:  # where one was given it is to be used, and a PyTorch that does not see it is told of
         job = replace(job, config=job.config.model_copy(update={"device": device}))
-    told, shown = -math.inf, ""
-
-    def progress(phase: str, share: float) -> None:
-        nonlocal told, shown
-        if time.monotonic() - told > _TELL_SECONDS or phase.split(",")[0] != shown:
-            told, shown = time.monotonic(), phase.split(",")[0]
-            board.put.remote(key, phase, share)
-
-    return measure(job, bound, progress)
+    return measure(job, bound, post)
 
 
 def _title(names: tuple[str, ...]) -> str:

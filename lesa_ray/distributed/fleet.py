@@ -22,10 +22,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lesa_ray.distributed.board import new_board, on_board
 from lesa_ray.distributed.cluster import machines
-from lesa_ray.distributed.ray_runner import new_board, start_ray
 from lesa_ray.distributed.shared import landmarks
 from lesa_ray.distributed.stage_task import Done, run_stage
+from lesa_ray.distributed.start import start_ray
 from lesa_ray.distributed.tasks import POLL_SECONDS, result_of
 from lesa_ray.errors import MachineError, UnsharedError, UserError
 from lesa_ray.faults import explain, reaching
@@ -329,10 +330,7 @@ class _Fleet:
 
     def _tell(self) -> None:
         """Say how far stages are: a new phase at once, progress now and then."""
-        try:
-            state: dict[str, tuple[str, float]] = ray.get(self._board.get.remote(), timeout=30)
-        except Exception:  # the board is a comfort; the fleet does not depend on it
-            return
+        state = on_board(self._board) or {}
         now = time.monotonic()
         for running in self._running.values():
             phase, share = state.get(running.stage.id, ("", 0.0))

@@ -31,11 +31,10 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.distributed.cluster import OTHERS_HAVE_IT, free, machines
+from lesa_ray.distributed.cluster import OTHERS_HAVE_IT, free, machines, on_this_machine
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.orphans import give_back_room
 from lesa_ray.distributed.other_code import other_code
-from lesa_ray.distributed.ray_runner import on_this_machine
 from lesa_ray.distributed.room_for_workers import Resources, wait_for_room, workers_now
 from lesa_ray.distributed.shared import Landmark, landmarks
 from lesa_ray.distributed.tasks import POLL_SECONDS

@@ -33,7 +33,7 @@ from ray._private.runtime_env.packaging import _dir_travel
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from lesa_ray.distributed.ray_runner import PASSED_ON
+from lesa_ray.distributed.start import PASSED_ON
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 from lesa_ray.places import shown

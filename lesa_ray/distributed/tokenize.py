@@ -33,8 +33,8 @@ from lesa_ray.distributed.address import check_address
 from lesa_ray.distributed.cluster import Tell, telling_of_waits
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.other_code import other_code
-from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
+from lesa_ray.distributed.start import start_ray
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent

@@ -13,9 +13,9 @@ import ray
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed.cluster import machines
 from lesa_ray.distributed.health import Health
-from lesa_ray.distributed.ray_runner import start_ray
 from lesa_ray.distributed.room_for_workers import wait_for_room
 from lesa_ray.distributed.rounds import train_in_rounds
+from lesa_ray.distributed.start import start_ray
 from lesa_ray.distributed.tasks import Tasks
 from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.expansion.runner import Listener, Silent

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from lesa_ray import UserError
 from lesa_ray.analysis.settings import AnalyzeConfig
+from lesa_ray.distributed import cluster, tasks
 from lesa_ray.distributed.analyze import analyze
+from lesa_ray.expansion.runner import Silent
 from tests.evaluation import tiny
+from tests.waiting import until
 
 
 def test_the_same_figures(local_ray: None, tmp_path: Path) -> None:
@@ -23,6 +27,34 @@ def test_the_same_figures(local_ray: None, tmp_path: Path) -> None:
     for name, found in here["types"].items():
         assert there["types"][name]["norms"] == pytest.approx(found["norms"], rel=1e-5)
         assert there["types"][name]["effective_rank"] == pytest.approx(found["effective_rank"], rel=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_how_far_it_is_and_that_it_waits_for_room(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tasks, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(tasks, "CROWDED_SECONDS", 1.0)
+    base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=4)
+
+    class Busy:
+        pass
+
+    others = ray.remote(num_cpus=4)(Busy).remote()
+    until(lambda: not cluster.free().most("CPU"))
+    seen: list[tuple[float, str]] = []
+
+    class Watching(Silent):
+        def progress(self, done: float, detail: str) -> None:
+            seen.append((done, detail))
+            if detail.startswith("waiting"):
+                ray.kill(others)
+
+    analyze(AnalyzeConfig(base=base, fit=False, match=False, cpus_per_task=4), Watching(), use_ray=True)
+    first = next(detail for _, detail in seen if detail)
+    assert first == "waiting for room: others use the cluster's machines"
+    assert any(detail.endswith(("starting", "singular values", "common basis", "pictures")) for _, detail in seen)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
 def test_a_gpu_that_is_not_there(local_ray: None, bases: Callable[[str], str]) -> None:

@@ -29,7 +29,7 @@ NOTHING_TO_DO = (
 BIN = Path(sys.executable).parent
 NO_MORE_GPUS = """
 import sys
-from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.distributed.start import start_ray
 from lesa_ray.distributed.room_for_workers import wait_for_room
 from lesa_ray.errors import MachineError
 from lesa_ray.expansion.runner import Silent

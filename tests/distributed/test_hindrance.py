@@ -53,7 +53,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(120)
 def test_a_path_too_long_for_sockets_is_told_with_a_way_out() -> None:
     with tempfile.TemporaryDirectory(prefix="x" * 120, ignore_cleanup_errors=True) as folder:
-        script = "from lesa_ray.distributed.ray_runner import start_ray; start_ray()"
+        script = "from lesa_ray.distributed.start import start_ray; start_ray()"
         done = subprocess.run(
             [sys.executable, "-c", script], env={**os.environ, "RAY_TMPDIR": folder, "RAY_ADDRESS": "local"},
             capture_output=True, text=True, timeout=110, check=False,

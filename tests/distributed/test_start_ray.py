@@ -19,12 +19,12 @@ import ray
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.distributed import ray_runner
+from lesa_ray.distributed import start
 from lesa_ray.distributed.address import check_address, started_here
 from lesa_ray.distributed.analyze import analyze
 from lesa_ray.distributed.evaluate import evaluate
 from lesa_ray.distributed.expand import _default_runner
-from lesa_ray.distributed.ray_runner import start_ray
+from lesa_ray.distributed.start import start_ray
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.expansion.runner import Silent
 from tests.evaluation import tiny
@@ -40,7 +40,7 @@ try:
         AWS_SECRET_ACCESS_KEY="secret", HF_HUB_OFFLINE="1", **json.loads(sys.argv[1]),
     )
     import ray
-    from lesa_ray.distributed.ray_runner import start_ray
+    from lesa_ray.distributed.start import start_ray
 
     assert start_ray() is False
     print("FOUND", json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote(), timeout=180)))
@@ -85,11 +85,11 @@ def test_a_token_that_the_user_has_stays_in_use_and_is_closed_to_others(
     folder = tmp_path / ".ray"
     folder.mkdir(mode=0o755)
     (folder / "auth_token").write_text("mine")
-    ray_runner._own_token()
+    start._own_token()
     assert not os.environ["RAY_AUTH_TOKEN"]
     assert folder.stat().st_mode & 0o077 == 0
     (folder / "auth_token").unlink()
-    ray_runner._own_token()
+    start._own_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
@@ -99,7 +99,7 @@ def test_a_ray_embedded_in_another_process_is_left_alone(apart: str, tmp_path: P
     """And it starts without a home folder, with a token that no other user can read, and workers with an environment of
     their own where the interpreter's path has to be quoted."""
     script = (
-        "import os, ray; from lesa_ray.distributed.ray_runner import start_ray; print('EMBEDDED', start_ray()); "
+        "import os, ray; from lesa_ray.distributed.start import start_ray; print('EMBEDDED', start_ray()); "
         "print('TOKEN', os.environ['RAY_AUTH_MODE'], os.environ['RAY_AUTH_TOKEN']); "
         "there = ray.remote(os.getenv).options(runtime_env={'env_vars': {'MINE': 'there'}}).remote('MINE'); "
         "print('WORKER', ray.get(there, timeout=120))"
@@ -196,7 +196,7 @@ def test_a_cluster_that_is_gone_is_told_of_soon(named: bool, apart: str, monkeyp
         address = f"127.0.0.1:{head.getsockname()[1]}"
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray tries for a quarter of an hour"))
-    monkeypatch.setattr(ray_runner, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(start, "HEAD_SECONDS", 0.2)
     monkeypatch.setenv("RAY_TMPDIR", apart)
     monkeypatch.setenv("RAY_ADDRESS", address if named else "")
     (Path(apart) / "ray").mkdir()
@@ -265,10 +265,10 @@ def test_a_cluster_that_ray_refuses_is_a_fault(monkeypatch: pytest.MonkeyPatch) 
 def test_a_place_with_a_password_is_not_passed_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ray_runner.PASSED_ON:
+    for name in start.PASSED_ON:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_ENDPOINT", "https://bob:hunter2@mirror")
-    assert ray_runner._passed_on() == {"env_vars": {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}}
+    assert start._passed_on() == {"env_vars": {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}}
     assert "HF_ENDPOINT: holds a user or a password" in caplog.text
     assert "hunter2" not in caplog.text

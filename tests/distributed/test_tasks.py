@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
 from lesa_ray.distributed import cluster
 from lesa_ray.distributed import tasks as tasks_module
-from lesa_ray.distributed.ray_runner import new_board, on_board
+from lesa_ray.distributed.board import new_board, on_board
 from lesa_ray.distributed.tasks import Tasks, result_of
 from lesa_ray.ending import ending
 from lesa_ray.errors import MachineError, UserError
