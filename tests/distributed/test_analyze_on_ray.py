@@ -30,9 +30,7 @@ def test_the_same_figures(local_ray: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_how_far_it_is_and_that_it_waits_for_room(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_that_it_waits_for_room_is_told(local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tasks, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(tasks, "CROWDED_SECONDS", 1.0)
     base = tiny.checkpoint(tmp_path / "base", num_hidden_layers=4)
@@ -53,7 +51,6 @@ def test_how_far_it_is_and_that_it_waits_for_room(
     analyze(AnalyzeConfig(base=base, fit=False, match=False, cpus_per_task=4), Watching(), use_ray=True)
     first = next(detail for _, detail in seen if detail)
     assert first == "waiting for room: others use the cluster's machines"
-    assert any(detail.endswith(("starting", "singular values", "common basis", "pictures")) for _, detail in seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 

@@ -14,7 +14,6 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
 from lesa_ray.distributed import cluster
 from lesa_ray.distributed import tasks as tasks_module
-from lesa_ray.distributed.board import new_board, on_board
 from lesa_ray.distributed.tasks import Tasks, result_of
 from lesa_ray.ending import ending
 from lesa_ray.errors import MachineError, UserError
@@ -77,14 +76,6 @@ def test_wrong_input_ends_the_others_and_so_does_a_fault_where_nothing_would_sta
     with Tasks[str](call(), begun) as tasks:
         started(tasks, tmp_path, failure)
         assert watched(tasks, tmp_path) == [str(failure)]
-
-
-def test_no_work_depends_on_a_board() -> None:
-    board = new_board()
-    ray.get(board.put.remote("unit", "train", 0.5))
-    assert on_board(board) == {"unit": ("train", 0.5)}
-    ray.kill(board)
-    until(lambda: on_board(board) is None)  # Ray ends an actor a little after the call returns
 
 
 def test_what_ray_lost_is_a_fault_and_what_a_task_raised_is_not() -> None:
