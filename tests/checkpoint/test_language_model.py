@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from lesa_ray import ExpandConfig, Expanded, UserError
 from lesa_ray.checkpoint.language_model import component, language_config, language_name
@@ -81,6 +81,34 @@ GEMMA4: dict[str, Any] = {
     "audio_config": None,
 }
 """Layers that attend to everything have heads of another size, which config.json says by their indices."""
+ROTARY = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+GLM = {**ROTARY, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+EYES = {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14}
+SAME_FOR_TEXT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # What it is for text alone; its settings for text, and for pictures.
+    "qwen2_vl": ("qwen2", {"rope_parameters": ROTARY}, {**EYES, "embed_dim": 32, "hidden_size": 64}),
+    "qwen2_5_vl": ("qwen2", {"rope_parameters": ROTARY}, {**EYES, "fullatt_block_indexes": [1]}),
+    "qwen3_vl": (
+        "qwen3",
+        {"rope_parameters": {**ROTARY, "mrope_interleaved": True}},
+        {**EYES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    ),
+    "glm4v": ("glm4", {"rope_parameters": GLM, "pad_token_id": 0}, {**EYES, "image_size": 28}),
+    "glm4v_moe": (
+        "glm4_moe",
+        {
+            "rope_parameters": GLM,
+            "pad_token_id": 0,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        {**EYES, "image_size": 28},
+    ),
+}
 NEW, OLD = r"^model\.language_model\.", r"^language_model\.model\."
 
 
@@ -134,7 +162,10 @@ def both_ways(family: str, base: str, tmp_path: Path) -> list[str]:
         ("language_model.lm_head.weight", "lm_head.weight"),
         ("lm_head.weight", "lm_head.weight"),
         ("mtp.layers.0.mlp.up_proj.weight", "mtp.layers.0.mlp.up_proj.weight"),
+        ("model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
         ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", None),
+        ("model.visual.blocks.0.mlp.fc1.weight", None),
+        ("visual.blocks.0.mlp.fc1.weight", None),
         ("vision_tower.text_model.layers.0.mlp.fc1.weight", None),
         ("multi_modal_projector.linear.weight", None),
     ],
@@ -203,6 +234,59 @@ def test_it_grows_and_keeps_its_function(
         assert not any(info.values()), info
         assert torch.equal(families.logits(model.eval(), ids), expected)
     assert result.manifest["family"] == OF_TEXT[family][0]
+
+
+@pytest.mark.parametrize("family", list(SAME_FOR_TEXT))
+def test_without_pictures_it_is_the_model_that_it_was_made_of(family: str, grow: Grow, tmp_path: Path) -> None:
+    to, text, vision = SAME_FOR_TEXT[family]
+    whole = AutoConfig.for_model(family, text_config={**TEXT, **text}, vision_config=vision)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(whole).eval()
+    families._randomise(model, 0)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    ids = families.tokens()
+    expected = families.logits(model, ids)
+    checkpoint = open_checkpoint(str(base))
+    assert checkpoint.config["model_type"] == to
+    assert not {"mrope_section", "mrope_interleaved"} & checkpoint.config["rope_parameters"].keys()
+    assert list(checkpoint.left_out) == ["visual"]
+    assert torch.equal(families.logits(load_model(str(base), "float32"), ids), expected)
+    result = grow(str(base), method="llama-pro", layers=7)
+    grown, info = AutoModelForCausalLM.from_pretrained(result.out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert grown.config.num_hidden_layers == 7
+    assert torch.equal(families.logits(grown.eval(), ids), expected)
+
+
+def test_files_with_all_settings_at_the_top_and_pictures_beside_the_model(tmp_path: Path) -> None:
+    """As Qwen/Qwen2.5-VL-7B-Instruct lies on the hub: no `text_config`, tensors below `model.` and `visual.`."""
+    text = {**{key: value for key, value in TEXT.items() if key != "head_dim"}, "rope_theta": 5e5, "eos_token_id": 7}
+    raw = {
+        "model_type": "qwen2_5_vl",
+        **text,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "torch_dtype": "bfloat16",
+        "vision_config": {**EYES, "fullatt_block_indexes": [1]},
+    }
+    config = language_config(raw, "base")
+    assert config is not None
+    assert (config["model_type"], config["architectures"]) == ("qwen2", ["Qwen2ForCausalLM"])
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert {key: config[key] for key in text if key != "rope_theta"} == {
+        key: value for key, value in text.items() if key != "rope_theta"
+    }
+    assert config["dtype"] == "bfloat16"
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**raw)).float().eval()
+    families._randomise(model, 0)
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    tensors = families.tensors(str(folder))
+    beside = {re.sub(r"^model\.(?=visual\.)", "", re.sub(NEW, "model.", name)): tensors[name] for name in tensors}
+    assert {name.split(".")[0] for name in beside} == {"model", "visual", "lm_head"}
+    save_file(beside, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    ids = families.tokens()
+    assert torch.equal(families.logits(load_model(str(folder), "float32"), ids), families.logits(model, ids))
 
 
 def test_settings_by_layer_index_move_along(grow: Grow, tmp_path: Path) -> None:
@@ -280,7 +364,7 @@ def test_a_language_model_that_does_not_load_is_refused(seeing: Callable[[str], 
     [
         {"model_type": "llama"},
         {"model_type": "unheard-of", "text_config": {"model_type": "llama"}},
-        {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
+        {"model_type": "mllama", "text_config": {"model_type": "mllama_text_model"}},
         {"model_type": "gemma3", "text_config": None},
     ],
 )
