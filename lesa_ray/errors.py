@@ -42,6 +42,10 @@ class MachineError(_Told, RuntimeError):
     """A fault of the machine: exit code 1, the same command resumes."""
 
 
+class FullError(MachineError):
+    """A GPU's memory is full. What tried it would most likely find it so again: it is not tried again by itself."""
+
+
 class WithReport(Exception):
     """Figures were made before something failed: `report`, so that they are not lost."""
 

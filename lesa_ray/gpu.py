@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lesa_ray.errors import MachineError
+from lesa_ray.errors import FullError
 
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA and its libraries take on a GPU for each process, roughly."""
@@ -19,13 +19,19 @@ DEVICE_SHARE = 0.85
 rounding and the library's own."""
 
 
+def share_bytes(total: int, share: float | None) -> int:
+    """Of a GPU of `total` bytes those that a process with that share of it (None: all of it) has for its tensors: its
+    context, which PyTorch's allocator knows nothing of, comes out of its share."""
+    whole = int(total * (1.0 if share is None else min(share, 1.0)))
+    return max(whole - CONTEXT_BYTES, whole // 2)
+
+
 def gpu_memory(share: float | None) -> int:
-    """Bytes of this process' GPU that belong to a unit which asks for that share of one (None: all of it), whatever
-    others have taken by now: what is refused must not depend on the moment."""
+    """The same of this process's GPU, whatever others have taken by now: what is refused must not depend on the
+    moment."""
     import torch
 
-    total: int = torch.cuda.get_device_properties(0).total_memory
-    return int(total * (1.0 if share is None else share))
+    return share_bytes(torch.cuda.get_device_properties(0).total_memory, share)
 
 
 def allowed_memory(device: str) -> int:
@@ -38,14 +44,22 @@ def allowed_memory(device: str) -> int:
 
 
 def limit_device(share: float) -> None:
-    """Keep this process to its `share` of the GPU, in (0, 1]; more than that raises `torch.OutOfMemoryError`.
-
-    Every process's own context, which the allocator knows nothing of, comes out of its share."""
+    """Keep this process to its `share` of the GPU, in (0, 1]; more than `share_bytes` raises
+    `torch.OutOfMemoryError`."""
     import torch
 
     if 0 < share < 1:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, 0.5 * share), 0)
+        torch.cuda.set_per_process_memory_fraction(share_bytes(total, share) / total, 0)
+
+
+def unseeing() -> str:
+    """What is said of a PyTorch that does not see a GPU which is there."""
+    import torch
+
+    built = torch.version.cuda or torch.version.hip
+    why = f"built for CUDA {built}, which its driver may be too old for" if built else "built without CUDA"
+    return f"PyTorch {torch.__version__} does not see ({why})"
 
 
 def keep_float32() -> None:
@@ -94,12 +108,12 @@ def is_full(error: BaseException) -> bool:
 def full_gpu_is_a_fault(what: str, without: str) -> Iterator[None]:
     """Around work on one piece of many, called `what`; `without`: the option that does without a GPU.
 
-    Raises: MachineError where the GPU's memory is full."""
+    Raises: FullError where the GPU's memory is full."""
     try:
         yield
     except RuntimeError as error:
         if not is_full(error):
             raise
-        raise MachineError(
+        raise FullError(
             f"{what}: the GPU's memory is full; give it more of a GPU if there is more (--gpus-per-task), or {without}"
         ) from error

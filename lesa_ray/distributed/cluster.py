@@ -15,6 +15,7 @@ any other may, and is given `GROW_SECONDS`. What cannot come is then told of aft
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +28,8 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lesa_ray.errors import MachineError, UserError
-from lesa_ray.gpu import limit_device
+from lesa_ray.errors import MachineError, UnsharedError, UserError
+from lesa_ray.gpu import limit_device, unseeing
 from lesa_ray.machines import GROW_SECONDS, SHARE_OF_MEMORY, Machines, lacking, told
 
 EMBEDDED = {"lesa-ray/ray": "embedded"}
@@ -150,12 +151,18 @@ class Share:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": min(memory, self.most_memory)}
 
     def begin(self) -> Literal["cuda", "cpu"]:
-        """Keep this process, which is such a task's, to its share. Returns the device that it was given."""
+        """Keep this process, which is such a task's, to its share. Returns the device that it was given.
+
+        Raises: UnsharedError if PyTorch does not see that: work for a GPU would take days on a core or two."""
         import torch
 
         torch.set_num_threads(self.cpus)
-        if not (ray.get_gpu_ids() and torch.cuda.is_available()):
+        if not ray.get_gpu_ids():
             return "cpu"
+        if not torch.cuda.is_available():
+            raise UnsharedError(
+                f"the machine {socket.gethostname()} has a GPU that {unseeing()}; mend that, or give --gpus-per-task 0"
+            )
         limit_device(self.gpus)
         return "cuda"
 

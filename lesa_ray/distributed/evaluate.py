@@ -163,7 +163,7 @@ def _task(job: Job, bound: Bounds, share: Share, key: str, board: Any, folders: 
     check_landmarks(folders)
     post = posting(board, key)
     device = share.begin()
-    if not share.gpus:  # where one was given it is to be used, and a PyTorch that does not see it is told of
+    if not share.gpus:
         job = replace(job, config=job.config.model_copy(update={"device": device}))
     return measure(job, bound, post)
 

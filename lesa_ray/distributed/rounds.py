@@ -8,7 +8,7 @@ A round has a fixed number of workers. What decides about the next is here:
 - Machines that are lost are waited for and asked for, as at the start; machines that others use are waited for as long
   as it takes. Both are said.
 - With a range of workers each round takes as many as are free. One that could be larger ends when it has just completed
-  a checkpoint, so that no step is lost by growing.
+  a checkpoint: of growing, only the steps that were done while that was written are made twice.
 - A worker that finds the input wrong (a loss that is no number, say) leaves the reason on a board that outlives it:
   nothing is tried again.
 
@@ -178,7 +178,8 @@ def train_in_rounds(run: Run, resources: Resources, listener: Listener) -> None:
                     raise MachineError(f"training stopped: {cause}; {again}") from error
                 listener.phase(f"fault {faults}: {cause}; again{f' in {pause:g} s' if pause else ''}", 0)
                 time.sleep(pause)
-            resources = wait_for_room(run.config, listener)
+            # As until now: machines with GPUs that are lost are waited for, and not replaced by others without.
+            resources = wait_for_room(run.config.model_copy(update={"gpus_per_worker": resources.gpus}), listener)
     finally:
         watch.end()
         ray.kill(board)

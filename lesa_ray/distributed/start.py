@@ -7,6 +7,7 @@ stores are (`PASSED_ON`); no secrets, as Ray shows an environment that travels i
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import secrets
@@ -21,6 +22,7 @@ from lesa_ray.distributed.cluster import EMBEDDED
 from lesa_ray.distributed.hindrance import few_processes, hindrance
 from lesa_ray.errors import MachineError
 from lesa_ray.faults import explain
+from lesa_ray.gpu import unseeing
 from lesa_ray.interrupt import as_before
 from lesa_ray.job_folder import job_environment
 from lesa_ray.places import shown
@@ -68,10 +70,11 @@ def start_ray() -> bool:
     _own_token()
     if few := few_processes():
         log.warning("%s", few)
+    own = {**quiet, **_no_unseen_gpus()}
     for again in (True, False):
         try:
             with as_before():
-                ray.init(address="local", include_dashboard=False, labels=EMBEDDED, runtime_env=_own_python(), **quiet)
+                ray.init(address="local", include_dashboard=False, labels=EMBEDDED, runtime_env=_own_python(), **own)
             break
         except Exception as error:  # Ray has no class of its own for a node that does not come up
             # On a machine that is busy, one gives up on its agent after 15 seconds (ray-project/ray#65983).
@@ -97,6 +100,18 @@ def _own_token() -> None:
         return
     with contextlib.suppress(OSError):
         os.chmod(folder, 0o700)
+
+
+def _no_unseen_gpus() -> dict[str, Any]:
+    """Ray counts a machine's GPUs by its driver. Those that PyTorch does not see an embedded Ray is not to deal out."""
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        return {}
+    import torch
+
+    if torch.cuda.is_available():
+        return {}
+    log.warning("this machine has a GPU that %s; work is done on its CPU", unseeing())
+    return {"num_gpus": 0}
 
 
 def _own_python() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Ray tasks side by side: waited for as they end, cancelled together when one of them finds the input wrong.
 
-A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times. Where what the
+A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times; not where its
+GPU's memory is full, as it would be again. Where what the
 others finish stays and takes long, such a fault ends none that has begun. Where the machines with room for a task were
 lost Ray would wait for others without a word, and for ever.
 
@@ -10,6 +11,7 @@ would see to it by itself only if the number of GPUs were part of the function's
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator
 from functools import partial
@@ -20,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from lesa_ray.distributed.cluster import CROWDED_SECONDS, LOOK_SECONDS, OTHERS_HAVE_IT, free, machines
 from lesa_ray.distributed.other_code import other_code
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import FullError, MachineError, UserError
 from lesa_ray.faults import explain
 from lesa_ray.machines import GROW_SECONDS, lacking
 
@@ -51,7 +53,8 @@ class Tasks(Generic[Key]):
         """begun: which tasks have begun, as far as is known, or None where nothing is. With it a fault cancels only the
         others, and is raised when the rest have ended; without it the first task that fails ends all."""
         retried: dict[str, Any] = {"max_retries": _RETRIES, "retry_exceptions": [MachineError]}
-        self._task, self._gpu_task = ray.remote(**retried)(call), ray.remote(**retried, max_calls=1)(call)
+        once = _full_at_once(call)
+        self._task, self._gpu_task = ray.remote(**retried)(once), ray.remote(**retried, max_calls=1)(once)
         self._running: dict[Any, _Started] = {}
         self._stranded: dict[Any, float] = {}
         self._looked = time.monotonic()
@@ -145,6 +148,19 @@ class Tasks(Generic[Key]):
                 ray.cancel(reference)
 
 
+def _full_at_once(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, with a full GPU as what it returns: what is raised Ray would have done again."""
+
+    @functools.wraps(call)
+    def run(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except FullError as error:
+            return error
+
+    return run
+
+
 def _raise(message: str) -> Any:
     raise MachineError(message)
 
@@ -152,10 +168,13 @@ def _raise(message: str) -> Any:
 def result_of(reference: Any, what: str) -> Any:
     """A task's result. Raises: the task's own error, or MachineError if its workers were lost."""
     try:
-        return ray.get(reference)
+        result = ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, RayError) and (lack := other_code(error, what)):
             raise lack from error
         raise error.cause if error.cause is not None else error from None
     except RayError as error:
         raise MachineError(f"{what}: lost after {_RETRIES} retries ({explain(error)[:200]})") from error
+    if isinstance(result, FullError):
+        raise result
+    return result

@@ -18,14 +18,16 @@ from lesa_ray.distributed.rounds import train_in_rounds
 from lesa_ray.distributed.start import start_ray
 from lesa_ray.distributed.tasks import Tasks
 from lesa_ray.distributed.tenancy import Tenant, tenancy
+from lesa_ray.expansion.memory import INTERPRETER_BYTES
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching
+from lesa_ray.machines import SHARE_OF_MEMORY
 from lesa_ray.training.disk import check_disk
-from lesa_ray.training.export import ExportPlan, OutFile, write_file
+from lesa_ray.training.export import ExportPlan, OutFile, export_memory, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
 from lesa_ray.training.lineage import replayed
 from lesa_ray.training.metrics import check_loggers
-from lesa_ray.training.run import LEASE_DIR, Run, claim, out_state, prepare
+from lesa_ray.training.run import LEASE_DIR, Run, claim, gpus_before, out_state, prepare
 from lesa_ray.training.train_settings import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: T
     if not trained:
         if (warning := replayed(run)) is not None:
             log.warning(warning)
-        resources = wait_for_room(config, listener)
+        resources = wait_for_room(config.model_copy(update={"gpus_per_worker": gpus_before(config)}), listener)
     with tenancy(config.out, LEASE_DIR, listener, tenant) as tenant:
         with reaching(f"OUT {config.out}", "cannot be written"):
             state = out_state(run)  # as whoever was at work there until now left it
@@ -64,7 +66,7 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: T
             return trained_result(run, reused=True)
         if resources is not None:
             with reaching(f"OUT {config.out}", "cannot be written"):
-                claim(run)
+                claim(run, resources.gpus)
             train_in_rounds(run, resources, listener)
         tenant.confirm()
         finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
@@ -77,13 +79,16 @@ def _is_shared(run: Run) -> bool:
 
 
 def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
-    """Write files of weights as Ray tasks, each on a core of its own. Raises: UserError, MachineError."""
+    """Write files of weights as Ray tasks, each on a core of its own and with the memory that it takes, as far as a
+    machine has that. Raises: UserError, MachineError."""
     health = Health(plan.out, "train")
     shared = ray.put(plan)
     sizes = {file.name: file.nbytes for file in files}
+    most = int(SHARE_OF_MEMORY * machines().most("memory"))
     with Tasks[str](write_file) as tasks:
         for file in files:
-            tasks.start(file.name, file.name, shared, file, num_cpus=1)
+            memory = min(export_memory(plan, file) + INTERPRETER_BYTES, most)
+            tasks.start(file.name, file.name, shared, file, num_cpus=1, memory=memory)
         while tasks:
             for name, _ in tasks.ended():
                 health.task_ended(sizes[name])

@@ -19,7 +19,7 @@ from lesa_ray.expansion.memory import INTERPRETER_BYTES, UNIT_SHARE
 from lesa_ray.expansion.method import Unit
 from lesa_ray.expansion.schedule import Placed, Work, peak_memory, schedule
 from lesa_ray.expansion.workbench import unit_tensors
-from lesa_ray.gpu import DEVICE_SHARE
+from lesa_ray.gpu import DEVICE_SHARE, share_bytes
 from lesa_ray.lesa.cost import require_host_memory, unit_cost
 from lesa_ray.lesa.rates import CPU_CORE, Rates, unit_seconds
 
@@ -107,7 +107,7 @@ class Estimate:
         if self.memory > self.cluster.memory_per_node:
             return "the largest process needs more memory than a node has"
         if self.device_memory > self.gpu_share:
-            share = "its share of a GPU" if self.gpu_share < self.cluster.gpu_memory else "a GPU"
+            share = "its share of a GPU" if self.gpu_share < share_bytes(self.cluster.gpu_memory, None) else "a GPU"
             return f"the largest unit needs more memory than {share} has"
         return None
 
@@ -146,7 +146,7 @@ def estimate(expansion: Expansion, cluster: ClusterSpec, rates: Rates | None = N
     rates = rates or cluster.rates(cores).times(share if on_gpu else 1)
 
     at_once = max(min(len(expansion.units), slots * cluster.nodes), 1)
-    device_memory = int(cluster.gpu_memory * share) if on_gpu else 0
+    device_memory = share_bytes(cluster.gpu_memory, share) if on_gpu else 0
     units = tuple(_unit(expansion, unit, cluster, rates, at_once, device_memory) for unit in expansion.units)
     needs = {unit.name: unit for unit in units}
     work = [

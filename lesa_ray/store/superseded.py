@@ -56,7 +56,7 @@ def remove_superseded(store: Store, garbage: Sequence[Garbage], holder: str) -> 
             folder.remove_tree()
             store.forget(one.name)
         finally:
-            store.settle(lease)
+            lease.release()  # its file stays: who has begun the same stage anew by now has it
         removed.append(one)
     return removed
 

@@ -189,14 +189,17 @@ class Saver:
         )
         self._under_way = (future, step, tokens, heldout_loss, list(trained))
 
-    def poll(self) -> None:
-        """Complete a checkpoint as soon as its files are there. A collective: the same on all workers."""
+    def poll(self) -> bool:
+        """Complete the checkpoint under way if its files are there, and whether that is so now. A collective: the same
+        on all workers."""
         if self._under_way is None:
-            return
+            return False
         done = torch.tensor([int(self._under_way[0].done())])
         dist.all_reduce(done, dist.ReduceOp.MIN)  # the group is the thread's: messages would mix
-        if done.item():
-            self.wait()
+        if not done.item():
+            return False
+        self.wait()
+        return True
 
     def wait(self) -> None:
         """Wait for the checkpoint under way, complete it, and remove what is not kept. Raises: MachineError."""

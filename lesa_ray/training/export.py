@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "training/export.json"
 FORMAT = 1
+_TRAINED_BYTES = 4
+"""Of an element of what is trained: float32."""
 _GENERATION = "generation_config.json"
 _WEIGHTS = re.compile(r"[^/]+\.safetensors")
 _TEXT_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -189,6 +192,19 @@ def write_file(plan: ExportPlan, file: OutFile) -> None:
     from lesa_ray.training.export_sources import Maker
 
     write_shard(storage, file.shard, make=Maker(plan.state, plan.sources, plan.base, plan.config))
+
+
+def export_memory(plan: ExportPlan, file: OutFile) -> int:
+    """Bytes that `write_file` takes at most, roughly: a trained parameter and as much on its way into the file; of
+    experts that the model fuses two parameters, and a third while it is taken apart."""
+    if file.shard is None:
+        return 0
+    largest = 0
+    for tensor in file.shard.tensors:
+        if (conversion := plan.sources.get(tensor.name)) is not None:
+            elements = sum(math.prod(plan.state.shapes.get(target, ())) for target in conversion.targets)
+            largest = max(largest, _TRAINED_BYTES * elements * (2 if conversion.plain else 4))
+    return largest
 
 
 def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -228,6 +228,7 @@ class Loop:
     flops_per_step: float
     peak_flops: float | None
     """Of one worker's device; None where it is not known."""
+    _told: Progress | None = None
 
     def run(self, first: int) -> None:
         """Train from step `first` to the end. Raises: UserError if the loss is not a number."""
@@ -243,6 +244,8 @@ class Loop:
         for step, batch in Feed(self.blocks, config, trainer.place)(first, steps):
             window.append(trainer.step(step, batch))
             done = step + 1
+            if self.saver.poll():
+                self._tell_saved()
             evaluate = rows and (done % config.eval_every == 0 or done == steps)
             save = done % config.checkpoint_every == 0 or done == steps
             if not (done % config.log_every == 0 or evaluate or save):
@@ -256,7 +259,6 @@ class Loop:
                 self._write(done, {"heldout_loss": heldout, **self._inserted(done)})
             if self.metrics is not None:
                 self.metrics.flush(now=save)  # no row before a checkpoint can be lost
-            self.saver.poll()
             if save:
                 tokens = done * config.batch * seq_len
                 measured = evaluate and (gates is None or gates.are_open(done))  # of what is saved
@@ -314,7 +316,14 @@ class Loop:
         rate = speed["tokens_per_second"]
         inserted = self._inserted(done).get("inserted", 1.0)
         mfu, saved = speed.get("mfu"), self.saver.completed
-        self.tell(Progress(done, trainer.steps, losses[-1], heldout, rate, mfu, left, inserted, saved))
+        self._told = Progress(done, trainer.steps, losses[-1], heldout, rate, mfu, left, inserted, saved)
+        self.tell(self._told)
+
+    def _tell_saved(self) -> None:
+        """The same progress again, once a checkpoint is complete: who waits for one need not wait for the next line."""
+        if self._told is not None:
+            self._told = replace(self._told, saved=self.saver.completed)
+            self.tell(self._told)
 
     def _inserted(self, done: int) -> dict[str, float]:
         """How far new layers are in, where they come in gradually: a loss of that row is the gated model's."""

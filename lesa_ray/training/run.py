@@ -161,6 +161,17 @@ def use_bf16(config: TrainConfig, gpus: bool) -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
+def gpus_before(config: TrainConfig) -> float | None:
+    """GPUs of each worker: as asked for, else what the run at OUT had, so that machines with GPUs that were lost are
+    waited for; None where nothing says so."""
+    if config.gpus_per_worker is not None:
+        return config.gpus_per_worker
+    with reaching(f"OUT {config.out}"):
+        record = read_json(Storage(config.out), RUN_FILE) or {}
+    before = record.get("gpus_per_worker")
+    return max(1.0, before) if isinstance(before, int | float) and before > 0 else None
+
+
 def identity_of(
     config: TrainConfig,
     checkpoint: Checkpoint | None,
@@ -237,8 +248,15 @@ def summary(run: Run) -> dict[str, Any]:
     return {**shown, "steps": run.steps, "trained_parameters": run.trained_parameters, "bf16": run.bf16}
 
 
-def claim(run: Run) -> None:
-    """Mark OUT as this run's."""
-    content = {"format": FORMAT, "identity": run.identity, "bf16": run.bf16, "summary": summary(run),
-               "data": run.blocks.digest, "config": run.config.model_dump(mode="json")}  # fmt: skip
+def claim(run: Run, gpus_per_worker: float = 0.0) -> None:
+    """Mark OUT as this run's. gpus_per_worker: what its workers get, and get again when it goes on (`gpus_before`)."""
+    content = {
+        "format": FORMAT,
+        "identity": run.identity,
+        "bf16": run.bf16,
+        "gpus_per_worker": gpus_per_worker,
+        "summary": summary(run),
+        "data": run.blocks.digest,
+        "config": run.config.model_dump(mode="json"),
+    }
     Storage(run.config.out).write(RUN_FILE, (json.dumps(content, indent=1) + "\n").encode())

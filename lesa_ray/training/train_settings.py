@@ -119,7 +119,7 @@ class TrainConfig(Settings):
     """CPU cores and threads of a worker. By default one beside a GPU, else, and with `cpu_offload`, the cluster's cores
     shared out."""
     checkpoint_every: int = Field(default=500, ge=1)
-    """Steps between checkpoints: what a killed run loses at most."""
+    """Steps between checkpoints: what a killed run loses at most, with those done while one was written."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept: the last so many, and the one with the least held-out loss."""
     eval_every: int = Field(default=500, ge=1)

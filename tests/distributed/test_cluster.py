@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from pydantic import ValidationError
 from ray._private.state import actors
 
@@ -18,7 +19,7 @@ from lesa_ray import ExpandConfig
 from lesa_ray.analysis.settings import AnalyzeConfig
 from lesa_ray.distributed import cluster
 from lesa_ray.distributed.cluster import Share, await_room, share_of_task, telling_of_waits
-from lesa_ray.errors import MachineError
+from lesa_ray.errors import MachineError, UnsharedError
 from lesa_ray.evaluation.settings import EvaluateConfig
 from lesa_ray.machines import Machines, told
 from lesa_ray.training.train_settings import TrainConfig
@@ -103,6 +104,17 @@ def test_what_is_asked_for_goes_with_who_asks(local_ray: None) -> None:
     until(lambda: "PENDING_CREATION" in asking())
     ray.cancel(asker, force=True)
     until(lambda: set(asking()) <= {"DEAD"})
+
+
+def test_a_gpu_that_pytorch_does_not_see_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not done without: work for a GPU would take days on a core."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
+    share = Share(1.0, torch.get_num_threads(), 10**9)
+    with pytest.raises(UnsharedError, match=r"^the machine \S+ has a GPU that PyTorch .* give --gpus-per-task 0$"):
+        share.begin()
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    assert share.begin() == "cpu"
 
 
 @pytest.mark.timeout(360)

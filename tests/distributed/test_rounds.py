@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ray
@@ -11,7 +15,54 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from lesa_ray.distributed.rounds import _cause
+from lesa_ray.distributed import rounds
+from lesa_ray.distributed.room_for_workers import Resources
+from lesa_ray.distributed.rounds import _cause, train_in_rounds
+from lesa_ray.expansion.runner import Listener, Silent
+from lesa_ray.training.run import Run, gpus_before
+from lesa_ray.training.train_settings import TrainConfig
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("gpus", [1.0, 0.0])
+def test_workers_get_again_what_they_had(
+    gpus: float, local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever machines are left: those with GPUs may be gone for a while."""
+    ends, asked = iter([RuntimeError("a machine was lost"), None]), list[float | None]()
+    had = Resources(1, 1, 1, gpus)
+
+    def wait(config: TrainConfig, listener: Listener) -> Resources:
+        asked.append(config.gpus_per_worker)
+        return had
+
+    monkeypatch.setattr(rounds, "_round", lambda *_: next(ends))
+    monkeypatch.setattr(rounds, "wait_for_room", wait)
+    config = TrainConfig(checkpoint="c", data="d", out=str(tmp_path))
+    run = cast(Run, SimpleNamespace(config=config, steps=3))
+    train_in_rounds(run, had, Silent())
+    assert asked == [gpus]
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "expected"),
+    [
+        (None, None, None),
+        ({"gpus_per_worker": 1.0}, None, 1.0),
+        ({"gpus_per_worker": 1.0}, 0, 0),
+        ({"gpus_per_worker": 0.5}, None, 1.0),  # a part was asked for then
+        ({"gpus_per_worker": 0.0}, None, None),  # begun on CPUs, it may go on on GPUs
+        ({"bf16": True}, None, None),  # of an older version
+    ],
+)
+def test_a_run_that_goes_on_later_does_too(
+    record: dict[str, Any] | None, asked: float | None, expected: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "training").mkdir()
+    if record is not None:
+        (tmp_path / "training" / "run.json").write_text(json.dumps(record))
+    config = TrainConfig(checkpoint="c", data="d", out=str(tmp_path), gpus_per_worker=asked)
+    assert gpus_before(config) == expected
 
 
 @pytest.mark.timeout(60)

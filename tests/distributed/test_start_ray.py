@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.analysis.settings import AnalyzeConfig
@@ -91,6 +92,19 @@ def test_a_token_that_the_user_has_stays_in_use_and_is_closed_to_others(
     (folder / "auth_token").unlink()
     start._own_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_gpus_that_pytorch_does_not_see_are_not_dealt_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(start.glob, "glob", lambda pattern: [])
+    assert start._no_unseen_gpus() == {}
+    monkeypatch.setattr(start.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    assert start._no_unseen_gpus() == {"num_gpus": 0}
+    assert f"a GPU that PyTorch {torch.__version__} does not see" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert start._no_unseen_gpus() == {}
 
 
 @pytest.mark.timeout(360)

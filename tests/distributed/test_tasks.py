@@ -16,7 +16,7 @@ from lesa_ray.distributed import cluster
 from lesa_ray.distributed import tasks as tasks_module
 from lesa_ray.distributed.tasks import Tasks, result_of
 from lesa_ray.ending import ending
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import FullError, MachineError, UserError
 from lesa_ray.faults import is_fault
 from tests.waiting import until
 
@@ -147,6 +147,25 @@ def test_room_that_others_have_is_waited_for_and_told_of(monkeypatch: pytest.Mon
 def watched_ends(tasks: Tasks[str]) -> Iterator[tuple[str, Any]]:
     while tasks:
         yield from tasks.ends()
+
+
+def test_a_full_gpu_is_told_of_at_once(tmp_path: Path) -> None:
+    """Where other faults are tried three times more."""
+    tried = {"full": FullError("unit full: the GPU's memory is full"), "faulty": MachineError("no answer")}
+
+    def fail(folder: str, name: str, error: Exception) -> None:
+        with Path(folder, name).open("a") as file:
+            file.write("x")
+        raise error
+
+    with Tasks[str](fail) as tasks:
+        for name, error in tried.items():
+            tasks.start(name, name, str(tmp_path), name, error, num_cpus=1)
+        ended = dict(watched_ends(tasks))
+    for name, error in tried.items():
+        with pytest.raises(type(error), match=str(error)):
+            ended[name]()
+    assert {name: len((tmp_path / name).read_text()) for name in tried} == {"full": 1, "faulty": 4}
 
 
 def test_a_task_whose_worker_is_always_lost_is_a_fault() -> None:

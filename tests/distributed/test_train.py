@@ -274,7 +274,7 @@ def test_an_interrupt_stops_the_workers_too(local_ray: None, bases: Bases, data:
 def test_a_run_takes_what_is_free_and_more_when_a_checkpoint_is_complete(
     local_ray: None, reference: str, bases: Bases, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others have all four cores, then three, then none; no step is made twice."""
+    """Others have all four cores, then three, then none; the curve is that of a run that nothing befell."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     monkeypatch.setattr(rounds, "_FREED_SECONDS", 8.0)
     out = str(tmp_path / "out")

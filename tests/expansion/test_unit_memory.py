@@ -21,7 +21,7 @@ from lesa_ray.expansion.lesa_task import task_here
 from lesa_ray.expansion.memory import SCRATCH_VARIABLE, free_memory, scratch_dir
 from lesa_ray.expansion.method import Job, RunContext
 from lesa_ray.expansion.prepare import prepare
-from lesa_ray.gpu import gpu_memory
+from lesa_ray.gpu import CONTEXT_BYTES, gpu_memory
 from lesa_ray.lesa.cost import unit_cost
 from lesa_ray.lesa.rates import GPU_MEMORY
 
@@ -75,8 +75,11 @@ def test_a_limit_of_the_process_own_group_or_of_one_around_it_counts(
 
 
 def test_a_unit_has_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1000))
-    assert [gpu_memory(share) for share in (None, 1, 0.25)] == [1000, 1000, 250]
+    """But for what CUDA itself takes there, or half of it at most."""
+    total = 80 * 10**9
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=total))
+    found = [gpu_memory(share) for share in (None, 1, 0.25, 0.01)]
+    assert found == [total - CONTEXT_BYTES, total - CONTEXT_BYTES, total // 4 - CONTEXT_BYTES, total // 200]
 
 
 def test_scratch_is_in_the_folder_that_the_machine_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

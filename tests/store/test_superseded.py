@@ -14,6 +14,7 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store.catalog import Store
 from lesa_ray.store.garbage import find_garbage
 from lesa_ray.store.identity import Identity
+from lesa_ray.store.lease import Lease
 from lesa_ray.store.record import RECORD_FILE, describe_files, make_record
 from lesa_ray.store.superseded import find_superseded, remove_superseded
 
@@ -110,6 +111,28 @@ def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
     plan(store, "weekly", ("x", OLD))
     assert remove_superseded(store, [found], "gc") == []
     assert store.record(old) is not None
+
+
+def test_who_begins_a_stage_as_soon_as_it_is_removed_keeps_the_lease(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path), term=30)
+    make(store, OLD)
+    plan(store, "weekly", ("x", STAGE))
+    [found] = find_superseded(store)
+    release, taken = Lease.release, list[Lease | None]()
+
+    def released(self: Lease) -> None:
+        release(self)
+        if not taken:
+            taken.append(store.lease(OLD, "a fleet"))
+
+    monkeypatch.setattr(Lease, "release", released)
+    assert remove_superseded(store, [found], "gc") == [found]
+    [lease] = taken
+    assert lease is not None
+    assert lease.renew()
+    lease.release()
 
 
 def test_an_interrupted_removal_leaves_no_half_a_stage(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

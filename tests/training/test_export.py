@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lesa_ray import Expanded
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training import export as export_module
-from lesa_ray.training.export import export, plan_export, write_file
+from lesa_ray.training.export import OutFile, export, export_memory, plan_export, write_file
 from lesa_ray.training.trained_state import TrainedState
 from tests import families
 from tests.training.exporting import FACTS, assert_exported, bits, changed, in_new_layers, run, save_state
@@ -269,6 +269,18 @@ def test_one_trained_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytes
     run(base, state, str(tmp_path / "out"))
     assert len(counts) > 10
     assert set(counts) == {0}
+
+
+@pytest.mark.parametrize(("family", "most"), [("llama", 2), ("mixtral", 4)])
+def test_what_a_file_takes_is_by_its_largest_trained_parameter(family: str, most: int, tmp_path: Path) -> None:
+    base = families.make(family, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trained = {name: p.detach().float() for name, p in model.named_parameters() if "layers.1." in name}
+    plan = plan_export(open_checkpoint(base), save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    assert max(export_memory(plan, file) for file in plan.files) == most * 4 * max(
+        tensor.numel() for tensor in trained.values()
+    )
+    assert export_memory(plan, OutFile("copied.safetensors", 10**12, None)) == 0
 
 
 def test_files_can_be_written_elsewhere(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Recorder:
         self.flushed: list[tuple[int, bool]] = []
         self.saved: list[tuple[int, int, float | None]] = []
         self.waited = False
-        self.completed = 0
+        self.completed = self.polls = 0
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self.rows.append({"step": step, **values})
@@ -63,7 +63,13 @@ class Recorder:
     def save(self, step: int, tokens: int, heldout_loss: float | None, *_: object) -> None:
         self.saved.append((step, tokens, heldout_loss))
 
-    def poll(self) -> None: ...
+    def poll(self) -> bool:
+        """As if what was begun were there three steps later."""
+        self.polls += 1
+        if self.saved and self.polls == self.saved[-1][0] + 3:
+            self.completed = self.saved[-1][0]
+            return True
+        return False
 
     def wait(self) -> None:
         self.waited = True
@@ -135,6 +141,13 @@ def test_what_happens_at_which_step(blocks: TokenBlocks, monkeypatch: pytest.Mon
     assert [(one.step, one.heldout_loss) for one in told] == [(2, heldout[0]), (3, heldout[2]), (4, heldout[2]),
                                                               (5, heldout[4])]  # fmt: skip
     assert [one.seconds_left for one in told] == [1.5, 2, 1, 0]
+
+
+def test_a_checkpoint_counts_as_soon_as_it_is_there(blocks: TokenBlocks) -> None:
+    """And whoever waits for it hears of it then, not with the next row."""
+    record, told = run(config(steps=20, log_every=10, eval_every=20, checkpoint_every=10), blocks, Bigrams())
+    assert record.polls == 20
+    assert [(one.step, one.saved) for one in told] == [(10, 0), (10, 10), (20, 10)]
 
 
 def test_the_share_of_the_peak_is_of_all_workers(blocks: TokenBlocks) -> None:
