@@ -99,6 +99,30 @@ def test_the_yardstick_is_the_best_control_over_all_bases() -> None:
     assert not any(arm.name in arm.unbeaten for arm in found.arms)
 
 
+def test_a_run_without_a_measurement_at_its_beginning_is_left_out_of_the_mean_before() -> None:
+    one = comparison({"x": [1.0, 1.1, 1.2], "COPY": [1.5, 1.6, 1.7]})
+    runs = one["arms"][0]["runs"]
+    runs[0]["loss_before"], runs[1]["loss_before"] = None, 5.9
+    assert verdict({"one": one}).arms[0].bases["one"].before == pytest.approx(0.7)
+    for run in runs:
+        run["loss_before"] = None
+    assert verdict({"one": one}).arms[0].bases["one"].before is None
+
+
+def test_controls_alone_are_told_as_such() -> None:
+    found = verdict({"one": comparison({"x": [], "COPY": [1.5, 1.6]})})
+    assert (found.best, found.alike) == (None, ())
+    assert reading(found) == ["No method has results with every seed on every base yet."]
+
+
+def test_methods_that_are_not_told_apart_are_methods() -> None:
+    """The control that is as near stands in the next line."""
+    told = reading(verdict({"one": comparison({"x": [1.0, 1.4], "y": [1.1, 1.3], "COPY": [1.2, 1.3]})}))
+    assert told[0].endswith("from the best control, COPY, in the mean over 1 base.")
+    assert told[1].startswith("Methods not told apart from it on every base, by intervals for all pairs: y.")
+    assert told[2].startswith("Controls that it does not clearly beat on every base, each by its own interval: COPY")
+
+
 def test_one_seed_on_one_base_is_not_one_seed_on_all() -> None:
     one, two = comparison({"x": [1.0], "COPY": [2.0]}), comparison({"x": [1.0, 1.1], "COPY": [2.0, 2.1]})
     said = "There is one seed: no spread is known, nothing is told apart, and the order is not a finding."
@@ -122,6 +146,7 @@ def test_a_method_that_does_not_beat_the_base_as_it_is_has_gained_nothing() -> N
     assert (found.yardstick, found.best) == ("base, untrained", "x")
     x, _, base, _ = found.arms
     assert (x.control, base.control, base.difference, base.bases["one"].half) == (False, True, 0.0, 0.0)
+    assert (base.bases["one"].before, x.bases["one"].before) == pytest.approx((0.0, 3.9))
     interval = ttest_1samp([3.0, 3.1, 3.2], 3.2).confidence_interval(0.95)
     assert x.bases["two"].difference == pytest.approx((interval.high + interval.low) / 2 - 3.2)
     assert x.bases["two"].half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
