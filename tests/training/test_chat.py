@@ -7,10 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizerFast
 
 from lesa_ray.errors import UserError
 from lesa_ray.training.chat import COLUMNS, ChatEncoder, Example, conversation, fit
@@ -89,6 +90,34 @@ def test_the_mark_of_the_template_wins() -> None:
     unmarked = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     (example,) = examples(styles.qwen(unmarked), ONE)
     assert learnt(tokenizer, example) == ["THOUGHTyes, the café<|im_end|>"]
+
+
+def test_of_special_tokens_behind_a_marked_answer_the_first_is_learnt() -> None:
+    template = styles.MARKED.replace("{% endgeneration %}<|im_end|>", "{% endgeneration %}<|im_end|><|endoftext|>")
+    tokenizer = styles.qwen(template)
+    (example,) = examples(tokenizer, TWO)
+    assert learnt(tokenizer, example) == ["yes, the café<|im_end|>", "no\n\nreason<|im_end|>"]
+
+
+def test_a_slow_tokenizer_learns_the_answers_of_a_template_with_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a tokenizer does not know which token a character is of."""
+
+    def unknown(*_: Any) -> None:
+        raise ValueError("char_to_token() is not available when using Python based tokenizers")
+
+    tokenizer = styles.qwen(styles.MARKED)
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
+    monkeypatch.setattr(BatchEncoding, "char_to_token", unknown)
+    (example,) = examples(tokenizer, TWO)
+    assert learnt(tokenizer, example) == ["yes, the café<|im_end|>", "no\n\nreason<|im_end|>"]
+
+
+def test_what_follows_a_special_token_within_an_answer_is_learnt() -> None:
+    tokenizer = styles.gpt2()
+    tokenizer.chat_template = styles.PLAIN
+    (example,) = examples(tokenizer, [ONE[0], {"role": "assistant", "content": "yes<|endoftext|>the café"}])
+    (answer,) = learnt(tokenizer, example)
+    assert answer.lstrip() == "yes<|endoftext|>the café\n<|endoftext|>"
 
 
 def test_an_answer_that_joins_the_header_is_learnt_from_the_joint_on() -> None:
@@ -188,6 +217,8 @@ def test_keys_without_a_value_are_not_there() -> None:
         ({"messages": "a"}, "messages must be a list of objects with a role"),
         ({"messages": [{"from": "human"}]}, "messages must be a list of objects with a role"),
         ({"prompt": ["a"], "response": "b"}, "question and answer must be text"),
+        ({"prompt": "a", "response": {"text": "b"}}, "question and answer must be text"),
+        ({"instruction": "a", "input": ["c"], "output": "b"}, "question and answer must be text"),
     ],
 )
 def test_rows_that_are_no_conversation_are_named(values: dict[str, Any], message: str) -> None:
@@ -199,6 +230,8 @@ def test_tools_reach_the_template() -> None:
     tokenizer = styles.qwen("{% if tools %}TOOL {{ tools[0].name }}{% endif %}" + styles.CHATML)
     (example,) = examples(tokenizer, ONE, tools=[{"name": "add"}])
     assert tokenizer.decode(example.ids).startswith("TOOL add<|im_start|>")
+    (half,) = examples(tokenizer, ONE, tools=[{"name": "add\ud800"}])
+    assert tokenizer.decode(half.ids).startswith("TOOL add?<|im_start|>")
     assert learnt(tokenizer, example) == ["yes, the café<|im_end|>"]
 
 
@@ -363,3 +396,10 @@ def test_what_does_not_fit_is_cut_or_left_out() -> None:
     assert cut is not None
     assert (cut.ids.tolist(), int(cut.scored.sum())) == (example.ids[: begin + 1].tolist(), 1)
     assert fit(example, begin, "truncate") is None  # nothing is left to learn
+
+
+def test_an_example_of_which_only_the_first_token_counts_is_left_out() -> None:
+    """Nothing stands before it that it could be predicted from."""
+    ids, scored = np.arange(3, dtype=np.int32), np.array([True, False, False])
+    assert fit(Example(ids, scored), 3, "truncate") is None
+    assert fit(Example(ids, scored[::-1]), 3, "truncate") is not None
