@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import os
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -125,6 +128,17 @@ def test_odd_contents_are_read(tmp_path: Path) -> None:
     assert read(tmp_path / "x.parquet") == ["a"]
 
 
+def test_a_document_has_the_same_key_however_it_is_stored(tmp_path: Path) -> None:
+    """Else a copy of it may be both trained on and held out."""
+    text = "a" + "é" * 2**16
+    (tmp_path / "plain.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "row.jsonl").write_text(json.dumps({"text": text}))
+    parts = [part for file in sorted(tmp_path.iterdir()) for part in parts_of(deal(find(file)))]
+    keys = {fragment.key for part in parts for fragment in read_fragments(part, "text", NO_DATASET, 1000)}
+    assert keys == {text.encode()[: 2**16]}
+
+
 def zstd(data: bytes) -> bytes:
     return pa.compress(data, "zstd", asbytes=True)  # type: ignore[no-any-return]
 
@@ -168,6 +182,33 @@ def test_wrong_rows_are_named_by_place(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": [1]}), tmp_path / "h.parquet")
     with pytest.raises(UserError, match=r"h.parquet: row 1: there is no text in a column 'text'"):
         read(tmp_path / "h.parquet")
+
+
+def test_rows_of_parquet_are_counted_from_the_beginning_of_the_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"] * 20}), tmp_path / "a.parquet", row_group_size=5)
+    parts = parts_of(deal(find(tmp_path), (tmp_path / "a.parquet").stat().st_size // 2 + 1))
+    assert len(parts) == 2
+    first, second = ([*read_rows(part, ("text",), NO_DATASET)] for part in parts)
+    assert [row.where.rpartition(": ")[2] for row in first + second] == [f"row {number}" for number in range(1, 21)]
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "parquet"])
+def test_how_much_of_a_part_was_read_goes_up_to_all_of_it(tmp_path: Path, ending: str) -> None:
+    texts, file = ["word " * 200] * 40, tmp_path / f"a.{ending}"
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": texts}), file, row_group_size=5)
+    elif ending == "txt":
+        file.write_text("".join(texts))
+    else:
+        file.write_bytes(gzip.compress(lines.encode()) if ending == "jsonl.gz" else lines.encode())
+    parts = parts_of(deal(find(file), file.stat().st_size // 2 + 1))
+    assert len(parts) == (1 if ending == "jsonl.gz" else 2)
+    for part in parts:
+        shares = [fragment.share for fragment in read_fragments(part, "text", NO_DATASET, 1000)]
+        assert shares == sorted(shares)
+        assert 0 < shares[0] < 0.2 or ending == "jsonl.gz"
+        assert shares[-1] == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
@@ -258,6 +299,43 @@ def test_a_store_that_goes_away_within_a_file_is_no_damage(s3: str, monkeypatch:
     finally:
         S3FileSystem.clear_instance_cache()
         proxy.stop()
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst"])
+def test_a_disk_that_fails_within_a_packed_file_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """The name may have a query behind it, as that of a URL."""
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            if fails and self.tell():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(buffer)
+
+    fails = False
+    file = tmp_path / f"a.{ending}?part=1"
+    lines = "".join(json.dumps({"text": os.urandom(50).hex()}) + "\n" for _ in range(2000)).encode()
+    file.write_bytes(zstd(lines) if ending.endswith("zst") else gzip.compress(lines))
+    opened = SimpleNamespace(open=lambda path, *_, **__: Failing(path))
+    monkeypatch.setattr(documents, "filesystem", lambda url: (opened, url))
+    monkeypatch.setattr(documents, "_BUFFER", 2**12)
+    part = Part(Source(str(file), file.stat().st_size, ""))
+    assert len(list(read_rows(part, ("text",), NO_DATASET))) == 2000
+    fails = True
+    with pytest.raises(MachineError, match=r"cannot be read .*Input/output error"):
+        list(read_rows(part, ("text",), NO_DATASET))
+
+
+def test_too_little_memory_for_a_row_group_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(full, None))
+    with pytest.raises(MemoryError, match="malloc of size 64 failed"):
+        read(tmp_path / "a.parquet")
 
 
 def test_the_share_held_out_is_about_what_was_asked() -> None:
