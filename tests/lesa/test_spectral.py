@@ -277,6 +277,9 @@ def test_same_inputs_same_bytes(route):
         (53248, 16384, 126, 20000, "randomized"),
         (GRAM_ALWAYS, 2048, 24, 16, "gram"),
         (4096, 16, 3, 16, "gram"),
+        (53248, 16384, 126, 53248, "gram"),
+        (53248, 16, 3, 48, "gram"),
+        (4096, 1024, 2, 600, "gram"),
     ],
 )
 def test_auto_depends_on_sizes_alone(d1, d2, layers, rank, route):
