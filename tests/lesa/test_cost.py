@@ -18,14 +18,14 @@ from lesa_ray.config import LesaSettings
 from lesa_ray.errors import RoomError, UserError
 from lesa_ray.gpu import DEVICE_SHARE
 from lesa_ray.lesa import ridge, room, spectral
-from lesa_ray.lesa.bounds import EIGH_MATRICES, SPLIT_MATRICES
+from lesa_ray.lesa.bounds import EIGH_MATRICES, RIDGE_FEATURES, SPLIT_MATRICES
 from lesa_ray.lesa.cost import Phase, UnitCost, require_device_memory, require_host_memory, stack_size, unit_cost
 from lesa_ray.lesa.fit import fit_weight_type
-from lesa_ray.lesa.needs import bytes_beside, choose_place, why_no_room_for_ridge
+from lesa_ray.lesa.needs import bytes_beside, choose_place, needs_of, why_no_room_for_ridge
 from lesa_ray.lesa.predictor import Predictor, train, train_together
 from lesa_ray.lesa.rates import CPU_CORE, GPU_MEMORY, GPUS, LOOKED, unit_seconds
-from lesa_ray.lesa.route import choose_route
-from lesa_ray.lesa.task import Task
+from lesa_ray.lesa.route import choose_route, sizes_of
+from lesa_ray.lesa.task import Task, layers_in_flight
 from tests.lesa.layers import related_layers
 
 
@@ -259,6 +259,70 @@ def test_seconds_wait_for_what_reading_takes_longer_than_work():
 )
 def test_a_route_is_the_cheapest_that_fits(d1, d2, layers, rank, budget, route):
     assert choose_route(d1, d2, layers, rank, memory_budget=budget) == route
+
+
+def test_what_the_gram_route_needs_beside_the_matrix_counts():
+    layer, matrices = 4096 * 1024, EIGH_MATRICES * 8 * 4096**2
+    needed = layer * (3 * 2 + 4) + matrices
+    routes = [choose_route(4096, 1024, 2, 600, memory_budget=needed - less) for less in (0, 1)]
+    assert routes == ["gram", "randomized"]
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [
+        (Task(40, 4, 5, 2), ("gram", 20, 20)),
+        (Task(40, 4, 5, 2, checkpoints=2, basis=2), ("gram", 40, 40)),
+        (Task(40, 4, 5, 2, checkpoints=2, basis=1), ("gram", 20, 20)),
+        (Task(40, 4, 5, 2, LesaSettings(svd="randomized", rank=6)), ("randomized", 6, 16)),
+        (Task(40, 4, 5, 2, LesaSettings(svd="randomized", rank=15)), ("randomized", 15, 20)),
+        (Task(40, 4, 5, 2, LesaSettings(svd="none")), ("none", 40, 40)),
+        (Task(53248, 16, 3, 2, LesaSettings(rank=48), checkpoints=4, basis=4), ("randomized", 48, 58)),
+        (Task(28672, 8192, 80, 40, LesaSettings(rank=8000), memory_budget=64 * 10**9), ("gram", 8000, 8000)),
+        (Task(28672, 8192, 80, 40, LesaSettings(rank=8000), memory_budget=16 * 10**9), ("randomized", 8000, 8010)),
+    ],
+)
+def test_a_unit_holds_the_directions_that_its_checkpoints_and_route_give(task, sizes):
+    assert sizes_of(task) == sizes
+
+
+def test_layers_that_are_read_again_lie_beside_the_projection():
+    """Of a checkpoint beside the basis they are read again wherever the coefficients lie."""
+    one = Task(1024, 16384, 32, 16, LesaSettings(rank=8, svd="gram", hidden=4, batch_size=1))
+    alone, joined = (needs_of(task, *sizes_of(task)) for task in (one, replace(one, checkpoints=2)))
+    assert alone.late == joined.late == alone.project + layers_in_flight(1024, 16384, 2)
+    assert alone.early < joined.early == joined.late
+
+
+def test_ridge_is_a_yardstick_only_beside_what_the_other_fits_keep():
+    stack = replace(DOWN, fits=3, slots=48)
+    alone, several = (needs_of(task, *sizes_of(task)) for task in (DOWN, stack))
+    assert several.ridge == alone.ridge + several.others > alone.ridge
+    between = int((alone.ridge + several.ridge) / 2 / DEVICE_SHARE)
+    assert why_no_room_for_ridge(replace(DOWN, device_memory=between)) is None
+    for task, rival in ((DOWN, True), (stack, False)):
+        small = replace(task, device_memory=between)
+        assert needs_of(small, *sizes_of(small)).rival is rival
+
+
+def test_predicting_counts_where_it_takes_the_most():
+    task = Task(1024, 4096, 32, 16, LesaSettings(rank=256, svd="gram", hidden=4, batch_size=1, ridge_yardstick=False))
+    needs = needs_of(task, *sizes_of(task))
+    assert needs.early == needs.late == needs.predict
+
+
+def test_ridge_is_a_yardstick_up_to_a_number_of_features():
+    for d2, rival in ((RIDGE_FEATURES["cpu"] // 2, True), (RIDGE_FEATURES["cpu"] // 2 + 1, False)):
+        task = Task(64, d2, 5, 1)
+        assert needs_of(task, *sizes_of(task)).rival is rival
+
+
+def test_what_lies_beside_coefficients_counts_where_the_unit_computes():
+    assert choose_place(10, 100, 110, None) == "memory"
+    assert choose_place(10, 100, 109, None) == "scratch"
+    assert choose_place(10, 100, 10, lambda nbytes: nbytes < 110) == "memory"
+    assert choose_place(10, 100, 9, lambda nbytes: nbytes < 110) == "scratch"
+    assert choose_place(10, 100, 9, lambda nbytes: nbytes <= 110) == "device"
 
 
 def test_a_budget_that_is_too_small_is_said_with_advice():

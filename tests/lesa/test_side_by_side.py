@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lesa_ray.config import LesaSettings
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.lesa.batches import Rows
 from lesa_ray.lesa.fit import Fit, fit_each
 from lesa_ray.lesa.predictor import Predictor, loss_and_gradient, train, train_together
@@ -107,6 +108,38 @@ def test_rooms_of_several_fits_are_of_one_kind(tmp_path: Any) -> None:
         second.tensor.fill_(2)
         assert first.tensor.eq(1).all()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_all_fits_is_told_of_by_the_first(tmp_path: Any) -> None:
+    """Each of them would fit in memory."""
+    with pytest.raises(MachineError, match=r"/nowhere: cannot reserve 1\.0 kB of scratch space"):
+        Rooms(2, "cpu", "/nowhere", 600).next((1, 2, 5, 12), torch.float32).reserve(0)
+    assert Rooms(2, "cpu", None, 600).next((1, 2, 5, 12), torch.float32).take(0, or_file=False)  # no place for a file
+
+
+def test_a_place_in_a_file_keeps_no_file_open(tmp_path: Any) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [Rooms(1, "cpu", str(tmp_path), 10).next((1, 2, 5, 12), torch.float32) for _ in range(5)]
+    assert all(room.take(0, or_file=True) for room in kept)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_lies_on_the_gpu_already_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("lesa_ray.lesa.room.fits_device", lambda nbytes, device: bool(asked.append(nbytes)))
+    room = Rooms(1, "cuda", None, None).next((1, 2, 5, 12), torch.float32)
+    assert room.take(100, taken=30, or_file=False)
+    assert asked == [480 + 100 - 30]
+    assert room.tensor.device.type == "cpu"
+
+
+def test_a_layer_waits_in_the_place_of_its_coefficients_if_it_fits_there() -> None:
+    room = Rooms(1, "cpu", None, None).next((1, 2, 5, 12), torch.float32)
+    assert room.take(0, or_file=False)
+    assert (room.holds(240), room.holds(241)) == (True, False)
+    room.layer(0, 1, (10, 12), torch.bfloat16).fill_(2)
+    assert room.layer(0, 1, (10, 12), torch.bfloat16).eq(2).all()
+    assert room.tensor[0, 0].untyped_storage().nbytes() == 480
 
 
 def experts() -> list[list[torch.Tensor]]:
