@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -287,6 +289,47 @@ def test_what_counts_of_a_tokenizer_is_which_of_its_ids_the_data_hold(run: Run, 
         json.dumps({name: value for name, value in blocks.manifest.items() if name != "largest_id"})
     )
     assert open_blocks(blocks.url).largest_id == size + 2  # where it was not noted
+
+
+def test_an_id_that_only_stands_in_questions_counts_too(run: Run, tmp_path: Path) -> None:
+    name = save(tmp_path / "chatml", styles.qwen(styles.CHATML))
+    talk = [{"role": "user", "content": words(0, 40)}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": talk})] * 3))
+    blocks = run(tmp_path / "a.jsonl", name, kind="chat", holdout=0, seq_len=256).blocks
+    columns = blocks.train.read(range(blocks.train.rows))
+    assert blocks.largest_id == columns["input_ids"].max() > columns["labels"].max()
+
+
+def test_a_limit_of_conversations_is_counted_in_columns_too(run: Run, tmp_path: Path) -> None:
+    name = save(tmp_path / "chatml", styles.qwen(styles.CHATML))
+    pq.write_table(pa.Table.from_pylist(chat_rows(20)), tmp_path / "a.parquet", row_group_size=2)
+    assert run(tmp_path / "a.parquet", name, kind="chat", limit=7, seq_len=256).blocks.manifest["documents"] == 7
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_the_digest_of_a_source_is_that_of_its_documents(run: Run, tmp_path: Path, kind: str) -> None:
+    name = save(tmp_path / "chatml", styles.qwen(styles.CHATML))
+    rows = chat_rows(20) if kind == "chat" else [{"text": words(number, 40)} for number in range(20)]
+    other = [*rows[1:], rows[0]]
+    digests = []
+    for number, (file, lines) in enumerate([("a", rows), ("b", rows), ("b", other)]):
+        path = tmp_path / f"{number}" / f"{file}.jsonl"
+        path.parent.mkdir()
+        path.write_text("\n".join(map(json.dumps, lines)))
+        out = str(tmp_path / f"out{number}")
+        (source,) = run(path, name, kind=kind, seq_len=256, out=out).blocks.manifest["sources"]
+        digests.append(source["digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_id_that_only_fills_rows_counts_too(run: Run, tmp_path: Path) -> None:
+    """Neither token that could fill them is in the data."""
+    tokenizer = styles.qwen(styles.CHATML)
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<pad>"})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, chat_rows(20))))
+    blocks = run(tmp_path / "a.jsonl", save(tmp_path / "more", tokenizer), kind="chat", seq_len=128).blocks
+    held = blocks.train.read(range(blocks.train.rows))["input_ids"]
+    assert blocks.largest_id == held.max() == tokenizer.eos_token_id >= len(styles.qwen())
 
 
 def test_a_model_need_not_hold_all_tokens_of_its_tokenizer_but_that_which_ends_answers(tmp_path: Path) -> None:
