@@ -424,3 +424,41 @@ def test_what_is_found_out_about_a_store_is_no_part_of_a_leases_time(
     assert lease is not None
     assert lease.held
     lease.release()
+
+
+def test_a_renewal_counts_from_when_it_was_asked_for_and_not_if_it_comes_too_late() -> None:
+    """Meanwhile someone may have it."""
+    asked: list[bool] = []
+
+    def slow(late: bool) -> bool:
+        asked.append(late)
+        time.sleep(1.2)
+        return True
+
+    begin = time.monotonic()
+    lease = Lease("thing", "me", 20, begin, slow, lambda: None, lasting=False)
+    assert lease.renew()
+    assert lease._valid_until <= time.monotonic() - 1.2 + 0.7 * 20
+    lease.release()
+    lease = Lease("thing", "me", 20, time.monotonic() - 0.7 * 20 + 1.0, slow, lambda: None, lasting=False)
+    assert lease.held
+    assert not lease.renew()
+    assert not lease.renew()
+    assert asked == [False, False]
+    lease.release()
+
+
+def test_a_lease_outlives_faults_of_the_disk() -> None:
+    asked: list[bool] = []
+
+    def faulty(*late: bool) -> bool:
+        asked.extend(late)
+        raise OSError("input/output error")
+
+    lease = Lease("thing", "me", 0.4, time.monotonic(), faulty, faulty, lasting=True)  # type: ignore[arg-type]
+    until(lambda: len(asked) > 2, 20)
+    lease.release()
+    lease = Lease("thing", "me", 20, time.monotonic(), faulty, faulty, lasting=True)  # type: ignore[arg-type]
+    lease.release()
+    assert not lease.held
+    assert "me" not in process.HERE
