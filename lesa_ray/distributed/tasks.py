@@ -2,7 +2,7 @@
 
 A task whose worker is lost, or that meets a fault of the machine, is started again by Ray, three times; not where its
 GPU's memory is full, as it would be again. Where what the others finish stays and takes long, such a fault ends none
-that has begun. Where the machines with room for a task were lost Ray would wait for others without a word, and for ever.
+that has begun. Where machines with room for a task were lost Ray would wait for others without a word, for ever.
 
 A task with a GPU has a process of its own. CUDA takes the GPU that a process sees first for good, and PyTorch keeps
 what it had of it, so a second task in the same process would compute on the first one's GPU, in what that one left. Ray
