@@ -249,6 +249,7 @@ def test_without_pictures_it_is_the_model_that_it_was_made_of(family: str, grow:
     checkpoint = open_checkpoint(str(base))
     assert checkpoint.config["model_type"] == to
     assert not {"mrope_section", "mrope_interleaved"} & checkpoint.config["rope_parameters"].keys()
+    assert checkpoint.config.keys() <= AutoConfig.for_model(to).to_dict().keys()
     assert list(checkpoint.left_out) == ["visual"]
     assert torch.equal(families.logits(load_model(str(base), "float32"), ids), expected)
     result = grow(str(base), method="llama-pro", layers=7)

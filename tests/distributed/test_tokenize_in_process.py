@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import threading
 from base64 import b64encode
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,13 +22,14 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.distributed import finetune as tune
 from lesa_ray.distributed import tokenize as module
 from lesa_ray.distributed.tokenize import Tokenized, tokenize
 from lesa_ray.errors import KeptError, UserError
 from lesa_ray.report.data import describe_tokens, token_lines
 from lesa_ray.training import layout, sources, tokens
-from lesa_ray.training.block_folder import made_with
+from lesa_ray.training.block_folder import BEGUN, made_with
 from lesa_ray.training.data_settings import TokenizeConfig
 from lesa_ray.training.run import check_data
 from lesa_ray.training.tokens import open_blocks
@@ -379,3 +382,11 @@ def test_a_file_may_have_a_name_that_is_no_utf8(run: Run, gpt2: str, tmp_path: P
     lines = (tmp_path / "out" / "sources.jsonl").read_text(encoding="utf-8").splitlines()
     assert sorted(Path(json.loads(line)["name"]).name for line in lines) == names
     assert token_lines(result)
+
+
+def test_a_task_that_begins_says_so(tmp_path: Path) -> None:
+    """Until one has, all are taken to wait for room."""
+    job: Any = SimpleNamespace(config=SimpleNamespace(out=str(tmp_path)))
+    storage = Storage(str(tmp_path))
+    found = module._do({"item": pickle.dumps("x")}, lambda *_: storage.exists(BEGUN), job, ())
+    assert pickle.loads(found["result"]) == ("done", True)
