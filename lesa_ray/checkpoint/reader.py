@@ -43,8 +43,10 @@ class Checkpoint:
     files: dict[str, int]
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
+    is_part: bool = False
+    """Whether it is the language model of a larger one, with names of its own for what lies in the files."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Bytes of the parts that see or hear, by name, where it is the language model of a larger one."""
+    """Bytes of the parts that see or hear then, by name."""
 
     @property
     def parameters(self) -> int:
@@ -152,7 +154,7 @@ def _language_model(whole: Checkpoint, where: str) -> Checkpoint:
     for name in (old for old, new in named.items() if new is None):
         left_out[component(name)] = left_out.get(component(name), 0) + whole.tensors[name].nbytes
     files = {name: nbytes for name, nbytes in whole.files.items() if name not in PROCESSORS}
-    return replace(whole, files=files, config=config, tensors=tensors, left_out=left_out)
+    return replace(whole, files=files, config=config, tensors=tensors, is_part=True, left_out=left_out)
 
 
 def _reaching(where: str, storage: Storage, refused: str) -> AbstractContextManager[None]:

@@ -3,10 +3,10 @@
     plan_export (headers) ▸ begin_export (OUT is claimed) ▸ write_file, one a file ▸ finish_export (config.json last)
 
 Decides
-- The result has the base's files: names, index, order of tensors, dtypes. A file without a trained tensor is copied
-  whole; in the others the untouched tensors are copied as bytes, and each trained one is read from the training
-  checkpoint, rounded to the base's dtype, and written. Memory is bounded by the largest trained tensor (where the
-  model fuses the experts of a layer: by two of those).
+- The result has the base's files: names, index, order of tensors, dtypes; of the language model of a larger one, its
+  part of them. A file without a trained tensor is copied whole; in others the untouched tensors are copied as bytes,
+  and each trained one is read from the training checkpoint, rounded to the base's dtype, and written. Memory is bounded
+  by the largest trained tensor (where the model fuses the experts of a layer: by two of those).
 - Without a base (a model trained from random weights) all tensors come from the training checkpoint; tied weights are
   written once, names are those that transformers gives tensors in files.
 - OUT may hold the run's own `training/`. `training/export.json` names the export whose files lie there: the same export
@@ -224,7 +224,7 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
     manifest = own_manifest(plan.base.storage, depth[1], plan.out, needed=False) if plan.base and depth else None
     storage.write(CARD_FILE, training_card(plan.base, manifest, plan.config, facts).encode())
     if len(plan.files) > 1:
-        if plan.base is not None:
+        if plan.base is not None and not plan.base.is_part:
             storage.write(INDEX_FILE, plan.base.storage.read(INDEX_FILE))
         else:
             storage.write(INDEX_FILE, index_bytes([file.shard for file in plan.files if file.shard]))
@@ -288,10 +288,10 @@ def _files_of_base(base: Checkpoint, sources: Sources) -> tuple[OutFile, ...]:
     files = []
     for file in base.shards:
         entries = sorted((e for e in base.tensors.values() if e.file == file), key=lambda entry: entry.offset)
-        if not any(entry.name in sources for entry in entries):
+        if not base.is_part and not any(entry.name in sources for entry in entries):
             files.append(OutFile(file, base.files[file], None))
             continue
-        name = SINGLE_FILE if INDEX_FILE not in base.files else file
+        name = SINGLE_FILE if len(base.shards) == 1 else file
         shard = Shard(name, tuple(_out_tensor(base, entry, entry.name in sources) for entry in entries))
         files.append(OutFile(name, shard.nbytes, shard))
     return tuple(files)

@@ -26,6 +26,7 @@ from lesa_ray.expansion.rehearsal import check_layers
 from lesa_ray.report import terminal
 from tests import families
 from tests.report.printing import printed
+from tests.training.exporting import run, save_state
 
 Grow = Callable[..., Expanded]
 TEXT: dict[str, Any] = {
@@ -333,6 +334,27 @@ def test_it_is_evaluated_by_itself(family: str, seeing: Callable[[str], str], tm
         bounds = read_bounds(base)
         assert bounds.parameters == sum(parameter.numel() for parameter in model.parameters())
         assert bounds.config.model_type == OF_TEXT[family][0]
+
+
+@pytest.mark.parametrize("trained", ["model.norm.weight", "model."])
+@pytest.mark.parametrize("shard_size", ["20KB", "150KB", "10MB"])
+def test_what_is_trained_of_it_is_it_alone(
+    shard_size: str, trained: str, seeing: Callable[[str], str], tmp_path: Path
+) -> None:
+    """However the files mix it with what is left out."""
+    base = str(tmp_path / "base")
+    whole_model("gemma3", seeing("gemma3")).save_pretrained(base, max_shard_size=shard_size)
+    expected = load_model(base, "float32")
+    values = {name: p.detach() * 1.5 for name, p in expected.named_parameters() if name.startswith(trained)}
+    run(base, save_state(str(tmp_path / "state"), values), str(tmp_path / "out"))
+    with torch.no_grad():
+        for name, parameter in expected.named_parameters():
+            parameter.copy_(values.get(name, parameter))
+    model, info = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), output_loading_info=True)
+    assert not any(info.values()), info
+    ids = families.tokens()
+    assert torch.equal(families.logits(model.eval(), ids), families.logits(expected, ids))
+    assert open_checkpoint(str(tmp_path / "out")).tensors.keys() == open_checkpoint(base).tensors.keys()
 
 
 def test_bounds_of_a_repository_are_those_of_its_language_model(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lesa_ray import Expanded
 from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.report.training_card import training_card
 from lesa_ray.training import export as export_module
@@ -269,6 +270,19 @@ def test_one_trained_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytes
     run(base, state, str(tmp_path / "out"))
     assert len(counts) > 10
     assert set(counts) == {0}
+
+
+def test_the_one_file_of_an_index_is_found(tmp_path: Path) -> None:
+    base = Path(families.make("llama_tied", tmp_path / "base"))
+    shard = "model-00001-of-00001.safetensors"
+    (base / SINGLE_FILE).rename(base / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(families.tensors(base), shard)}
+    (base / INDEX_FILE).write_text(json.dumps(index))
+    trained = changed(str(base), in_new_layers)
+    run(str(base), save_state(str(tmp_path / "state"), trained), str(tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    name = min(trained)
+    assert torch.equal(model.get_parameter(name).float(), trained[name].to(model.dtype).float())
 
 
 @pytest.mark.parametrize(("family", "most"), [("llama", 2), ("mixtral", 4)])
