@@ -214,9 +214,13 @@ class ChatEncoder:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         ids = [int(token) for token in out["input_ids"]]
         scored = [bool(flag) for flag in out["assistant_masks"]]
+        spans = out["offset_mapping"]
+        for index in range(1, len(ids)):  # transformers marks but the first token of a mark's last character
+            scored[index] |= scored[index - 1] and spans[index][0] < spans[index - 1][1]
         for index in range(1, len(ids)):  # the end of a turn, where it stands outside of the mark
             if scored[index - 1] and not scored[index] and ids[index] in self._special:
                 scored[index] = ids[index - 1] not in self._special

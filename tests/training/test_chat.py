@@ -99,6 +99,14 @@ def test_of_special_tokens_behind_a_marked_answer_the_first_is_learnt() -> None:
     assert learnt(tokenizer, example) == ["yes, the café<|im_end|>", "no\n\nreason<|im_end|>"]
 
 
+def test_a_marked_answer_is_learnt_to_the_last_byte_of_its_last_character() -> None:
+    tokenizer = styles.qwen(styles.MARKED)
+    talk = [ONE[0], {"role": "assistant", "content": "ok 😊"}]
+    assert len(tokenizer("😊")["input_ids"]) > 1
+    (example,) = examples(tokenizer, [*talk, *talk])
+    assert learnt(tokenizer, example) == ["ok 😊<|im_end|>", "ok 😊<|im_end|>"]
+
+
 def test_a_slow_tokenizer_learns_the_answers_of_a_template_with_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a tokenizer does not know which token a character is of."""
 
