@@ -40,6 +40,14 @@ def shown(text: str) -> str:
     return text.partition("?")[0] if _WHOLE.fullmatch(text) else _QUERY.sub(r"\1", text)
 
 
+_WEB = re.compile(r"(?:^|::)https?://")
+
+
+def named(place: str) -> str:
+    """A place without the query of a web address: what ends in the name's ending. Elsewhere `?` may be in a name."""
+    return place.partition("?")[0] if _WEB.search(place) else place
+
+
 def unsigned(place: str) -> str:
     """A place as it is told from others: as it is shown, with what in the query of a URL signs nothing."""
     seen = shown(place)

@@ -9,7 +9,8 @@ import pytest
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import KeptError, MachineError, NotWritten, UserError
 from lesa_ray.faults import explain
-from lesa_ray.places import is_of_a_store, shown, unsigned
+from lesa_ray.places import is_of_a_store, named, shown, unsigned
+from lesa_ray.training.sources import Source
 
 SECRET = "http://bob:hunter2@host:8000/a.jsonl?X-Amz-Date=1&X-Amz-Signature=SECRETSIG"
 
@@ -64,3 +65,17 @@ def test_no_message_or_record_holds_secrets() -> None:
 )
 def test_places_that_others_name_are_of_stores(place: str, whether: bool) -> None:
     assert is_of_a_store(place) is whether
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("https://host/a.jsonl?sig=x", "https://host/a.jsonl"),
+        ("simplecache::https://host/a.jsonl?sig=x", "simplecache::https://host/a.jsonl"),
+        ("/data/why?/a.jsonl", "/data/why?/a.jsonl"),
+        ("s3://bucket/What is it?.jsonl", "s3://bucket/What is it?.jsonl"),
+    ],
+)
+def test_only_a_web_address_has_a_query(place: str, name: str) -> None:
+    assert named(place) == name
+    assert Source(place, 1, "").kind == ".jsonl"

@@ -15,6 +15,7 @@ from lesa_ray.checkpoint.storage import filesystem, protocols
 from lesa_ray.checkpoint.walking import file_info, matching_files, visible_files
 from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
+from lesa_ray.places import named
 
 _SIGNS = "*?["
 
@@ -38,7 +39,7 @@ def find_files(
         if fs.isdir(path):
             listed = visible_files(fs, path, local=local)
         elif fs.exists(path):
-            if not (path if local else path.split("?")[0]).endswith(known):  # a signed URL goes on after its name
+            if not (path if local else named(path)).endswith(known):  # a signed URL goes on after its name
                 raise UserError(f"{where}: is of no kind that is read here ({', '.join(kinds)})")
             return {_name(fs, path, local): fs.info(path)}
         elif any(sign in path for sign in _SIGNS):

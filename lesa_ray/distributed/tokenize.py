@@ -212,7 +212,11 @@ def _write(job: Job, plan: Layout, folders: tuple[Landmark, ...], listener: List
     for name in (f"{split}/{name}" for split in tokens.SPLITS for name in storage.within(split).list()):
         if name not in names:  # of more data than there are now
             storage.remove(name)
-    there = storage.within(f"{layout.FILES}/{plan.made_of}").list()
+    noted = storage.within(layout.FILES)
+    for name in noted.folders():
+        if name != plan.made_of:  # of other data, whose files are written over now
+            noted.remove_tree(name)
+    there = noted.within(plan.made_of).list()
     done = [file for file in plan.files if file.record.rsplit("/", 1)[-1] in there]
     with ThreadPoolExecutor(16) as pool:
         notes = pool.map(partial(layout.read_written, storage), done)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from itertools import chain, islice
 from typing import Any, Literal
@@ -144,10 +145,12 @@ def check_out(data: str, out: str) -> None:
         return
     else:
         inner, outer = (os.path.realpath(os.path.expanduser(place)) for place in (out, data))
-    whole, _, _ = outer.partition("**")  # a pattern of all below; others name files of a certain depth
-    if is_pattern(whole):
-        return
-    if inner == outer or inner.startswith(whole.rstrip("/") + "/"):
+    whole, _, _ = outer.partition("**")  # a pattern of all below
+    if is_pattern(whole):  # others match at a certain depth, and a folder that they match is read to the bottom
+        within = fnmatchcase("/".join(inner.split("/")[: outer.count("/") + 1]), outer)
+    else:
+        within = inner == outer or inner.startswith(whole.rstrip("/") + "/")
+    if within:
         raise UserError(f"OUT {out}: lies inside DATA {data}, so it would be read as data; give a place of its own")
 
 

@@ -29,6 +29,7 @@ from typing import Any
 from lesa_ray.checkpoint.storage import filesystem
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain, is_outage
+from lesa_ray.places import named
 from lesa_ray.training.sources import PACKED, Part, open_dataset
 
 LONGEST = 2**18
@@ -243,6 +244,10 @@ def _unpacking(url: str, packed: bool) -> Iterator[None]:
     except (OSError, EOFError, zlib.error) as error:
         if not packed or (isinstance(error, OSError) and error.errno) or is_outage(error):
             raise
+        if "requires too much memory" in str(error):
+            raise UserError(
+                f"DATA {url}: is packed with a longer window than is taken here (zstd --long); pack it again without"
+            ) from error
         raise UserError(f"DATA {url}: is not packed as its name says, or damaged ({explain(error)})") from error
 
 
@@ -250,7 +255,7 @@ def _unpacked(raw: io.BufferedReader, url: str) -> Any:
     """What a packed file holds."""
     import pyarrow as pa
 
-    if url.split("?")[0].endswith(".zst"):
+    if named(url).endswith(".zst"):
         return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), _BUFFER)
     return gzip.GzipFile(fileobj=raw)
 

@@ -27,7 +27,7 @@ from lesa_ray.checkpoint.search import find_files
 from lesa_ray.checkpoint.walking import above
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
-from lesa_ray.places import unsigned
+from lesa_ray.places import named, unsigned
 
 PLAIN = (".txt", ".md", ".py")
 PACKED = (".jsonl.gz", ".json.gz", ".jsonl.zst")
@@ -69,7 +69,7 @@ class Source:
         """plain, hub, or one of ROWS."""
         if self.shards:
             return "hub"
-        name = self.name.split("?")[0]
+        name = named(self.name)
         return next((end for end in ROWS if name.endswith(end)), "plain")
 
 

@@ -221,6 +221,22 @@ def test_files_of_rows_are_written_again_when_the_data_changed(
     assert bytes_of(result.blocks.url) == bytes_of(run(data, gpt2, out=str(tmp_path / "whole")).blocks.url)
 
 
+def test_files_of_rows_are_written_again_when_the_data_are_what_they_were_before(
+    read: list[list[str]], gpt2: str, tmp_path: Path, run: Run
+) -> None:
+    """A file that strayed into the folder, and out again."""
+    data, stray = tmp_path / "data", tmp_path / "data" / "0.jsonl"
+    lines_of(data)
+    for strays in (False, True):
+        if strays:
+            stray.write_text("\n".join((data / "a.jsonl").read_text().splitlines()[:2]))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, gpt2, Stop("writing rows", 3))
+    stray.unlink()
+    result = run(data, gpt2)
+    assert bytes_of(result.blocks.url) == bytes_of(run(data, gpt2, out=str(tmp_path / "whole")).blocks.url)
+
+
 def test_conversations_that_a_template_refuses_can_be_left_out(read: list[list[str]], tmp_path: Path, run: Run) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + styles.CHATML
     name = save(tmp_path / "strict", styles.qwen(strict))

@@ -66,7 +66,15 @@ def test_out_may_lie_beside_the_data_but_not_in_it(tmp_path: Path, monkeypatch: 
         ("data", "s3://b"),
     ]:
         check_out(data, out)
-    inside = [("data", "data"), ("data/", "data/out"), ("link", "data/out"), ("d/**/*.txt", "d/o")]
+    check_out("corpus/*.txt", "corpus/blocks")
+    inside = [
+        ("corpus/*", "corpus/blocks"),
+        ("corpus/b*", "corpus/blocks/out"),
+        ("data", "data"),
+        ("data/", "data/out"),
+        ("link", "data/out"),
+        ("d/**/*.txt", "d/o"),
+    ]
     for data, out in [*inside, ("s3://b/d/", "s3://b/d/o")]:
         with pytest.raises(UserError, match="lies inside DATA"):
             check_out(data, out)

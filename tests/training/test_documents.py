@@ -314,7 +314,7 @@ def test_a_disk_that_fails_within_a_packed_file_is_no_damage(
             return super().readinto(buffer)
 
     fails = False
-    file = tmp_path / f"a.{ending}?part=1"
+    file = tmp_path / f"a.{ending}"
     lines = "".join(json.dumps({"text": os.urandom(50).hex()}) + "\n" for _ in range(2000)).encode()
     file.write_bytes(zstd(lines) if ending.endswith("zst") else gzip.compress(lines))
     opened = SimpleNamespace(open=lambda path, *_, **__: Failing(path))
