@@ -128,10 +128,16 @@ def _passed_on() -> dict[str, Any]:
 
     What the submitted job's own names is left out: it is there already, and Ray refuses to hear it twice."""
     known = job_environment().get("env_vars") or {}
+    passed = {name: value for name, value in without_secrets().items() if name not in known}
+    return {"env_vars": passed} if passed else {}
+
+
+def without_secrets() -> dict[str, str]:
+    """`PASSED_ON`, as far as it is set and holds no user or password: a warning tells what does."""
     passed = {}
     for name in PASSED_ON:
         value = os.environ.get(name)
-        if value is None or name in known:
+        if value is None:
             continue
         if value != shown(value):
             log.warning(
@@ -141,4 +147,4 @@ def _passed_on() -> dict[str, Any]:
             )
             continue
         passed[name] = value
-    return {"env_vars": passed} if passed else {}
+    return passed

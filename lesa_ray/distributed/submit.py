@@ -33,7 +33,7 @@ from ray._private.runtime_env.packaging import _dir_travel
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from lesa_ray.distributed.start import PASSED_ON
+from lesa_ray.distributed.start import without_secrets
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
 from lesa_ray.places import shown
@@ -77,10 +77,7 @@ def submit(command: Sequence[str], address: str | None = None, cpus: float = 1, 
             job = _submitted(
                 client,
                 entrypoint=shlex.join(entrypoint),
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {n: os.environ[n] for n in PASSED_ON if n in os.environ},
-                },
+                runtime_env={"working_dir": folder, "env_vars": without_secrets()},
                 entrypoint_num_cpus=cpus,
             )
     if not wait:

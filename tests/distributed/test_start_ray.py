@@ -284,5 +284,6 @@ def test_a_place_with_a_password_is_not_passed_on(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_ENDPOINT", "https://bob:hunter2@mirror")
     assert start._passed_on() == {"env_vars": {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}}
+    assert start.without_secrets() == {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}  # with a job that is submitted
     assert "HF_ENDPOINT: holds a user or a password" in caplog.text
     assert "hunter2" not in caplog.text
