@@ -266,13 +266,29 @@ def load_settings(kind: type[Kind], path: str | None, /, **given: object) -> Kin
     return validated(kind, data, "options" if path is None else f"config {path}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a setting that is given twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict[str, object]:
     """A YAML file's mapping. Raises: UserError; MachineError if its store does not answer."""
     from lesa_ray.checkpoint.storage import read_file
 
     content = read_file(os.path.expanduser(path), f"config {path}")
     try:
-        data = yaml.safe_load(content)
+        data = yaml.load(content, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"config {path}: {line}{error.problem or first_line(error)}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path}: {first_line(error)}") from error
     if not isinstance(data, dict):

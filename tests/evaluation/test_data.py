@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lesa_ray.config import load_settings
+from lesa_ray.config import load_settings, read_yaml
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.data import BlockData, TextData, block_rows, open_data, text_rows
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -167,3 +168,20 @@ def test_settings_from_a_file_and_flags_win(tmp_path: Path) -> None:
         load_settings(EvaluateConfig, str(path))
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_settings(EvaluateConfig, str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("data: x\nwindow: 4\ndata: y\n", "line 3: data is given twice"),
+        ("data: x\nplot: {a: 1, a: 2}\n", "line 2: a is given twice"),
+        ("data: x\n\twindow: 4\n", "line 2: found character"),
+    ],
+)
+def test_slips_in_a_file_of_settings_are_named_with_their_line(content: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"^config {re.escape(str(path))}: {says}"):
+        load_settings(EvaluateConfig, str(path))
+    path.write_text("a: &a {window: 4}\nb: {<<: *a, window: 5}\n")
+    assert read_yaml(str(path))["b"] == {"window": 5}
