@@ -10,7 +10,7 @@ from typing import IO
 
 from lesa_ray.checkpoint.finite import FiniteCheck
 from lesa_ray.checkpoint.header import TORCH_NAMES
-from lesa_ray.checkpoint.ranges import PIECE, ends_early, read_ahead
+from lesa_ray.checkpoint.ranges import PIECE, ends_early, read_ahead, read_full
 from lesa_ray.checkpoint.shards import OutTensor, Span
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import UserError
@@ -36,7 +36,7 @@ class Readers:
             self._files[key] = self._stack.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115
         return self._files[key]
 
-    def chunks(self, span: Span, start: int, end: int) -> Iterator[bytes]:
+    def chunks(self, span: Span, start: int, end: int) -> Iterator[bytes | bytearray]:
         """The bytes [start, end) of the source file, in chunks."""
         storage = self.storage(span)
         if not storage.is_local:
@@ -44,8 +44,8 @@ class Readers:
             return
         for position in range(start, end, PIECE):
             size = min(PIECE, end - position)
-            chunk = os.pread(self.local(span).fileno(), size, position)
-            if len(chunk) != size:
+            chunk = bytearray(size)
+            if not read_full(self.local(span).fileno(), memoryview(chunk), position):
                 raise ends_early(storage, span.file)
             yield chunk
 
@@ -94,6 +94,8 @@ def _write_zeros(out: IO[bytes], storage: Storage, nbytes: int) -> None:
 def _copy_in_kernel(first: Span, readers: Readers, target: int, nbytes: int) -> bool:
     """Append the bytes of a local file from a span on to another inside the kernel; False if it cannot, with nothing
     changed."""
+    if not hasattr(os, "copy_file_range"):  # Linux alone has it
+        return False
     source, offset, done = readers.local(first).fileno(), first.offset, 0
     position = os.lseek(target, 0, os.SEEK_CUR)
     while done < nbytes:

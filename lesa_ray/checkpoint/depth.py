@@ -45,6 +45,7 @@ BY_INDEX = (
     "no_rope_layer_interval",
     "global_attn_every_n_layers",
     "full_attention_interval",
+    "dense_attention_every_n_layers",
     "attn_layer_period",
     "expert_layer_period",
     "interleave_moe_layer_step",
@@ -222,6 +223,4 @@ def _looks_like_indices(value: object, base_layers: int) -> bool:
 
 
 def _looks_per_layer(value: object, base_layers: int) -> bool:
-    return (
-        isinstance(value, list) and len(value) == base_layers and all(isinstance(v, str | int | float) for v in value)
-    )
+    return isinstance(value, list) and len(value) == base_layers

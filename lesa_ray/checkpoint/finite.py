@@ -7,12 +7,12 @@ measured, against about 1 GB/s for reading from a fast disk)."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lesa_ray.checkpoint.ranges import read_full
 from lesa_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FiniteCheck:
     seen: int = 0
 
     @staticmethod
-    def feed(checks: list[FiniteCheck], data: bytes) -> None:
+    def feed(checks: list[FiniteCheck], data: bytes | bytearray) -> None:
         """Hand the next bytes of consecutive tensors to their checks. Raises: UserError naming the first bad tensor."""
         view = memoryview(data)
         for check in checks:
@@ -76,9 +76,10 @@ class FiniteCheck:
                 done = 0
                 while done < check.nbytes:
                     block = memoryview(buffer)[: min(_BLOCK, check.nbytes - done)]
-                    count = os.preadv(descriptor, [block], offset + done)
-                    check._look(block[:count])
-                    done += count
+                    if not read_full(descriptor, block, offset + done):
+                        raise UserError(f"BASE: tensor {check.name} is cut off; somebody is changing the checkpoint")
+                    check._look(block)
+                    done += len(block)
             offset += check.nbytes
 
     def _look(self, data: Any) -> None:

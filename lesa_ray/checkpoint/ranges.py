@@ -8,6 +8,7 @@ own retries).
 from __future__ import annotations
 
 import functools
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,6 +85,18 @@ def read_into(storage: Storage, name: str, start: int, view: memoryview) -> None
         return
     for _ in side_by_side((PIECE, functools.partial(read, begin)) for begin in begins):
         pass
+
+
+def read_full(descriptor: int, view: memoryview, position: int) -> bool:
+    """Fill `view` with the bytes of an open file from `position` on; False if it ends before. A read may bring less
+    than is there, on a network's filesystem say."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + _AT_ONCE]], position + done)
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def read_ahead(storage: Storage, name: str, start: int, end: int) -> Iterator[bytes]:

@@ -100,7 +100,7 @@ def measure(job: Job, bound: Bounds, progress: Progress = lambda phase, share: N
             ) from error
         if is_fault(error):
             raise MachineError(f"checkpoint {bound.name}: {explain(error)[:300]}") from error
-        raise
+        raise UserError(f"checkpoint {bound.name}: cannot be measured ({explain(error)[:300]})") from error
     record |= {"seconds": time.monotonic() - begin, "peak_memory": own_peak_memory()}
     if on_gpu:  # of several the fullest
         record["peak_gpu_memory"] = max(torch.cuda.max_memory_allocated(device) for device in devices)

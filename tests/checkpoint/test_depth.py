@@ -132,6 +132,7 @@ def test_dtype_is_said_under_the_name_the_base_uses() -> None:
     [
         ({"layer_types": ["a", "b"]}, "layer_types has 2 entries for 4 layers"),
         ({"dropout_by_depth": [0.1, 0.2, 0.3, 0.4]}, "dropout_by_depth seems to hold one value for each"),
+        ({"block_configs": [{"n": layer} for layer in range(4)]}, "block_configs seems to hold one value for each"),
         ({"attention_types": [[["global"], 4]]}, "attention_types seems to hold one value"),
         ({"skip_layers": [2]}, "skip_layers = .2. seems to name layers by index"),
         ({"ple_layer_ids": [0, 2]}, "ple_layer_ids = .0, 2. seems to name layers by index"),

@@ -94,3 +94,10 @@ def test_a_bad_value_of_a_tensor_is_found_in_little_memory(dtype: str, place: in
     with pytest.raises(UserError, match="BASE: tensor w holds NaN or Inf"):
         assert_finite(values, "w")
     assert all_finite(torch.empty(0, 3))
+
+
+@pytest.mark.timeout(30)
+def test_a_tensor_that_is_cut_off_while_it_is_looked_at_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(100))
+    with open(tmp_path / "x", "rb") as file, pytest.raises(UserError, match="tensor w is cut off"):
+        FiniteCheck.feed_file([FiniteCheck("w", "BF16", 200)], file.fileno(), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import threading
 import time
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lesa_ray import UserError
 from lesa_ray.checkpoint import ranges
-from lesa_ray.checkpoint.ranges import read_ahead, read_into, side_by_side
+from lesa_ray.checkpoint.ranges import read_ahead, read_full, read_into, side_by_side
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.training import model as model_module
@@ -223,3 +224,15 @@ def test_a_training_checkpoint_is_read_by_ranges_side_by_side(store: Moody) -> N
     there.write(name, there.read(name)[:-9])
     with pytest.raises(UserError, match=r"training checkpoint .*: is damaged \(.*ends before its header says"):
         TrainedState(there.url).read("w")
+
+
+def test_reads_that_bring_less_than_is_there_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: real(file, [views[0][:7]], at))
+    data = bytes(range(100))
+    (tmp_path / "x").write_bytes(data)
+    with open(tmp_path / "x", "rb") as file:
+        found = bytearray(60)
+        assert read_full(file.fileno(), memoryview(found), 30)
+        assert bytes(found) == data[30:90]
+        assert not read_full(file.fileno(), memoryview(found), 41)

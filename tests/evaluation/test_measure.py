@@ -107,6 +107,13 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, text: str) -> None:
         run(small, text)
 
 
+def test_a_model_whose_forward_pass_fails_is_named(tmp_path: Path, text: str) -> None:
+    """So that others beside it are measured all the same."""
+    odd = tiny.checkpoint(tmp_path / "odd", num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(UserError, match=r"checkpoint .*odd: cannot be measured \("):
+        run(odd, text)
+
+
 def test_windows_that_do_not_fit(tmp_path: Path, checkpoint: str, text: str) -> None:
     with pytest.raises(UserError, match=r"window 49: checkpoint .* was made for 48 positions; give at most that"):
         run(checkpoint, text, window=49)
