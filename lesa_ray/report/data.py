@@ -38,9 +38,12 @@ def token_lines(result: Tokenized) -> str:
         f"{blocks.url}: {count(blocks.train.tokens)} tokens in {blocks.train.rows:,} rows of {blocks.seq_len:,} to "
         f"train on, {blocks.heldout.rows:,} rows held out, {duration(result.seconds)}{how}"
     ]
-    for name, what in (("truncated", "cut to a row"), ("left_out", "left out")):
+    for name, what in (
+        ("truncated", "cut to a row, longer than {:,} tokens"),
+        ("left_out", "left out: without an answer, or with none within {:,} tokens"),
+    ):
         if facts.get(name):
-            lines.append(f"{facts[name]:,} conversations {what}, longer than {blocks.seq_len:,} tokens")
+            lines.append(f"{facts[name]:,} conversations {what.format(blocks.seq_len)}")
     if unread := facts.get("unread_files"):
         lines.append(unread_files(unread))
     if facts.get("bad_rows"):
