@@ -39,7 +39,7 @@ def find_files(
         if fs.isdir(path):
             listed = visible_files(fs, path, local=local)
         elif fs.exists(path):
-            if not (path if local else named(path)).endswith(known):  # a signed URL goes on after its name
+            if not named(path).endswith(known):
                 raise UserError(f"{where}: is of no kind that is read here ({', '.join(kinds)})")
             return {_name(fs, path, local): fs.info(path)}
         elif any(sign in path for sign in _SIGNS):

@@ -13,6 +13,7 @@ import os
 import secrets
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -128,14 +129,14 @@ def _passed_on() -> dict[str, Any]:
 
     What the submitted job's own names is left out: it is there already, and Ray refuses to hear it twice."""
     known = job_environment().get("env_vars") or {}
-    passed = {name: value for name, value in without_secrets().items() if name not in known}
+    passed = without_secrets(name for name in PASSED_ON if name not in known)
     return {"env_vars": passed} if passed else {}
 
 
-def without_secrets() -> dict[str, str]:
-    """`PASSED_ON`, as far as it is set and holds no user or password: a warning tells what does."""
+def without_secrets(names: Iterable[str] = PASSED_ON) -> dict[str, str]:
+    """Variables of this process, as far as they are set and hold no user or password: a warning tells what does."""
     passed = {}
-    for name in PASSED_ON:
+    for name in names:
         value = os.environ.get(name)
         if value is None:
             continue

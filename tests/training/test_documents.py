@@ -305,8 +305,6 @@ def test_a_store_that_goes_away_within_a_file_is_no_damage(s3: str, monkeypatch:
 def test_a_disk_that_fails_within_a_packed_file_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    """The name may have a query behind it, as that of a URL."""
-
     class Failing(io.FileIO):
         def readinto(self, buffer: Any) -> int | None:
             if fails and self.tell():
@@ -355,3 +353,21 @@ def test_rows_of_a_dataset_are_read_by_shard(tmp_path: Path) -> None:
     assert found == [[f"{number}-{row}" for row in range(4)] for number in range(3)]
     fragment = next(read_fragments(Part(source, 2, 3, take=1), "text", (None, "train")))
     assert fragment == Fragment("2-0", True, True, b"2-0")
+
+
+def test_a_window_that_is_too_long_is_told_from_damage(tmp_path: Path) -> None:
+    """A frame by hand (RFC 8878): a window of 2 GiB, as `zstd --long=31` asks for, and one block, as it is."""
+
+    def rows() -> list[Any]:
+        file = tmp_path / "a.jsonl.zst"
+        return list(read_rows(Part(Source(str(file), file.stat().st_size, "")), ("text",), NO_DATASET))
+
+    line = b'{"text": "whole"}\n'
+    block = (len(line) << 3 | 1).to_bytes(3, "little") + line
+    for window, whole in ((0x00, True), (21 << 3, False)):
+        (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00" + bytes([window]) + block)
+        if whole:
+            assert [row.values["text"] for row in rows()] == ["whole"]
+        else:
+            with pytest.raises(UserError, match=r"a\.jsonl\.zst: is packed with a longer window .* pack it again"):
+                rows()
