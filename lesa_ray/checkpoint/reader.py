@@ -20,6 +20,7 @@ from lesa_ray.checkpoint.language_model import PROCESSORS, component, language_c
 from lesa_ray.checkpoint.names import item_of, layer_of
 from lesa_ray.checkpoint.pages import empty_bytes
 from lesa_ray.checkpoint.ranges import read_into
+from lesa_ray.checkpoint.samples import samples
 from lesa_ray.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.errors import UserError, first_line
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 _QUANTISED = "quantize_config.json"
 """Beside what AutoGPTQ wrote before config.json could say it."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
+SAMPLED = "sha256-of-samples:"
+"""What digests begin with that no storage gave."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,21 @@ class Checkpoint:
     def digests(self) -> dict[str, dict[str, Any]]:
         """What identifies each shard without reading it whole: its size and a digest.
 
-        The digest is the storage's own ETag where there is one, else a SHA-256 over the header and 16 samples of 4 KiB
-        spread evenly over the file: weights that were trained on differ in every sample.
+        The digest is the storage's own ETag where there is one, else a SHA-256 over the header and a little of each
+        tensor (`lesa_ray.checkpoint.samples`).
         """
+        of_file: dict[str, list[TensorEntry]] = {}
+        for entry in self.tensors.values():
+            of_file.setdefault(entry.file, []).append(entry)
 
         def digest(file: str) -> dict[str, Any]:
             size = self.files[file]
             tag = None if self.storage.is_local else self.storage.etag(file)
             if tag is None:
                 sha = hashlib.sha256(raw_header(self.storage, file, size))
-                for sample in range(_SAMPLES):
-                    start = (size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1)
-                    sha.update(self.storage.read(file, max(start, 0), max(start, 0) + _SAMPLE_BYTES))
-                tag = f"sha256-sampled:{sha.hexdigest()}"
+                for sample in samples(self.storage, file, of_file[file]):
+                    sha.update(sample)
+                tag = f"{SAMPLED}{sha.hexdigest()}"
             return {"bytes": size, "digest": tag}
 
         with ThreadPoolExecutor(8) as pool:

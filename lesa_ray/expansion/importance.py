@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa_ray.checkpoint.anatomy import Anatomy
-from lesa_ray.checkpoint.reader import Checkpoint
+from lesa_ray.checkpoint.reader import SAMPLED, Checkpoint
 from lesa_ray.checkpoint.storage import read_file
 from lesa_ray.config import ExpandConfig
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.plan import BY_IMPORTANCE
-
-_SAMPLED = "sha256-sampled:"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _check_base(analysis: dict[str, Any], checkpoint: Checkpoint, anatomy: Anato
     comparable = [
         name
         for name in mine.keys() & theirs.keys()
-        if all(str(found[name].get("digest")).startswith(_SAMPLED) for found in (mine, theirs))
+        if all(str(found[name].get("digest")).startswith(SAMPLED) for found in (mine, theirs))
     ]
     differs = any(mine[name] != theirs[name] for name in comparable)
     if analysis.get("layers") != anatomy.depth or mine.keys() != theirs.keys() or differs:

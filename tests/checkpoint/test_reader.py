@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
+from lesa_ray.checkpoint.header import TensorEntry
 from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.samples import sample_ranges
 from tests import families
 
 Bases = Callable[[str], str]
@@ -64,12 +67,12 @@ def test_digests_tell_trained_weights_apart_and_copies_not(bases: Bases, tmp_pat
     assert [name for name in changed if changed[name] != base.digests()[name]] == [shard.name]
 
 
-def test_a_digest_sees_any_sixteenth_of_the_weights_and_every_name(tmp_path: Path) -> None:
+def test_a_digest_sees_every_small_tensor_the_ends_of_large_ones_and_every_name(tmp_path: Path) -> None:
     """All names: checkpoints with two tensors of one shape exchanged have the same bytes behind the header."""
-    names = [f"model.layers.{i:03d}.mlp.down_proj.weight" for i in range(200)]
+    names = [f"model.layers.{i:03d}.input_layernorm.weight" for i in range(200)]
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "model.safetensors"
-    save_file({name: torch.zeros(1000) for name in names}, file)
+    save_file({**{name: torch.zeros(1000) for name in names}, "z": torch.zeros(100_000)}, file)
     content = file.read_bytes()
     begin = int.from_bytes(content[:8], "little") + 8
     assert content.index(names[150].encode()) > 10_000  # beyond what a sample at the beginning sees
@@ -81,16 +84,36 @@ def test_a_digest_sees_any_sixteenth_of_the_weights_and_every_name(tmp_path: Pat
     seen = {digest(content)}
     here, there = names[150].encode(), names[151].encode()
     seen.add(digest(content.replace(here, b"x" * len(here)).replace(there, here).replace(b"x" * len(here), there)))
-    step = (len(content) - begin) // 15
-    for at in range(15):  # trained weights differ everywhere: here in the 15 stretches between samples, ends included
-        trained = bytearray(content)
-        trained[begin + at * step : begin + (at + 1) * step + 4096] = bytes([1]) * (step + 4096)
-        seen.add(digest(trained[: len(content)]))
-    assert len(seen) == 17
-    save_file({"w": torch.zeros(100_000)}, file)
-    content = file.read_bytes()
-    begin = int.from_bytes(content[:8], "little") + 8
-    assert digest(content) != digest(content[:begin] + b"\1" + content[begin + 1 :])  # the first weight
+    places = [begin + 4000 * norm + at for norm in (0, 77, 199) for at in (0, 2000, 3999)]
+    large = begin + 4000 * 200
+    places += [large, large + 4095, large + 400_000 - 4096, large + 400_000 - 1]
+    for place in places:
+        seen.add(digest(content[:place] + b"\1" + content[place + 1 :]))
+    assert len(seen) == 2 + len(places)
+
+
+def test_of_very_large_tensors_16_samples_stand_for_all() -> None:
+    def ranges(*sizes: int) -> list[tuple[int, int]]:
+        offsets = [100 + sum(sizes[:at]) for at in range(len(sizes))]
+        return sample_ranges(
+            TensorEntry(str(at), "U8", (size,), "f", offset, size)
+            for at, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
+        )
+
+    whole = ranges(2**34)
+    assert len(whole) == 16
+    assert whole[0] == (100, 4196)
+    assert whole[-1][1] == 100 + 2**34
+    gaps = [after[0] - before[0] for before, after in itertools.pairwise(whole)]
+    assert max(gaps) - min(gaps) <= 1
+    assert len(ranges(2**26)) == 4
+    assert ranges(2**20, 2**20) == [
+        (100, 4196),
+        (100 + 2**20 - 4096, 100 + 2**20 + 4096),
+        (100 + 2**21 - 4096, 100 + 2**21),
+    ]
+    assert ranges(0, 10, 0, 20) == [(100, 130)]
+    assert max(end - start for start, end in ranges(*[2**16] * 100)) == 2**20
 
 
 def test_an_index_cannot_point_out_of_the_folder(bases: Bases, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lesa_ray import ExpandConfig, UserError
 from lesa_ray.checkpoint.manifest import read_manifest
-from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.reader import SAMPLED, open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.plan import gaps_by_importance
@@ -119,7 +119,7 @@ def test_files_that_do_not_serve(
 def test_an_analysis_of_other_weights_of_the_same_names(bases: Bases, analysis: Callable[..., str]) -> None:
     weights = open_checkpoint(bases("llama")).digests()
     name = sorted(weights)[0]
-    weights[name] = {**weights[name], "digest": "sha256-sampled:0"}
+    weights[name] = {**weights[name], "digest": f"{SAMPLED}0"}
     with pytest.raises(UserError, match="is an analysis of somewhere"):
         planned(bases("llama"), position="most-important", importance=analysis(identity={"weights": weights}))
     weights[name] = {**weights[name], "digest": "a-store's-own-tag"}
