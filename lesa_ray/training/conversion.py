@@ -110,6 +110,16 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **persistent_buffers(model)}
 
 
+def held_twice(
+    model: PreTrainedModel, entries: Mapping[str, TensorEntry], conversions: Iterable[Conversion]
+) -> dict[str, Conversion]:
+    """The files' tensors that are further names of tied parameters, each with what the parameter is made of."""
+    by_target = {target: conversion for conversion in conversions for target in conversion.targets}
+    covered = {source for conversion in by_target.values() for source in conversion.sources}
+    names = {**{name: name for name in model_tensors(model)}, **_aliases(model)}
+    return {name: by_target[names[name]] for name in entries if name not in covered and name in names}
+
+
 def _aliases(model: torch.nn.Module) -> dict[str, str]:
     """Further names of tied parameters → the name that `named_parameters` gives them."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -18,7 +18,7 @@ from lesa_ray.checkpoint.shards import OutTensor
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import UserError
 from lesa_ray.training.buffers import persistent_buffers
-from lesa_ray.training.conversion import Conversion, convert, plan_conversions, revert
+from lesa_ray.training.conversion import Conversion, convert, held_twice, plan_conversions, revert
 from lesa_ray.training.model import build
 from lesa_ray.training.trained_state import TrainedState
 
@@ -49,11 +49,10 @@ def sources_of_base(base: Checkpoint, state: TrainedState) -> Sources:
                 f"training checkpoint {state.url}: its {name} is {list(shape)}, that of {where} is "
                 f"{list(shapes[name])}; give the checkpoint the training began from"
             )
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    covered = {source for conversion in conversions for source in conversion.sources}
-    # tied weights that the files hold under both names
-    twice = [Conversion((n,), (every[n],), True) for n in base.tensors if n not in covered and n in every]
+    twice = [
+        Conversion((name,), conversion.targets, True)
+        for name, conversion in held_twice(model, base.tensors, conversions).items()
+    ]
     return {
         source: conversion
         for conversion in (*conversions, *twice)

@@ -23,6 +23,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.faults import explain, reaching
 from lesa_ray.training.conversion import Conversion, plan_conversions
 from lesa_ray.training.insertion import Insertion, plan_insertion
+from lesa_ray.training.tied import check_tied
 from lesa_ray.training.tokens import TokenBlocks, open_blocks
 from lesa_ray.training.train_settings import TrainConfig
 
@@ -93,7 +94,10 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     if checkpoint is not None:
         with reaching(where):
             manifest = own_manifest(checkpoint.storage, layers, where, needed=config.needs_manifest)
-    conversions = () if checkpoint is None else tuple(plan_conversions(model, checkpoint.tensors, where))
+    conversions: tuple[Conversion, ...] = ()
+    if checkpoint is not None:
+        conversions = tuple(plan_conversions(model, checkpoint.tensors, where))
+        check_tied(model, checkpoint, conversions, where)
     check_data(blocks, architecture, model.config.get_text_config(), where)
     if blocks.kind == "chat":
         check_packing(architecture, where, blocks.seq_len)
