@@ -147,7 +147,7 @@ def gc(
     from lesa_ray.report.terminal import console
     from lesa_ray.sizes import size
     from lesa_ray.store.catalog import open_store
-    from lesa_ray.store.garbage import find_garbage, remove
+    from lesa_ray.store.garbage import Garbage, NotRemoved, find_garbage, remove
     from lesa_ray.store.superseded import find_superseded, remove_superseded
 
     opened = open_store(store)
@@ -155,13 +155,22 @@ def gc(
     unneeded = find_superseded(opened, older_than) if superseded else []
     found = [*abandoned, *unneeded]
     holder = f"gc on {socket.gethostname()}, process {os.getpid()}"
-    removed = [one for one in abandoned if remove(opened, one, holder)] if yes else []
-    removed += remove_superseded(opened, unneeded, holder) if yes else []
+    removed: list[Garbage] = []
+    stay: list[str] = []
+    if yes:
+        for one in abandoned:
+            try:
+                removed += [one] if remove(opened, one, holder) else []
+            except NotRemoved as error:
+                stay.append(str(error))
+        removed += remove_superseded(opened, unneeded, holder, stay.append)
+    for line in stay:
+        sys.stderr.write(f"lesa-ray: {line}\n")
     if as_json:
         lists = {"abandoned": abandoned, **({"superseded": unneeded} if superseded else {})}
         shown = {name: [asdict(one) for one in ones] for name, ones in lists.items()}
         print_json({**shown, "removed": [one.name for one in removed]})
-        return
+        sys.exit(1 if stay else 0)
     if found:
         console.print(garbage_table(found), highlight=False)
     total = size(sum(one.nbytes for one in (removed if yes else found)))
@@ -171,6 +180,8 @@ def gc(
     else:
         said = f"{len(removed)} removed, {total}" if yes else f"{len(found)} {what}, {total}; --yes removes them"
     sys.stderr.write(f"lesa-ray: {opened.url}: {said}\n")
+    if stay:
+        sys.exit(1)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (fleet, runs, verify, gc)

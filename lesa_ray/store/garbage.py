@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lesa_ray.checkpoint.s3_upload import http_status
-from lesa_ray.checkpoint.storage import WORK_DIR
+from lesa_ray.checkpoint.storage import WORK_DIR, Storage
+from lesa_ray.errors import MachineError
 from lesa_ray.store.catalog import Begun, Store, lease_name
 from lesa_ray.store.identity import parse_place
 from lesa_ray.store.register import outages
@@ -25,6 +26,10 @@ _UPLOAD_AGE_SECONDS = 24 * 3600.0
 
 _TIMES = ("LastModified", "last_modified", "mtime")
 """What filesystems call the time at which a file was written."""
+
+
+class NotRemoved(MachineError):
+    """A stage of which something stays, as it is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def find_garbage(store: Store, days: float = 7.0) -> list[Garbage]:
 
 
 def remove(store: Store, garbage: Garbage, holder: str) -> bool:
-    """Remove what was abandoned; whether it still was. Raises: MachineError."""
+    """Remove what was abandoned; whether it still was. Raises: NotRemoved; MachineError."""
     if garbage.kind == "upload":
         bucket, key, _ = store.storage.fs.split_path(store.storage.path(garbage.name))
         with outages(store.storage):
@@ -69,11 +74,22 @@ def remove(store: Store, garbage: Garbage, holder: str) -> bool:
     try:
         if store.record(garbage.name) is not None:
             return False
-        store.folder(garbage.name).remove_tree()
+        clear(store.folder(garbage.name))
         store.forget(garbage.name)
     finally:
         lease.release()
     return True
+
+
+def clear(folder: Storage) -> None:
+    """Remove a stage's folder. Raises: NotRemoved if something of it stays; MachineError."""
+    try:
+        folder.remove_tree()
+        stays = bool(folder.list() or folder.folders())
+    except PermissionError:
+        stays = True
+    if stays:
+        raise NotRemoved(f"{folder.url}: could not be removed whole; repeat it as a user who may write in all of it")
 
 
 def _since(begun: Begun) -> float:

@@ -8,13 +8,14 @@ identity, so everything of its label stays.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from lesa_ray.errors import UserError
 from lesa_ray.store.catalog import Store
-from lesa_ray.store.garbage import Garbage, age
+from lesa_ray.store.garbage import Garbage, NotRemoved, age, clear
 from lesa_ray.store.identity import Identity
 from lesa_ray.store.record import RECORD_FILE, Record
 
@@ -32,8 +33,12 @@ def find_superseded(store: Store, days: float = 7.0) -> list[Garbage]:
     ]
 
 
-def remove_superseded(store: Store, garbage: Sequence[Garbage], holder: str) -> list[Garbage]:
-    """Remove such stages; those that still were some. Raises: as `find_superseded`.
+def remove_superseded(
+    store: Store, garbage: Sequence[Garbage], holder: str, problem: Callable[[str], None]
+) -> list[Garbage]:
+    """Remove such stages; those that still were some and could be. Raises: as `find_superseded`.
+
+    problem: is told of each that could not.
 
     What is needed is looked at again before each; the records are read again only where a plan has changed."""
     removed: list[Garbage] = []
@@ -52,9 +57,13 @@ def remove_superseded(store: Store, garbage: Sequence[Garbage], holder: str) -> 
             # Noted as unfinished first, so that what an interruption leaves is abandoned, not half a finished stage.
             store.begin(one.name, identity, holder, "was superseded, its removal was interrupted")
             folder = store.folder(one.name)
-            folder.remove(RECORD_FILE)
-            folder.remove_tree()
+            with contextlib.suppress(PermissionError):  # as everything else in it: `clear` says so
+                folder.remove(RECORD_FILE)
+            clear(folder)
             store.forget(one.name)
+        except NotRemoved as error:
+            problem(str(error))
+            continue
         finally:
             lease.release()  # its file stays: who has begun the same stage anew by now has it
         removed.append(one)

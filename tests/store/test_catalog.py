@@ -271,6 +271,35 @@ def test_the_commands_and_their_exit_codes(tmp_path: Path, run: Callable[..., tu
     assert store.folder(made).is_empty()
 
 
+@pytest.mark.timeout(180)
+def test_what_may_not_be_removed_is_told_and_not_counted(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    made = make(store, STAGE)
+    theirs = begin(store, dataclasses.replace(STAGE, code="theirs"), "x", {"a/b": bytes(500)})
+    mine = begin(store, dataclasses.replace(STAGE, code="mine"), "x", {"c": bytes(500)})
+    store.write_plan("fleet", "mine", {"stages": []})
+    may = Storage.remove_tree
+
+    def remove_tree(storage: Storage, name: str = "") -> None:  # as for another user, who may not write in it
+        if theirs not in storage.url and made not in storage.url:
+            may(storage, name)
+
+    monkeypatch.setattr(Storage, "remove_tree", remove_tree)
+    code, out, err = run("gc", store.url, "--older-than", "0", "--superseded", "--yes")
+    assert code == 1
+    assert f"{store.url}/{theirs}: could not be removed whole" in err
+    assert f"{store.url}/{made}: could not be removed whole" in err
+    assert "1 removed, 0.5 kB" in err
+    assert store.folder(mine).is_empty()
+    code, out, _ = run("gc", store.url, "--older-than", "0", "--yes", "--json")
+    assert (code, json.loads(out)["removed"]) == (1, [])
+    monkeypatch.undo()
+    _, out, _ = run("gc", store.url, "--older-than", "0", "--yes", "--json")
+    assert sorted(json.loads(out)["removed"]) == sorted([theirs, made])
+
+
 def test_an_interrupt_is_told_by_the_exit_code(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

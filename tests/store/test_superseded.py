@@ -52,8 +52,8 @@ def test_what_no_plan_names_is_superseded(place: str) -> None:
     plan(store, "weekly", ("y", STAGE))  # under another label it is the same
     [found] = find_superseded(store)
     assert (found.kind, found.name, found.nbytes, found.detail) == ("finished", old, 2, "made 2026-01-01 00:00")
-    assert remove_superseded(store, [found], "gc") == [found]
-    assert remove_superseded(store, [found], "gc") == []
+    assert remove_superseded(store, [found], "gc", pytest.fail) == [found]
+    assert remove_superseded(store, [found], "gc", pytest.fail) == []
     assert store.folder(old).is_empty()
     assert store.record(now) is not None
     assert names(store) == set()
@@ -106,10 +106,10 @@ def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
     [found] = find_superseded(store)
     lease = store.lease(OLD, "a fleet")
     assert lease is not None
-    assert remove_superseded(store, [found], "gc") == []
+    assert remove_superseded(store, [found], "gc", pytest.fail) == []
     lease.release()
     plan(store, "weekly", ("x", OLD))
-    assert remove_superseded(store, [found], "gc") == []
+    assert remove_superseded(store, [found], "gc", pytest.fail) == []
     assert store.record(old) is not None
 
 
@@ -128,7 +128,7 @@ def test_who_begins_a_stage_as_soon_as_it_is_removed_keeps_the_lease(
             taken.append(store.lease(OLD, "a fleet"))
 
     monkeypatch.setattr(Lease, "release", released)
-    assert remove_superseded(store, [found], "gc") == [found]
+    assert remove_superseded(store, [found], "gc", pytest.fail) == [found]
     [lease] = taken
     assert lease is not None
     assert lease.renew()
@@ -147,7 +147,7 @@ def test_an_interrupted_removal_leaves_no_half_a_stage(tmp_path: Any, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "remove_tree", killed)
         with pytest.raises(KeyboardInterrupt):
-            remove_superseded(store, [found], "gc")
+            remove_superseded(store, [found], "gc", pytest.fail)
     assert not store.folder(old).exists(RECORD_FILE)
     [rest] = find_garbage(store, days=0)
     assert (rest.kind, rest.name) == ("stage", old)
