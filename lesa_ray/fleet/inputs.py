@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lesa_ray.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
@@ -19,6 +19,9 @@ from lesa_ray.checkpoint.search import is_pattern
 from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import reaching
+
+if TYPE_CHECKING:
+    from lesa_ray.training.sources import Source
 
 _TOKENIZER = re.compile(
     r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*"
@@ -82,7 +85,12 @@ def data_identity(names: Sequence[str], dataset_config: str | None = None, datas
     from lesa_ray.training.sources import find_sources
 
     found = find_sources(names, dataset_config, dataset_split)
-    return [[source.place.rsplit("/", 1)[-1], source.nbytes, source.mark, source.shards] for source in found]
+    return [[_known_as(source), source.nbytes, source.mark, source.shards] for source in found]
+
+
+def _known_as(source: Source) -> str:
+    """A file wherever it lies; a data set by its whole name, which finds the commit that it is read at."""
+    return source.place if source.shards else source.place.rsplit("/", 1)[-1]
 
 
 def pinned(data: str | tuple[str, ...], found: Sequence[Any]) -> str | tuple[str, ...]:
@@ -98,7 +106,7 @@ def pinned(data: str | tuple[str, ...], found: Sequence[Any]) -> str | tuple[str
 
     def at_commit(name: str) -> str:
         repository = name.partition("@")[0]
-        marks = set() if is_place(name) else commits.get(repository.rsplit("/", 1)[-1], set())
+        marks = set() if is_place(name) else commits.get(repository, set())
         return f"{repository}@{min(marks)}" if len(marks) == 1 else name
 
     return at_commit(data) if isinstance(data, str) else tuple(map(at_commit, data))

@@ -294,6 +294,10 @@ def test_a_stage_reads_the_commit_that_identifies_it(models: Path, monkeypatch: 
 
 
 def test_only_what_is_known_to_be_of_the_hub_is_given_at_a_commit() -> None:
-    found = [["a", 0, "c1", 2], ["b", 0, "c2", 2], ["b", 0, "c3", 2], ["c", 5, "mark", 0]]
-    names = ("org/a", "org/a@main", "/data/a", "s3://bucket/a", "org/b", "other/b", "org/c")
-    assert inputs.pinned(names, found) == ("org/a@c1", "org/a@c1", *names[2:])
+    found = [
+        ["org/a", 0, "c1", 2], ["org/b", 0, "c2", 2], ["other/b", 0, "c3", 2], ["org/c", 0, "c4", 2],
+        ["org/c", 0, "c5", 2], ["d", 5, "mark", 0],
+    ]  # fmt: skip
+    names = ("org/a", "org/a@main", "org/b", "other/b", "org/c@old", "org/c", "/data/a", "s3://bucket/a", "org/d")
+    expected = ("org/a@c1", "org/a@c1", "org/b@c2", "other/b@c3", *names[4:])
+    assert inputs.pinned(names, found) == expected
