@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Annotated, Any
@@ -228,7 +229,7 @@ def main(
         console.print(table(results))
         for line in results["reading"]:
             console.print(line, highlight=False)
-        console.print(f"lesa-ray report {' '.join(results['comparisons'].values())} --out DIR   # the page")
+        console.print(f"lesa-ray report {shlex.join(results['comparisons'].values())} --out DIR   # the page")
     for line in results["missing"]:
         print(f"study: {line}; the same command tries again", file=sys.stderr)
     if results["missing"]:

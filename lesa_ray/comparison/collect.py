@@ -210,7 +210,7 @@ class Collector:
                 known = {name: record["metrics"].get(name) for name in known}
         if known["heldout_rows"] is not None:  # those that the loss is over
             asked = comparison.config.pretrain.get("eval_rows", TrainConfig.model_fields["eval_rows"].default)
-            known["heldout_rows"] = min(known["heldout_rows"], asked)
+            known["heldout_rows"] = min(known["heldout_rows"], int(asked))
         named = [comparison.config.blocks] if comparison.config.blocks else comparison.config.data
         return {**known, "seq_len": comparison.seq_len, "named": ", ".join(map(shown, named))}
 

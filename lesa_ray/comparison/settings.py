@@ -111,7 +111,7 @@ class ComparisonConfig(GraphConfig):
             given = getattr(self, stage) or {}
             if taken := [name for name in names if name in given]:
                 raise ValueError(f"{stage}.{taken[0]}: is given by the comparison itself; {_INSTEAD[taken[0]]}")
-        if self.pretrain.get("eval_rows") == 0:
+        if self.pretrain.get("eval_rows") in (0, "0"):
             raise ValueError("pretrain.eval_rows: 0 leaves nothing to compare")
         if self.evaluate and not self.tasks:
             raise ValueError("evaluate: is for tasks, and none is named; name `tasks`, or leave it out")

@@ -67,10 +67,11 @@ def evaluate(
         ends = _side_by_side(job, bounds, listener)
     else:
         ends = _in_turn(job, bounds, listener)
+    differences, ends = _compared(ends)
     errors = [end for end in ends if not isinstance(end, Outcome)]
     if len(errors) == len(ends):
         raise errors[0]
-    report = _report(job, ends, time.monotonic() - begin)
+    report = _report(job, ends, differences, time.monotonic() - begin)
     if place is not None:
         write_report(report, *place)
     if errors:
@@ -172,17 +173,28 @@ def _title(names: tuple[str, ...]) -> str:
     return f"measuring {names[0]}" if len(names) == 1 else f"measuring {len(names)} checkpoints"
 
 
-def _report(job: Job, ends: list[End], seconds: float) -> dict[str, Any]:
-    first = ends[0]
+def _compared(ends: list[End]) -> tuple[list[dict[str, Any] | None], list[End]]:
+    """How each differs from the first, and the ends: one that cannot be compared, as it read another text, failed."""
+    first, found = ends[0], list(ends)
+    differences: list[dict[str, Any] | None] = [None] * len(ends)
+    for at, end in enumerate(ends[1:], 1):
+        if not isinstance(first, Outcome) or not isinstance(end, Outcome):
+            continue
+        if end.scores is not None and first.scores is not None:
+            try:
+                differences[at] = difference(end.scores, first.scores, first.record["checkpoint"])
+            except UserError as error:
+                found[at] = UserError(f"checkpoint {end.record['checkpoint']}: {error}")
+    return differences, found
+
+
+def _report(job: Job, ends: list[End], differences: list[dict[str, Any] | None], seconds: float) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
-    for name, end in zip(job.config.checkpoints, ends, strict=True):
+    for name, end, differs in zip(job.config.checkpoints, ends, differences, strict=True):
         if not isinstance(end, Outcome):
             records.append({"checkpoint": name, "error": " ".join(str(end).split())})
             continue
-        record = dict(end.record)
-        if end is not first and isinstance(first, Outcome) and end.scores is not None and first.scores is not None:
-            record["difference"] = difference(end.scores, first.scores, first.record["checkpoint"])
-        records.append(record)
+        records.append({**end.record, **({} if differs is None else {"difference": differs})})
     return {
         "format": FORMAT,
         "lesa_ray": __version__,

@@ -22,7 +22,9 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
         return config.learning_rate * (step + 1) / rise
     if config.schedule == "constant":
         return config.learning_rate
-    fall = max(1, round(config.decay * steps)) if config.schedule == "wsd" else steps - rise
+    fall = steps - rise
+    if config.schedule == "wsd":  # a run that is hardly longer than its warm-up has no room for the whole fall
+        fall = min(fall, max(1, round(config.decay * steps)))
     done = max(0.0, (step - (steps - fall)) / fall)  # 0 … 1
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.learning_rate * (config.final_rate + (1 - config.final_rate) * left)

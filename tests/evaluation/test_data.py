@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lesa_ray.config import load_settings, read_yaml
+from lesa_ray.config import LesaSettings, load_settings, read_yaml
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.data import BlockData, TextData, block_rows, open_data, text_rows
 from lesa_ray.evaluation.settings import EvaluateConfig
@@ -168,6 +168,18 @@ def test_settings_from_a_file_and_flags_win(tmp_path: Path) -> None:
         load_settings(EvaluateConfig, str(path))
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_settings(EvaluateConfig, str(tmp_path / "nowhere.yaml"))
+
+
+def test_a_yes_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("checkpoints: [a]\nwindow: yes\n")
+    with pytest.raises(UserError, match=r"config .*e\.yaml: window: must be a number, found true"):
+        load_settings(EvaluateConfig, str(path))
+    path.write_text("checkpoints: [a]\nridge: no\n")
+    with pytest.raises(UserError, match=r"ridge: must be a number, found false"):
+        load_settings(LesaSettings, str(path))
+    path.write_text("share_experts: yes\nrank: null\n")
+    assert load_settings(LesaSettings, str(path)).share_experts
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,12 @@ def test_wsd_stays_and_then_falls() -> None:
     assert [learning_rate(step, 4, short) for step in range(4)] == [1.0] * 4
 
 
+def test_wsd_of_a_run_hardly_longer_than_its_warm_up_falls_from_the_peak() -> None:
+    brief = config(schedule="wsd", decay=0.5, warmup=8)
+    rates = [learning_rate(step, 12, brief) for step in range(12)]
+    assert rates == pytest.approx([*((step + 1) / 8 for step in range(8)), 1.0, 0.75, 0.5, 0.25])
+
+
 def test_constant_and_no_warm_up() -> None:
     assert learning_rate(0, 10, config(schedule="constant", warmup=0)) == 1.0
     assert learning_rate(9, 10, config(schedule="constant", warmup=0)) == 1.0
