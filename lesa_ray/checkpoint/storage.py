@@ -60,8 +60,10 @@ class Storage:
     """A folder on any filesystem. Picklable by its URL, so tasks can carry it to other machines."""
 
     def __init__(self, url: str) -> None:
-        """url: a local path or an fsspec URL. Raises: UserError if no filesystem is installed for it."""
+        """url: a local path or an fsspec URL. Raises: UserError if no filesystem is installed for it, or an object
+        store's has an empty name in it."""
         local = "://" not in url
+        _check_names(url)
         self.url = os.path.abspath(os.path.expanduser(url)) if local else url.rstrip("/")
         try:
             self.fs, root = filesystem(self.url)
@@ -305,8 +307,22 @@ def filesystem_options(url: str) -> dict[str, Any]:
 
 def split_place(place: str) -> tuple[Storage, str]:
     """The folder and the name of a file that is named by its whole path or URL."""
+    _check_names(place)
     folder, _, name = place.rpartition("/")
     return Storage(folder or ("/" if place.startswith("/") else ".")), name
+
+
+def _check_names(url: str) -> None:
+    """Raises: UserError if a URL of an object store lacks a bucket, or has an empty name between two slashes, which
+    the store's client lists under other names than it writes. A variable that is empty makes such."""
+    scheme, _, path = url.partition("://")
+    if path != url and scheme in _OBJECT_STORES:
+        names = path.rstrip("/").split("/")
+        if not names[0]:
+            raise UserError(f"{url}: names no bucket; write {scheme}://BUCKET/…")
+        if "" in names:
+            whole = "/".join(filter(None, names))
+            raise UserError(f"{url}: has an empty name between two slashes; write {scheme}://{whole}")
 
 
 def read_file(place: str, where: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from s3fs.errors import translate_boto_error
 
 from lesa_ray import MachineError, UserError
 from lesa_ray.checkpoint.search import find_files
-from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base
+from lesa_ray.checkpoint.storage import Storage, read_file, resolve_base, split_place
 from lesa_ray.expansion.out import check_out
 from lesa_ray.faults import reaching
 
@@ -116,6 +117,24 @@ def test_base_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("nowhere", "./org/other", "/not/there", "~/model", "file", "a/b/c"):
         with pytest.raises(UserError, match=f"BASE {wrong}"):
             resolve_base(wrong)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s3://", "s3://: names no bucket; write s3://BUCKET/…"),
+        ("s3:///out", "names no bucket"),
+        ("s3://bucket//out", "has an empty name between two slashes; write s3://bucket/out"),
+        ("gs://bucket/a///b/", "write gs://bucket/a/b"),
+    ],
+)
+def test_an_empty_variable_in_a_url_is_told_of(url: str, says: str) -> None:
+    """s3fs lists `bucket//out` as empty, whatever was written there: finished work was done again, over itself."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        Storage(url)
+    with pytest.raises(UserError, match=r"empty name|names no bucket"):
+        split_place(f"{url}//config.json")
+    assert Storage("s3://bucket/out//").url == "s3://bucket/out"
 
 
 def test_a_protocol_nobody_knows() -> None:
