@@ -55,11 +55,16 @@ def landmarks(places: Iterable[tuple[str, Storage, str]]) -> tuple[Landmark, ...
 
 
 def data_files(sources: Iterable[Source]) -> list[tuple[str, Storage, str]]:
-    """A file of each of the data that were asked for, for `landmarks`."""
+    """A file of each of the data that were asked for, for `landmarks`; of files named one by one, which may be many
+    thousands, one of each folder, as every task looks for them all."""
     first: dict[str, str] = {}
+    seen: set[str] = set()
     for source in sources:
         if not source.shards:
-            first.setdefault(source.given, source.name)
+            folder = source.name.rpartition("/")[0]
+            if folder not in seen:
+                first.setdefault(source.given, source.name)
+            seen.add(folder)
     return [(f"DATA {given}", *split_place(name)) for given, name in first.items()]
 
 

@@ -285,6 +285,9 @@ def _source_records(
 
 def _summary(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same for each of DATA: a folder may have so many files that the manifest is no place for their names."""
+    by_given: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        by_given.setdefault(file["given"], []).append(file)
     return [
         {
             "name": given,
@@ -292,8 +295,7 @@ def _summary(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "bytes": sum(file["bytes"] for file in mine),
             "digest": _together([file["digest"] for file in mine]),
         }
-        for given in dict.fromkeys(file["given"] for file in files)
-        if (mine := [file for file in files if file["given"] == given])
+        for given, mine in by_given.items()
     ]
 
 

@@ -224,18 +224,22 @@ def deal(sources: Iterable[Source], piece_bytes: int = PIECE_BYTES) -> list[Piec
     """The sources in pieces of about `piece_bytes`, in their order."""
     pieces: list[Piece] = []
     small: list[Part] = []
+    held = 0
 
     def close() -> None:
+        nonlocal held
         if small:
             pieces.append(Piece(tuple(small)))
             small.clear()
+        held = 0
 
     for source in sources:
         count = source.shards or (1 if source.kind in PACKED else max(1, -(-source.nbytes // piece_bytes)))
         if count == 1 and 0 < source.nbytes <= piece_bytes:
-            if small and (sum(p.nbytes for p in small) + source.nbytes > piece_bytes or len(small) == _PIECE_FILES):
+            if held + source.nbytes > piece_bytes or len(small) == _PIECE_FILES:
                 close()
             small.append(Part(source))
+            held += source.nbytes
             continue
         close()
         for index in range(count):

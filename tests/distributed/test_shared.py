@@ -68,6 +68,9 @@ def test_one_file_stands_for_all_behind_a_name(tmp_path: Path) -> None:
     names = [str(tmp_path / folder) for folder in ("a", "b")]
     found = landmarks(data_files(find_sources(names, None, "train")))
     assert [(one.what, one.path) for one in found] == [(f"DATA {name}", f"{name}/1.txt") for name in names]
+    one_by_one = [f"{name}/{file}.txt" for name in names for file in (2, 1)]
+    found = landmarks(data_files(find_sources(one_by_one, None, "train")))
+    assert sorted(one.path for one in found) == [f"{name}/2.txt" for name in names]
 
 
 @pytest.mark.parametrize("method", ["lesa", pytest.param("llama-pro", marks=pytest.mark.thorough)])
