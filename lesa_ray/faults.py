@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.places import shown
@@ -28,6 +29,8 @@ _LOST = frozenset(
     {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ClientConnectionError", "ClientPayloadError"}
 )
 """What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
+"""What S3 and STS call credentials of a session that is over."""
 _SKEW_SECONDS = 14 * 60
 """S3 refuses what was signed by a clock that is a quarter of an hour off."""
 
@@ -48,9 +51,13 @@ def is_outage(error: BaseException) -> bool:
 
 def unanswered(where: str, error: BaseException) -> MachineError | None:
     """The fault that a backend's error tells of where the store at `where` is away, or does not take this machine's
-    clock; None for any other error."""
+    clock, or credentials that it took before; None for any other error."""
     if said := _clock_is_off(error):
         return MachineError(f"{where}: {said}")
+    if _code(error) in _EXPIRED:
+        return MachineError(
+            f"{where}: the credentials have run out; renew them, and the same command goes on from here"
+        )
     return MachineError(f"{where}: the store does not answer ({explain(error)[:200]})") if is_outage(error) else None
 
 
@@ -58,10 +65,7 @@ def _clock_is_off(error: BaseException) -> str:
     """What to say where S3 refused a request and this machine's clock, which signs them, is far from the server's.
 
     The server's own words are no help: to a request for an object's size it gives none."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(getattr(cause, "response", None), dict):
-        cause = cause.__cause__ or cause.__context__
-    answer = getattr(cause, "response", {}).get("ResponseMetadata", {})
+    answer = _answer(error).get("ResponseMetadata", {})
     date = answer.get("HTTPHeaders", {}).get("date")
     if answer.get("HTTPStatusCode") not in (400, 403) or not date:
         return ""
@@ -72,6 +76,19 @@ def _clock_is_off(error: BaseException) -> str:
         f"refuses requests, as the clock of the machine {socket.gethostname()} is {abs(ahead) / 60:.0f} minutes "
         f"{'ahead of' if ahead > 0 else 'behind'} the server's; set it"
     )
+
+
+def _answer(error: BaseException) -> dict[str, Any]:
+    """What S3 answered, as botocore has it, behind an error or what it came of; nothing if it did not."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(getattr(cause, "response", None), dict):
+        cause = cause.__cause__ or cause.__context__
+    return getattr(cause, "response", {})
+
+
+def _code(error: BaseException) -> str:
+    """S3's name for what was wrong; the HTTP status where it gave no reason, as to any request for a size."""
+    return str(_answer(error).get("Error", {}).get("Code", ""))
 
 
 def _status(error: BaseException | None) -> int:
@@ -131,4 +148,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         return "a file is larger than this disk takes (FAT: 4 GiB), or than `ulimit -f` allows"
     text = " ".join(shown(str(error)).split()) or type(error).__name__
-    return text if isinstance(error, UserError | MachineError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, UserError | MachineError):
+        return text
+    why = " without a reason; have the credentials run out?" if _code(error) == "400" else ""
+    return f"{type(error).__name__}: {text}{why}"

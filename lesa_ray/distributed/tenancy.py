@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.errors import MachineError
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener
 from lesa_ray.faults import reaching
 from lesa_ray.store.lease import Lease, Leases
@@ -49,10 +49,13 @@ class Tenancy:
 
     def confirm(self) -> None:
         """Make sure that nobody else works there by now. Raises: MachineError."""
-        with reaching(f"OUT {self._out}", "cannot be written"):
-            mine = self._lease.held or self._lease.renew()
-        if not mine:
-            self._lease = self._take()
+        try:
+            with reaching(f"OUT {self._out}", "cannot be written"):
+                mine = self._lease.held or self._lease.renew()
+            if not mine:
+                self._lease = self._take()
+        except UserError as error:  # a place that was taken before: a key or a permission that is gone since
+            raise MachineError(f"{error}; the same command then goes on from here") from error
 
     def leave(self) -> None:
         self._lease.release()
