@@ -224,13 +224,17 @@ def export(
     checkpoint: Annotated[
         str, typer.Option(help="Which checkpoint of the run: last, best (least held-out loss), or a step.")
     ] = "last",
+    base: Annotated[
+        str | None, typer.Option(help="Where the checkpoint that was trained lies now, if it was moved.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Where the token blocks lie now, if they were moved.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint of a training run as a Hugging Face folder."""
     check_kept("OUT", out)
     from lesa_ray.training.finish import export_checkpoint
 
-    result = export_checkpoint(run, out, checkpoint)
+    result = export_checkpoint(run, out, checkpoint, base, data)
     if as_json:
         print_json(asdict(result))
         return

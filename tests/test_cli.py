@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lesa_ray import cli
+from lesa_ray import __version__, cli
 from lesa_ray.report.terminal import log_line
 
 Bases = Callable[[str], str]
@@ -267,6 +267,13 @@ def test_out_with_another_result_is_refused_and_the_same_is_reused(
     code, _, line = run(capsys, monkeypatch, "expand", bases("qwen2"), tmp_path / "out", "--method", "solar")
     assert code == 2
     assert before == {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path / "out").iterdir()}
+    file = tmp_path / "out" / "expansion.json"
+    file.write_text(file.read_text().replace(f'"lesa_ray": "{__version__}"', '"lesa_ray": "0.0.9"'))
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "fingerprint": "of that version"}))
+    code, _, line = run(capsys, monkeypatch, *command)
+    assert code == 2
+    assert f"made by lesa-ray 0.0.9 (this is {__version__}); give a new place" in line
 
 
 def test_too_few_layers_for_lesa(

@@ -11,6 +11,7 @@ import json
 import os
 from typing import Any, Literal
 
+from lesa_ray import __version__
 from lesa_ray.checkpoint.manifest import FORMAT, MANIFEST_FILE, LayerRecord, Manifest, manifest_bytes, read_manifest
 from lesa_ray.checkpoint.mark import is_free, mark, marked_by
 from lesa_ray.checkpoint.room import MARGIN, check_free
@@ -57,6 +58,9 @@ def out_state(expansion: Expansion) -> State:
             if manifest is not None and manifest.get("fingerprint") == expansion.fingerprint:
                 return "done"
             what = "another expansion, or one of other inputs or settings" if manifest else "a checkpoint"
+            version = manifest["identity"].get("lesa_ray") if manifest and "identity" in manifest else __version__
+            if version != __version__:
+                what += f", made by lesa-ray {version} (this is {__version__})"
             raise UserError(f"OUT {out}: holds {what}; give a new place, or remove it")
         whose = marked_by(storage, f"OUT {out}")
         if whose == expansion.fingerprint:

@@ -16,6 +16,7 @@ from lesa_ray.faults import reaching
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
 from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export
+from lesa_ray.training.identity import CONTENTS, told
 from lesa_ray.training.metrics import metrics_rows
 from lesa_ray.training.run import RESULT_FILE, RUN_FILE, Run, prepare, read_json
 from lesa_ray.training.tokenizer import load_tokenizer
@@ -83,10 +84,11 @@ def export_plan(run: Run, record: Record, out: str) -> ExportPlan:
     )
 
 
-def export_checkpoint(url: str, out: str, which: str) -> Exported:
+def export_checkpoint(url: str, out: str, which: str, base: str | None = None, data: str | None = None) -> Exported:
     """Write a checkpoint of the run at `url` as a Hugging Face folder at `out`.
 
-    which: `last`, `best` (the least held-out loss) or a step.
+    which: `last`, `best` (the least held-out loss) or a step. base, data: where the checkpoint that the training began
+    from and its token blocks lie now, if not where they were.
     Raises: UserError if there is no such run or checkpoint, or OUT cannot be written; MachineError."""
     with reaching(f"RUN {url}"):
         content = read_json(Storage(url), RUN_FILE)
@@ -96,10 +98,7 @@ def export_checkpoint(url: str, out: str, which: str) -> Exported:
     with reaching(f"OUT {out}", "cannot be written"):
         Storage(out).try_writing()
     record = chosen(records, which, url)
-    config = validated(TrainConfig, {**content["config"], "out": url}, f"RUN {url}")
-    run = prepare(config, gpus=False)
-    if run.identity != content["identity"]:
-        raise UserError(f"RUN {url}: the checkpoint or the data it was trained on have changed since")
+    run = _run_of(content, url, base, data)
     rows = {row["step"]: row for row in metrics_rows(url, ("heldout_loss",)) if row.get("heldout_loss") is not None}
     told = {
         "steps": record.step,
@@ -114,6 +113,35 @@ def export_checkpoint(url: str, out: str, which: str) -> Exported:
             f"has no gates, so it would be another model; export one of step {run.insertion.steps} or later"
         )
     return export(export_plan(run, record, out), facts(run, told))
+
+
+def _run_of(record: dict[str, Any], url: str, base: str | None, data: str | None) -> Run:
+    """The run of a record. Raises: UserError if what an export reads is not there, or has changed since; MachineError.
+
+    Settings do not count, which this version may know others of, nor do the data where only their name is told."""
+    given = {name: value for name, value in record["config"].items() if name in TrainConfig.model_fields}
+    moved = {"checkpoint": base, "data": data or _in_new_place(given["data"], given["out"], url)}
+    given |= {"out": url, **{name: place for name, place in moved.items() if place is not None}}
+    before = record.get("counted", {})
+    if "steps" in before:
+        given |= {"steps": before["steps"], "tokens": None, "epochs": None}
+    try:
+        run = prepare(validated(TrainConfig, given, "its settings"), gpus=False)
+    except UserError as error:
+        hint = "; if they were moved, say where they are: --base, --data" if base is None or data is None else ""
+        raise UserError(f"RUN {url}: what it was made of cannot be read ({error}){hint}") from error
+    copied = run.checkpoint is not None and run.blocks.kind != "chat"
+    read = ["config", "weights", "trained", *([] if copied else ["data"])]
+    if changed := [name for name in read if before.get(name) != run.counted[name]]:
+        version = told(record, [CONTENTS[name] for name in changed])
+        raise UserError(f"RUN {url}: what it was made of has changed since ({version})")
+    return run
+
+
+def _in_new_place(data: str, before: str, now: str) -> str:
+    """Token blocks that lie in a run's own folder, which may have been moved."""
+    inside = data.removeprefix(f"{before}/")
+    return data if inside == data else f"{now.rstrip('/')}/{inside}"
 
 
 def chosen(records: list[Record], which: str, url: str) -> Record:

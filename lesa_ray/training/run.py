@@ -10,11 +10,12 @@ parameters that are trained and every setting that counts. OUT belongs to one ru
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lesa_ray import __version__
 from lesa_ray.checkpoint.manifest import Manifest, own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.checkpoint.settings import longest_window
@@ -22,6 +23,7 @@ from lesa_ray.checkpoint.storage import Storage, read_file
 from lesa_ray.errors import UserError
 from lesa_ray.faults import explain, reaching
 from lesa_ray.training.conversion import Conversion, plan_conversions
+from lesa_ray.training.identity import counted, differences, identity_of, told
 from lesa_ray.training.insertion import Insertion, plan_insertion
 from lesa_ray.training.tied import check_tied
 from lesa_ray.training.tokens import TokenBlocks, open_blocks
@@ -58,6 +60,8 @@ class Run:
     trained_parameters: int
     insertion: Insertion | None
     """How new layers come in; None if they are in at once."""
+    counted: dict[str, Any]
+    """What the result depends on (`lesa_ray.training.identity`)."""
     identity: str
 
     @property
@@ -108,11 +112,23 @@ def prepare(config: TrainConfig, *, gpus: bool) -> Run:
     bf16 = use_bf16(config, gpus)
     steps = total_steps(config, blocks.train, blocks.seq_len)
     insertion = plan_insertion(config, manifest, steps, where)
-    identity = identity_of(config, checkpoint, architecture, blocks, trained, steps, bf16)
+    content = counted(config, checkpoint, architecture, blocks, trained, steps, bf16)
     return Run(
         config, checkpoint, conversions, manifest, architecture, blocks, trained, lowest, steps, bf16,
-        sum(sizes.values()), sum(sizes[name] for name in trained), insertion, identity,
+        sum(sizes.values()), sum(sizes[name] for name in trained), insertion, content, _identity(config, content),
     )  # fmt: skip
+
+
+def _identity(config: TrainConfig, content: dict[str, Any]) -> str:
+    """That of the run at OUT, if it is this one: its checkpoints bear it."""
+    record = _record(config.out)
+    before = None if record is None or differences(record, content, config) else record.get("identity")
+    return str(before or identity_of(content))
+
+
+def _record(out: str) -> dict[str, Any] | None:
+    with reaching(f"OUT {out}"):
+        return read_json(Storage(out), RUN_FILE)
 
 
 def read_architecture(config: TrainConfig) -> dict[str, Any]:
@@ -154,8 +170,7 @@ def use_bf16(config: TrainConfig, gpus: bool) -> bool:
     """Whether matrix products run in bfloat16; `auto` is what the run at OUT has decided already, if there is one."""
     if config.precision != "auto":
         return config.precision == "bf16"
-    with reaching(f"OUT {config.out}"):
-        record = read_json(Storage(config.out), RUN_FILE)
+    record = _record(config.out)
     if record is not None and isinstance(record.get("bf16"), bool):
         return bool(record["bf16"])
     if gpus:
@@ -170,32 +185,8 @@ def gpus_before(config: TrainConfig) -> float | None:
     waited for; None where nothing says so."""
     if config.gpus_per_worker is not None:
         return config.gpus_per_worker
-    with reaching(f"OUT {config.out}"):
-        record = read_json(Storage(config.out), RUN_FILE) or {}
-    before = record.get("gpus_per_worker")
+    before = (_record(config.out) or {}).get("gpus_per_worker")
     return max(1.0, before) if isinstance(before, int | float) and before > 0 else None
-
-
-def identity_of(
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-    architecture: dict[str, Any],
-    blocks: TokenBlocks,
-    trained: tuple[str, ...],
-    steps: int,
-    bf16: bool,
-) -> str:
-    """The hash of everything that a result depends on."""
-    named = {"checkpoint", "architecture", "data", "train", "steps", "tokens", "epochs", "precision"}
-    content = {
-        "settings": config.model_dump(mode="json", exclude=config.not_counted | named),
-        "base": architecture if checkpoint is None else {"config": architecture, "shards": checkpoint.digests()},
-        "data": blocks.digest,
-        "trained": list(trained),
-        "steps": steps,
-        "bf16": bf16,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(storage: Storage, name: str) -> dict[str, Any] | None:
@@ -216,8 +207,9 @@ def out_state(run: Run) -> State:
         check_place(storage, out)
         return "fresh"
     if record.get("identity") != run.identity:
+        different = differences(record, run.counted, run.config)
         raise UserError(
-            f"OUT {out}: holds a run of other inputs or settings ({_differences(record, run)}); give a new place, or "
+            f"OUT {out}: holds a run of other inputs or settings ({told(record, different)}); give a new place, or "
             "remove it"
         )
     return "done" if is_done(storage) else "resume"
@@ -237,13 +229,6 @@ def check_place(storage: Storage, out: str) -> None:
         raise UserError(f"OUT {out}: is not empty; give a new place, or empty it")
 
 
-def _differences(record: dict[str, Any], run: Run) -> str:
-    """Which settings differ, in words."""
-    before, now = record.get("summary", {}), summary(run)
-    names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name}: {before.get(name)} there, {now.get(name)} now" for name in names[:3]) or "other content"
-
-
 def summary(run: Run) -> dict[str, Any]:
     """What a person would compare two runs by."""
     shown = run.config.model_dump(
@@ -252,15 +237,27 @@ def summary(run: Run) -> dict[str, Any]:
     return {**shown, "steps": run.steps, "trained_parameters": run.trained_parameters, "bf16": run.bf16}
 
 
+def _found_anywhere(config: TrainConfig) -> dict[str, str]:
+    """Local places that the run reads, by their whole paths: who exports it may work in another folder."""
+    places = {"data": config.data, "checkpoint": config.checkpoint, "architecture": config.architecture}
+    return {
+        name: os.path.abspath(os.path.expanduser(place))
+        for name, place in places.items()
+        if isinstance(place, str) and "://" not in place and os.path.exists(os.path.expanduser(place))
+    }
+
+
 def claim(run: Run, gpus_per_worker: float = 0.0) -> None:
     """Mark OUT as this run's. gpus_per_worker: what its workers get, and get again when it goes on (`gpus_before`)."""
     content = {
         "format": FORMAT,
+        "lesa_ray": __version__,
         "identity": run.identity,
+        "counted": run.counted,
         "bf16": run.bf16,
         "gpus_per_worker": gpus_per_worker,
         "summary": summary(run),
         "data": run.blocks.digest,
-        "config": run.config.model_dump(mode="json"),
+        "config": run.config.model_copy(update=_found_anywhere(run.config)).model_dump(mode="json"),
     }
     Storage(run.config.out).write(RUN_FILE, (json.dumps(content, indent=1) + "\n").encode())
