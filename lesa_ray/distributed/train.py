@@ -23,7 +23,7 @@ from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching
 from lesa_ray.machines import SHARE_OF_MEMORY
 from lesa_ray.training.disk import check_disk
-from lesa_ray.training.export import ExportPlan, OutFile, export_memory, write_file
+from lesa_ray.training.export import ExportPlan, OutFile, export_memory, state_of, write_file
 from lesa_ray.training.finish import Trained, finish_run, is_trained, trained_result
 from lesa_ray.training.lineage import replayed
 from lesa_ray.training.metrics import check_loggers
@@ -88,7 +88,7 @@ def _export_by_tasks(plan: ExportPlan, files: Sequence[OutFile]) -> None:
     with Tasks[str](write_file) as tasks:
         for file in files:
             memory = min(export_memory(plan, file) + INTERPRETER_BYTES, most)
-            tasks.start(file.name, file.name, shared, file, num_cpus=1, memory=memory)
+            tasks.start(file.name, file.name, shared, file, state_of(plan, file), num_cpus=1, memory=memory)
         while tasks:
             for name, _ in tasks.ended():
                 health.task_ended(sizes[name])

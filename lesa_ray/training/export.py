@@ -180,8 +180,17 @@ def begin_export(plan: ExportPlan) -> list[OutFile]:
     return missing
 
 
-def write_file(plan: ExportPlan, file: OutFile) -> None:
+def state_of(plan: ExportPlan, file: OutFile) -> TrainedState:
+    """What of the training checkpoint one file of weights is made of."""
+    tensors = file.shard.tensors if file.shard is not None else ()
+    conversions = [plan.sources[tensor.name] for tensor in tensors if tensor.name in plan.sources]
+    return plan.state.of(dict.fromkeys(target for conversion in conversions for target in conversion.targets))
+
+
+def write_file(plan: ExportPlan, file: OutFile, state: TrainedState | None = None) -> None:
     """Write one file of weights; it appears whole or not at all. Files may be written at once, by any machines.
+
+    state: by default the plan's, of which that of the file (`state_of`) is enough.
 
     Raises: UserError if a trained tensor holds NaN or Inf, or does not fit the base's dtype; MachineError."""
     storage = Storage(plan.out)
@@ -191,7 +200,7 @@ def write_file(plan: ExportPlan, file: OutFile) -> None:
         return
     from lesa_ray.training.export_sources import Maker
 
-    write_shard(storage, file.shard, make=Maker(plan.state, plan.sources, plan.base, plan.config))
+    write_shard(storage, file.shard, make=Maker(state or plan.state, plan.sources, plan.base, plan.config))
 
 
 def export_memory(plan: ExportPlan, file: OutFile) -> int:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
@@ -31,17 +33,30 @@ _DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, AttributeError, E
 
 
 class TrainedState:
-    """The `model.*` tensors of a DCP folder. Picklable by its URL."""
+    """The `model.*` tensors of a DCP folder, or some of them. Picklable by its URL; some, with where they lie."""
 
-    def __init__(self, url: str) -> None:
-        """Raises: UserError if there is no such checkpoint; MachineError if the store does not answer."""
+    def __init__(self, url: str, part: Metadata | None = None) -> None:
+        """part: the metadata of some tensors, as `of` makes them; by default they are read, of all.
+
+        Raises: UserError if there is no such checkpoint; MachineError if the store does not answer."""
         self.storage = Storage(url)
         self.url = self.storage.url
-        if not self.storage.exists(METADATA_FILE):
+        self._part = part
+        if part is None and not self.storage.exists(METADATA_FILE):
             raise UserError(f"training checkpoint {url}: there is no {METADATA_FILE} in it; it was not finished")
 
-    def __reduce__(self) -> tuple[type[TrainedState], tuple[str]]:
-        return TrainedState, (self.url,)
+    def __reduce__(self) -> tuple[type[TrainedState], tuple[str, Metadata | None]]:
+        return TrainedState, (self.url, self._part)
+
+    def of(self, names: Iterable[str]) -> TrainedState:
+        """Some of the trained parameters.
+
+        Of hundreds of workers the metadata are hundreds of megabytes, which not everyone should read who reads a few
+        tensors."""
+        keys = [PREFIX + name for name in names if name in self.shapes]
+        entries = {key: self._metadata.state_dict_metadata[key] for key in keys}
+        places = {index: place for key in keys for index, place in self._places[key].items()}
+        return TrainedState(self.url, replace(self._metadata, state_dict_metadata=entries, storage_data=places))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -89,9 +104,22 @@ class TrainedState:
 
     @cached_property
     def _metadata(self) -> Metadata:
+        if self._part is not None:
+            return self._part
         with self._answering():
             metadata: Metadata = self._reader.read_metadata()
-        return metadata
+        # the optimizer's are two thirds
+        entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith(PREFIX)}
+        places = {index: place for index, place in metadata.storage_data.items() if index.fqn in entries}
+        return replace(metadata, state_dict_metadata=entries, storage_data=places)
+
+    @cached_property
+    def _places(self) -> dict[str, dict[MetadataIndex, Any]]:
+        """Where the shards of each tensor lie."""
+        found: dict[str, dict[MetadataIndex, Any]] = {key: {} for key in self._metadata.state_dict_metadata}
+        for index, place in self._metadata.storage_data.items():
+            found[index.fqn][index] = place
+        return found
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
