@@ -3,9 +3,10 @@
 Decides
 - `OUT/training/metrics.jsonl` and `OUT/training/tensorboard/` are always written. A row is with the operating system
   when `row` returns, so a killed process loses none.
-- Object stores cannot append. There both are written to a scratch folder and put whole, at most every 30 s, when
-  `flush(now=True)` is called (before a checkpoint counts, so that no row before it can be lost) and at the end. A row
-  takes some 200 bytes: after 100,000 steps each put moves 20 MB.
+- Object stores cannot append. There both are written to a scratch folder and put whole beside the training, every 30 s
+  at first, then the more seldom the larger they are (a second for each MB), when `flush(now=True)` is called (before a
+  checkpoint counts, so that no row before it can be lost) and at the end. A row takes some 150 bytes and TensorBoard
+  some 200: after 100,000 steps each put moves 37 MB.
 - A resumed run cuts the rows after the step it goes on from, and tells TensorBoard to hide them.
 - MLflow and Weights & Biases get the same rows through their own clients, one run of theirs for one of ours, however
   often it was resumed. They are guests: where they cannot be reached training goes on, with one warning.
@@ -21,20 +22,23 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, Any, Protocol
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import flat
-from lesa_ray.errors import MachineError, UserError
-from lesa_ray.faults import explain
+from lesa_ray.errors import UserError
+from lesa_ray.faults import explain, is_fault
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _RUNS_FILE = "loggers.json"
 """Which runs of MLflow and Weights & Biases are this one's, so that a resumed run goes on in them."""
 _PUT_SECONDS = 30.0
+_PUT_PACE = 10**6
+"""Bytes a second that puts take of the network at most, on average."""
 _READ_BYTES = 4 * 2**20
 _PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
 
@@ -126,6 +130,8 @@ class MetricsLog:
         self._board = make_writer(f"{folder}/{TENSORBOARD_DIR}", purge_step=first if again else None)
         self._put_sizes: dict[str, int] = {}
         self._put_at = time.monotonic()
+        self._putting: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1)
         self._guests = self._invite(loggers, run_name, settings, resume_step)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
@@ -139,21 +145,36 @@ class MetricsLog:
             guest.row(step, finite)
 
     def flush(self, now: bool = False) -> None:
-        """Bring rows to the disk, or to the object store if the last time is 30 s ago or more, or if `now`.
+        """Bring rows to the disk; to an object store if `now`, or begin to, if the last time is long enough ago.
 
         Raises: MachineError, only if `now`: otherwise what could not be put goes with the next time.
         """
         os.fsync(self._file.fileno())
         self._board.flush()
-        if self._scratch is None or (not now and time.monotonic() - self._put_at < _PUT_SECONDS):
+        if self._scratch is None:
             return
-        try:
+        if now:
+            self._settle()
             self._put()
-        except MachineError as error:
-            if now:
-                raise
-            log.warning("metrics: not put this time: %s", error)
+        elif time.monotonic() - self._put_at >= max(_PUT_SECONDS, sum(self._put_sizes.values()) / _PUT_PACE):
+            if self._putting is not None and not self._putting.done():
+                return
+            self._settle()
+            self._putting = self._pool.submit(self._put)
+        else:
+            return
         self._put_at = time.monotonic()
+
+    def _settle(self) -> None:
+        """Wait for what is on its way. Raises: what is a defect."""
+        putting, self._putting = self._putting, None
+        try:
+            if putting is not None:
+                putting.result()
+        except Exception as error:
+            if not is_fault(error):
+                raise
+            log.warning("metrics: not put this time: %s", explain(error))
 
     def close(self) -> None:
         """Flush and let go of everything. Raises: MachineError if the store does not answer."""
@@ -164,6 +185,7 @@ class MetricsLog:
             self._board.close()
             for guest in self._guests:
                 guest.close()
+            self._pool.shutdown()
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -22,6 +23,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.training import metrics
 from lesa_ray.training.metrics import MetricsLog, check_loggers, metrics_rows
 from tests.training.metric_rows import read_metrics
+from tests.waiting import until
 
 SETTINGS = {"lr": 1e-3, "schedule": {"kind": "cosine"}}
 
@@ -92,7 +94,7 @@ def test_on_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(metrics, "_PUT_SECONDS", 0.0)
     record(out, log, 3)
     log.flush()
-    assert steps(out) == [1, 2, 3]
+    until(lambda: steps(out) == [1, 2, 3])
     record(out, log, 4)
     log.close()
     assert steps(out) == [1, 2, 3, 4]
@@ -164,11 +166,42 @@ def test_a_store_that_is_away_does_not_stop_the_steps(
     with monkeypatch.context() as broken:
         broken.setattr(Storage, "write", away)
         log.flush()
-        assert "not put this time" in caplog.text
         with pytest.raises(MachineError):
             log.flush(now=True)
+        assert "not put this time" in caplog.text
     log.close()
     assert steps(f"{s3}/away") == [1]
+
+
+def test_a_slow_store_does_not_hold_up_the_steps(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, written = threading.Event(), threading.Event(), []
+    log = start(f"{s3}/slow")
+    write = Storage.write
+
+    def slow(storage: Storage, name: str, data: bytes) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        write(storage, name, data)
+        written.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "_PUT_SECONDS", 0.0)
+        patch.setattr(Storage, "write", slow)
+        for step in range(1, 4):  # one put is under way, and no other begins
+            log.row(step, {"loss": 1.0})
+            log.flush()
+        assert begun.wait(60)
+        assert not written
+        threading.Timer(0.5, go_on.set).start()
+        log.flush(now=True)
+    assert steps(f"{s3}/slow") == [1, 2, 3]
+    monkeypatch.setattr(metrics, "_PUT_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "_PUT_PACE", 1e-3)
+    log.row(4, {"loss": 1.0})
+    log.flush()  # what is there takes long at that pace
+    assert log._putting is None
+    log.close()
+    assert steps(f"{s3}/slow") == [1, 2, 3, 4]
 
 
 def test_a_logger_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
