@@ -102,6 +102,10 @@ def quantise_config(base: Path) -> None:
     (base / "quantize_config.json").write_text('{"bits": 4}')
 
 
+def adapter(base: Path) -> None:
+    (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 def other_depth(base: Path) -> None:
     edit_config(base, num_hidden_layers=7)
 
@@ -158,6 +162,7 @@ def edit_config(base: Path, **changes: object) -> None:
         (quantised_tensor, "has dtype I8, so the checkpoint is quantised"),
         (packed, "q_proj.qweight has dtype I32, so the checkpoint is quantised"),
         (quantise_config, "is quantised (quantize_config.json)"),
+        (adapter, "holds an adapter (adapter_config.json)"),
         (other_depth, "config.json says num_hidden_layers = 7, the files hold 5 layers"),
         (unknown_list, "head_counts seems to hold one value for each of the 5 layers"),
         (no_offsets, "is not a whole safetensors file"),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _QUANTISED = "quantize_config.json"
 """Beside what AutoGPTQ wrote before config.json could say it."""
+_ADAPTER = "adapter_config.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 SAMPLED = "sha256-of-samples:"
 """What digests begin with that no storage gave."""
@@ -115,6 +116,11 @@ def open_checkpoint(base: str, where: str = "") -> Checkpoint:
         files = storage.list()
     if not files:
         raise UserError(f"{where}: there is nothing at {storage.url}")
+    if _ADAPTER in files:
+        raise UserError(
+            f"{where}: holds an adapter ({_ADAPTER}), which transformers loads on another checkpoint; merge it into "
+            f"that one (PEFT's merge_and_unload), or remove {_ADAPTER} if it is left over"
+        )
     if "config.json" not in files:
         raise UserError(f"{where}: not a checkpoint, there is no config.json in it")
     config = _read_json(where, storage, "config.json")
