@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from lesa_ray.checkpoint.experts import expert_of
 from lesa_ray.checkpoint.header import TensorEntry
 from lesa_ray.checkpoint.names import layer_of
 from lesa_ray.checkpoint.settings import config_depth, further_layers
@@ -93,6 +94,20 @@ def convert(model: PreTrainedModel, conversion: Conversion, tensors: Tensors) ->
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     ordered = {name: tensors[name] for name in conversion.sources}
     return _convert(model, conversion.targets[0], ordered, renamings, converters)
+
+
+def of_experts(conversion: Conversion, experts: int, start: int, end: int) -> Conversion | None:
+    """What makes rows [start, end) of the one tensor of a conversion, which has a row for each expert, in their order;
+    None if it is not made so.
+
+    experts: rows of the whole tensor."""
+    of_expert: dict[int | None, list[str]] = {}
+    for name in conversion.sources:
+        of_expert.setdefault(expert_of(name), []).append(name)
+    if len(conversion.targets) > 1 or list(of_expert) != list(range(experts)):
+        return None
+    wanted = {name for expert in range(start, end) for name in of_expert[expert]}
+    return replace(conversion, sources=tuple(name for name in conversion.sources if name in wanted))
 
 
 def revert(model: PreTrainedModel, conversion: Conversion, tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ from lesa_ray.checkpoint.residual import residual_writers
 from lesa_ray.errors import UserError
 from lesa_ray.layerwise.register import register
 from lesa_ray.training.buffers import initial_buffers, place_buffers
-from lesa_ray.training.conversion import Conversion, convert, model_tensors
+from lesa_ray.training.conversion import Conversion, convert, model_tensors, of_experts
 
 
 def build(raw: dict[str, Any], where: str) -> PreTrainedModel:
@@ -167,8 +167,9 @@ def _set_storage(model: nn.Module, stored: Mapping[str, str]) -> None:
 def load(model: PreTrainedModel, checkpoint: Checkpoint, conversions: Sequence[Conversion]) -> None:
     """Fill the shards of this process from the checkpoint's files.
 
-    By its own byte ranges where a tensor is stored as the model holds it, else from one converted tensor at a time.
-    Threads only read; this one fills, for gradient mode and current device are a thread's own.
+    By its own byte ranges where a tensor is stored as the model holds it, else from one converted tensor at a time; of
+    experts that the model fuses, from its own alone. Threads only read; this one fills, for gradient mode and current
+    device are a thread's own.
 
     conversions: as `plan_conversions` made them before the model was sharded, or some of them."""
     tensors = model_tensors(model)
@@ -177,15 +178,30 @@ def load(model: PreTrainedModel, checkpoint: Checkpoint, conversions: Sequence[C
         for target, values in side_by_side(itertools.chain.from_iterable(plain)):
             target.copy_(values)
         fused = [c for c in conversions if not c.plain and any(_own_rows(tensors[name])[2] for name in c.targets)]
-        sources = [name for conversion in fused for name in conversion.sources]
+        parts = [_own_experts(model, checkpoint, conversion, tensors) for conversion in fused]
+        sources = [name for part in parts for name in part.sources]
         reads = ((checkpoint.tensors[name].nbytes, functools.partial(checkpoint.read, name)) for name in sources)
         with closing(side_by_side(reads)) as coming:
-            for conversion in fused:
-                whole = {name: next(coming) for name in conversion.sources}
-                for name, tensor in convert(model, conversion, whole).items():
+            for part, conversion in zip(parts, fused, strict=True):
+                read = {name: next(coming) for name in part.sources}
+                for name, tensor in convert(model, part, read).items():
                     local, start, rows = _own_rows(tensors[name])
                     if rows:
-                        local.copy_(tensor[start : start + rows])
+                        local.copy_(tensor if part is not conversion else tensor[start : start + rows])
+
+
+def _own_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint, conversion: Conversion, tensors: Mapping[str, torch.Tensor]
+) -> Conversion:
+    """What of a conversion makes this process's rows alone; all of it where nothing less does."""
+    name = conversion.targets[0]
+    _, start, rows = _own_rows(tensors[name])
+    part = of_experts(conversion, tensors[name].shape[0], start, start + rows)
+    if part is None:
+        return conversion
+    metas = {source: torch.empty(checkpoint.tensors[source].shape, device="meta") for source in part.sources}
+    alone = convert(model, part, metas)[name].shape == (rows, *tensors[name].shape[1:])
+    return part if alone else conversion
 
 
 def _own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.experts import expert_of
+from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.errors import UserError
 from lesa_ray.training.conversion import plan_conversions
 from lesa_ray.training.freeze import freeze, trained_names
@@ -135,6 +136,48 @@ def test_loss_and_gradient_norm_equal_a_plain_loops(bases: Callable[[str], str])
             assert np.allclose(values, expected, rtol=1e-5, atol=0), (base, chosen, settings, values, expected)
             whole = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(base).parameters())
             assert local < 0.6 * whole
+
+
+def filled(bases: list[str]) -> list[tuple[dict[str, np.ndarray], set[str]]]:
+    """The rows of each parameter that this worker holds, by name, and the files' tensors of experts that it read."""
+    found = []
+    for base in bases:
+        checkpoint = open_checkpoint(base)
+        model = build(checkpoint.config, base)
+        conversions = plan_conversions(model, checkpoint.tensors, base)
+        freeze(model, tuple(name for name, _ in model.named_parameters()))
+        shard(
+            model, init_device_mesh("cpu", (dist.get_world_size(),)), bf16=False, stored={}, lowest=None,
+            activation_checkpointing=False, compiled=False, cpu_offload=False,
+        )  # fmt: skip
+        seen: set[str] = set()
+
+        class Watched(Checkpoint):
+            def read(self, name: str, seen: set[str] = seen) -> torch.Tensor:
+                seen.add(name)
+                return super().read(name)
+
+        load(model, Watched(**vars(checkpoint)), conversions)
+        rows = {name: p.detach().to_local().numpy() for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+        found.append((rows, {name for name in seen if ".experts." in name}))
+    return found
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_worker_reads_its_own_experts(workers: int, bases: Callable[[str], str]) -> None:
+    """Of four experts three workers have two, two and none."""
+    names = ("mixtral", "qwen3_moe", "deepseek_v3", "qwen3_next")
+    found = run_workers(filled, workers, [bases(name) for name in names])
+    for at, name in enumerate(names):
+        parts = [found[rank][at] for rank in range(workers)]
+        for parameter, whole in AutoModelForCausalLM.from_pretrained(bases(name)).named_parameters():
+            mine = np.concatenate([rows[parameter] for rows, _ in parts])
+            assert np.array_equal(mine, whole.detach().float().numpy()), (name, parameter)
+        experts = 8 if name == "deepseek_v3" else 4
+        each = -(-experts // workers)
+        for rank, (_, read) in enumerate(parts):
+            assert {expert_of(tensor) for tensor in read} == set(range(experts)[rank * each : (rank + 1) * each])
 
 
 def test_frozen_weights_beside_trained_ones_are_kept_as_stored(tmp_path: Path) -> None:
