@@ -52,12 +52,14 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The name as part of a place. What is cut off a long one may be what tells it from another."""
+        """The name as part of a place. What is cut off a long one, or lost of one in other letters than ASCII's, may be
+        what tells it from another."""
         slug = re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")
-        if len(slug) <= _SLUG:
+        lost = any(letter.isalnum() and not letter.isascii() for letter in self.name)
+        if len(slug) <= _SLUG and not lost:
             return slug
         digest = hashlib.sha256(self.name.encode()).hexdigest()[:_DIGITS]
-        return f"{slug[: _SLUG - _DIGITS - 1].rstrip('-')}-{digest}"
+        return f"{slug[: _SLUG - _DIGITS - 1].rstrip('-')}-{digest}".lstrip("-")
 
 
 def arms_of(config: ComparisonConfig, where: str) -> tuple[list[Arm], list[Arm]]:

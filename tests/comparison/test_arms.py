@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -73,6 +74,12 @@ def test_long_names_that_differ_at_their_end_alone_are_two() -> None:
         assert len(slug) <= 50
         assert slug.startswith("aligned-lesa-uniform-predictor-ridge-ridge-")
     assert arms()[0].slug == "lesa"
+
+
+def test_names_in_any_letters_are_places_of_their_own() -> None:
+    slugs = {Arm(name, "lesa").slug for name in ("基线", "方法", "方法 2", "Größe", "Gr-e")}
+    assert len(slugs) == 5
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", slug) for slug in slugs)
 
 
 def test_what_an_arm_is_given_comes_over_what_all_are() -> None:
