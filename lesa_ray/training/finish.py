@@ -16,7 +16,7 @@ from lesa_ray.faults import reaching
 from lesa_ray.training.chat import ChatEncoder
 from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
 from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export
-from lesa_ray.training.identity import CONTENTS, told
+from lesa_ray.training.identity import CONTENTS, in_words
 from lesa_ray.training.metrics import metrics_rows
 from lesa_ray.training.run import RESULT_FILE, RUN_FILE, Run, prepare, read_json
 from lesa_ray.training.tokenizer import load_tokenizer
@@ -133,8 +133,8 @@ def _run_of(record: dict[str, Any], url: str, base: str | None, data: str | None
     copied = run.checkpoint is not None and run.blocks.kind != "chat"
     read = ["config", "weights", "trained", *([] if copied else ["data"])]
     if changed := [name for name in read if before.get(name) != run.counted[name]]:
-        version = told(record, [CONTENTS[name] for name in changed])
-        raise UserError(f"RUN {url}: what it was made of has changed since ({version})")
+        why = in_words(record, [CONTENTS[name] for name in changed])
+        raise UserError(f"RUN {url}: what it was made of has changed since ({why})")
     return run
 
 

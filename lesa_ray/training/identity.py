@@ -81,7 +81,7 @@ def differences(record: Mapping[str, Any], content: Mapping[str, Any], config: T
     return found + [words for name, words in CONTENTS.items() if before.get(name) != content[name]]
 
 
-def told(record: Mapping[str, Any], different: list[str]) -> str:
+def in_words(record: Mapping[str, Any], different: list[str]) -> str:
     """Differences in a message, and that another version began the run, if one did."""
     more = len(different) - _NAMED
     parts = [*different[:_NAMED], *([f"and {more} more"] if more > 0 else [])]

@@ -23,7 +23,7 @@ from lesa_ray.checkpoint.storage import Storage, read_file
 from lesa_ray.errors import UserError
 from lesa_ray.faults import explain, reaching
 from lesa_ray.training.conversion import Conversion, plan_conversions
-from lesa_ray.training.identity import counted, differences, identity_of, told
+from lesa_ray.training.identity import counted, differences, identity_of, in_words
 from lesa_ray.training.insertion import Insertion, plan_insertion
 from lesa_ray.training.tied import check_tied
 from lesa_ray.training.tokens import TokenBlocks, open_blocks
@@ -209,7 +209,7 @@ def out_state(run: Run) -> State:
     if record.get("identity") != run.identity:
         different = differences(record, run.counted, run.config)
         raise UserError(
-            f"OUT {out}: holds a run of other inputs or settings ({told(record, different)}); give a new place, or "
+            f"OUT {out}: holds a run of other inputs or settings ({in_words(record, different)}); give a new place, or "
             "remove it"
         )
     return "done" if is_done(storage) else "resume"
