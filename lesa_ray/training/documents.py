@@ -8,6 +8,7 @@ Decides
 - Bytes that are not UTF-8 become replacement characters, in Parquet's strings too, halves of surrogate pairs in JSON
   question marks.
 - A line of JSON is at most 64 MiB: a packed file of some kilobytes may hold one that fills any memory.
+- Parquet is read a buffer at a time: a column of a row group may be of any size (pandas writes a million rows to each).
 - Documents without a character are skipped. So are rows whose text is null.
 - Which split a document belongs to is a hash of its first 64 KiB: the same wherever it stands, the same for copies.
 """
@@ -266,7 +267,7 @@ def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
     url = part.source.name
     with _open(url) as raw:
         with _undamaged(f"DATA {url}: is not Parquet"):
-            table = pq.ParquetFile(raw)
+            table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=_READ_AHEAD)
         names = table.schema_arrow.names
         columns = [name for name in wanted if name in names]
         if not columns:
@@ -282,7 +283,7 @@ def _parquet(part: Part, wanted: Sequence[str]) -> Iterator[Row]:
         first = number = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
         rows = sum(table.metadata.row_group(group).num_rows for group in groups)
         for group in groups:
-            batches = table.iter_batches(batch_size=256, row_groups=[group], columns=columns)
+            batches = table.iter_batches(batch_size=32, row_groups=[group], columns=columns)
             while True:
                 with _undamaged(f"DATA {url}: row group {group} cannot be read, is the file damaged?"):
                     batch = next(batches, None)

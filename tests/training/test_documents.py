@@ -238,6 +238,19 @@ def test_a_line_that_fills_memory_is_left_out(ending: str, tmp_path: Path, monke
         read(file)
 
 
+def test_a_parquet_file_of_one_row_group_is_not_held_whole(tmp_path: Path) -> None:
+    texts, file = [os.urandom(2**10).hex() for _ in range(32_000)], tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), file, use_dictionary=False)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    rows = read_rows(*parts_of(deal(find(file), 2**30)), ("text",), NO_DATASET)
+    assert next(rows).values["text"] == texts[0]
+    held = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < file.stat().st_size / 2
+    assert [row.values["text"] for row in rows] == texts[1:]
+
+
 def test_strings_of_parquet_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     text = pa.array([b"abc", b"\xff caf\xe9", None]).view(pa.string())
     large = pa.array([b"a", b"\xff", b""], pa.large_binary()).view(pa.large_string())
