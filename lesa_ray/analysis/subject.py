@@ -33,13 +33,14 @@ from lesa_ray.checkpoint.manifest import MANIFEST_FILE, own_manifest
 from lesa_ray.checkpoint.reader import Checkpoint, open_checkpoint
 from lesa_ray.config import LesaSettings
 from lesa_ray.errors import UserError
-from lesa_ray.expansion.memory import default_budget, scratch_dir
+from lesa_ray.expansion.memory import default_budget
 from lesa_ray.expansion.widths import Width, Widths, read_widths
 from lesa_ray.layerwise.names import MODEL_TYPE
 from lesa_ray.lesa.alignment import Layer
 from lesa_ray.lesa.cost import unit_cost
 from lesa_ray.lesa.streams import Load, only
 from lesa_ray.lesa.task import Task
+from lesa_ray.scratch import scratch_dir
 
 SMALL = 200_000_000
 """Weights in all layers up to which predictors are fitted and layers matched unless told otherwise."""

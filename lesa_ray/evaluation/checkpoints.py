@@ -10,18 +10,12 @@ Decides
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,16 +30,15 @@ from lesa_ray.checkpoint.settings import longest_window
 from lesa_ray.checkpoint.storage import ON_THE_HUB, Storage, resolve_base
 from lesa_ray.config import DtypeName
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.expansion.memory import SCRATCH_VARIABLE, scratch_dir
 from lesa_ray.faults import explain, reaching
 from lesa_ray.gpu import is_full
 from lesa_ray.layerwise.register import register
+from lesa_ray.scratch import SCRATCH_VARIABLE, held_folder
 
 _COPIED_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """What a tokenizer and the settings are made of; weights are copied by the checkpoint's own list."""
 _PART = 32 * 2**20
 _COPIES = "lesa-ray-evaluate-"
-_LOCK = "in-use.lock"
 _TOKENIZER_FILES = re.compile(r"tokenizer|vocab|tekken|\.(model|tiktoken)$")
 
 
@@ -137,28 +130,9 @@ def local_folder(name: str, url: str) -> Iterator[tuple[str, dict[str, dict[str,
     if checkpoint.storage.is_local:
         yield checkpoint.storage.root, digests
         return
-    with _scratch_folder() as scratch:
+    with held_folder(_COPIES) as scratch:
         _copy(name, checkpoint, Storage(scratch))
         yield scratch, digests
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[str]:
-    """A folder for a copy, which this process holds by a lock on a file in it: the kernel lets go of that however the
-    process ends. Folders that nobody holds any more are removed first."""
-    parent = scratch_dir()
-    os.makedirs(parent, exist_ok=True)
-    for left in Path(parent).glob(f"{_COPIES}*"):
-        with contextlib.suppress(OSError), open(left / _LOCK, "rb+") as file:  # held, gone by now, or another user's
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-    with (
-        tempfile.TemporaryDirectory(prefix=_COPIES, dir=parent) as folder,
-        tempfile.NamedTemporaryFile(dir=folder, delete=False) as file,
-    ):
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.rename(file.name, os.path.join(folder, _LOCK))  # locked before it has the name that others look for
-        yield folder
 
 
 def _copy(name: str, checkpoint: Checkpoint, scratch: Storage) -> None:

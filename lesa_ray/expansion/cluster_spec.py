@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from lesa_ray.config import Settings, read_yaml, validated
 from lesa_ray.errors import UserError
 from lesa_ray.lesa.rates import CPU_CORE, GPU_MEMORY, GPUS, Rates
+from lesa_ray.limits import all_cpus, all_memory
 from lesa_ray.sizes import Bytes
 
 GpuKind = Literal["a100", "h100", "h200"]
@@ -73,9 +74,8 @@ def read_cluster(path: str) -> ClusterSpec:
 
 
 def this_machine() -> ClusterSpec:
-    """The machine that asks, its GPUs if it has some of a known kind; storage as by default."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine that asks, or the container, its GPUs if it has some of a known kind; storage as by default."""
+    cpus, memory = all_cpus(), all_memory()
     names = _gpu_names()
     kinds = [kind for name in names for kind in GPUS if kind.upper() in name.upper()]
     if not kinds:

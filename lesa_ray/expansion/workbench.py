@@ -17,11 +17,12 @@ from lesa_ray.checkpoint.reader import Checkpoint
 from lesa_ray.checkpoint.shards import OutTensor
 from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.checkpoint.writer import TensorFileWriter
-from lesa_ray.expansion.memory import default_budget, return_freed_memory, scratch_dir
+from lesa_ray.expansion.memory import default_budget, return_freed_memory
 from lesa_ray.expansion.method import Copy, Device, Job, Progress, RunContext, Unit
 from lesa_ray.expansion.methods.resizing import run_resizing
 from lesa_ray.expansion.methods.slots import VECTORS_UNIT, run_vectors
 from lesa_ray.gpu import full_gpu_is_a_fault, gpu_memory, keep_float32
+from lesa_ray.scratch import scratch_dir
 
 if TYPE_CHECKING:
     import torch

@@ -18,11 +18,10 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from typing import IO, Any, Protocol
@@ -31,11 +30,13 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import flat
 from lesa_ray.errors import UserError
 from lesa_ray.faults import explain, is_fault
+from lesa_ray.scratch import held_folder
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _RUNS_FILE = "loggers.json"
 """Which runs of MLflow and Weights & Biases are this one's, so that a resumed run goes on in them."""
+_SCRATCH = "lesa-ray-metrics-"
 _PUT_SECONDS = 30.0
 _PUT_PACE = 10**6
 """Bytes a second that puts take of the network at most, on average."""
@@ -115,8 +116,8 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._storage = Storage(f"{out}/training")
-        self._scratch = None if self._storage.is_local else tempfile.mkdtemp(prefix="lesa-ray-metrics-")
-        folder = self._scratch or self._storage.root
+        self._scratch = ExitStack()
+        folder = self._storage.root if self._storage.is_local else self._scratch.enter_context(held_folder(_SCRATCH))
         self._folder = folder
         again = self._storage.exists(TENSORBOARD_DIR)
         with Storage(folder).create(METRICS_FILE) as kept:
@@ -151,7 +152,7 @@ class MetricsLog:
         """
         os.fsync(self._file.fileno())
         self._board.flush()
-        if self._scratch is None:
+        if self._storage.is_local:
             return
         if now:
             self._settle()
@@ -186,8 +187,7 @@ class MetricsLog:
             for guest in self._guests:
                 guest.close()
             self._pool.shutdown()
-            if self._scratch is not None:
-                shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.close()
 
     def _put(self) -> None:
         """Put the files that have grown."""

@@ -14,7 +14,7 @@ import typer.main
 
 from lesa_ray.cli import app
 from lesa_ray.config import ExpandConfig, load_settings
-from lesa_ray.expansion.memory import SCRATCH_VARIABLE
+from lesa_ray.scratch import SCRATCH_VARIABLE
 from lesa_ray.training.train_settings import TrainConfig
 from tests.cluster.manifests import CLUSTER, MANIFESTS, documents, gibibytes, of_kind, validate
 

@@ -13,12 +13,13 @@ from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
 from lesa_ray.evaluation import checkpoints
 from lesa_ray.evaluation.checkpoints import local_folder
+from lesa_ray.scratch import held_folder
 from tests.evaluation import tiny
 
 
 def hold(told: Any) -> None:
     """A copy that takes for ever."""
-    with checkpoints._scratch_folder() as folder:
+    with held_folder(checkpoints._COPIES) as folder:
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         told.send(folder)
         time.sleep(100)

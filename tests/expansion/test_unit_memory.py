@@ -1,4 +1,4 @@
-"""What memory a unit may take: free in a container, its GPU's, and the budget that was given beside them."""
+"""What memory a unit may take: its GPU's, and the budget that was given beside them."""
 
 from __future__ import annotations
 
@@ -18,60 +18,15 @@ from lesa_ray.errors import UserError
 from lesa_ray.expansion.cluster_spec import ClusterSpec
 from lesa_ray.expansion.estimate import estimate
 from lesa_ray.expansion.lesa_task import task_here
-from lesa_ray.expansion.memory import SCRATCH_VARIABLE, free_memory, scratch_dir
 from lesa_ray.expansion.method import Job, RunContext
 from lesa_ray.expansion.prepare import prepare
 from lesa_ray.gpu import CONTEXT_BYTES, gpu_memory
 from lesa_ray.lesa.cost import unit_cost
 from lesa_ray.lesa.rates import GPU_MEMORY
+from lesa_ray.scratch import SCRATCH_VARIABLE, scratch_dir
 
 Bases = Callable[[str], str]
-V2 = ("memory.max", "memory.current", "memory.stat", "")
-V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_")
 MIB = 2**20
-
-
-@pytest.mark.parametrize("version", [V2, V1], ids=["v2", "v1"])
-def test_pages_of_files_are_free_in_a_container(version: tuple[str, str, str, str], tmp_path: Path) -> None:
-    limit, used, stat, prefix = version
-    (tmp_path / "memory").mkdir()
-    (tmp_path / limit).write_text(f"{90 * MIB}\n")
-    (tmp_path / used).write_text(f"{85 * MIB}\n")
-    assert free_memory(str(tmp_path)) == 5 * MIB  # nothing is said of what is taken
-    lines = {"anon": 4, f"{prefix}inactive_file": 50, f"{prefix}active_file": 20, "inactive_anon": 3, "file": 75}
-    (tmp_path / stat).write_text("".join(f"{name} {count * MIB}\n" for name, count in lines.items()))
-    assert free_memory(str(tmp_path)) == 75 * MIB
-    (tmp_path / used).write_text(f"{165 * MIB}\n")
-    assert free_memory(str(tmp_path)) == 0
-    (tmp_path / limit).write_text("max\n")
-    assert free_memory(str(tmp_path)) > 90 * MIB  # the machine's
-
-
-@pytest.mark.parametrize(("version", "line"), [(V2, "0::"), (V1, "4:cpu,memory:")], ids=["v2", "v1"])
-def test_a_limit_of_the_process_own_group_or_of_one_around_it_counts(
-    version: tuple[str, str, str, str], line: str, tmp_path: Path
-) -> None:
-    """As Slurm and systemd set one: the group is not shown as the root, which has no limit."""
-    limit, used, _, _ = (name.rsplit("/", 1)[-1] for name in version)
-    root = (tmp_path / version[0]).parent
-
-    def group(name: str, most: str, taken: int) -> None:
-        (root / name).mkdir(parents=True, exist_ok=True)
-        (root / name / limit).write_text(f"{most}\n")
-        (root / name / used).write_text(f"{taken * MIB}\n")
-
-    own = tmp_path / "own"
-    own.write_text(f"12:pids:/elsewhere\n{line}/slurm/job_7/step_0\n")
-    group("elsewhere", f"{MIB}", 0)
-    group("slurm", f"{99 * MIB}", 10)
-    group("slurm/job_7", f"{50 * MIB}", 8)
-    group("slurm/job_7/step_0", "max", 5)
-    assert free_memory(str(tmp_path), str(own)) == 42 * MIB
-    group("slurm/job_7/step_0", f"{30 * MIB}", 5)
-    assert free_memory(str(tmp_path), str(own)) == 25 * MIB
-    own.write_text(f"{line}/slurm/../elsewhere\n")  # as if outside of what is shown
-    assert free_memory(str(tmp_path), str(own)) > 99 * MIB
-    assert free_memory(str(tmp_path), str(tmp_path / "none")) > 99 * MIB
 
 
 def test_a_unit_has_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

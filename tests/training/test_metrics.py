@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -84,8 +83,13 @@ def test_a_killed_process_loses_no_row(tmp_path: Path) -> None:
 
 
 def test_on_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = f"{s3}/metrics"
+    out, scratch = f"{s3}/metrics", tmp_path / "scratch"
+    killed = scratch / "lesa-ray-metrics-x"
+    killed.mkdir(parents=True)
+    (killed / "in-use.lock").touch()
+    monkeypatch.setenv("LESA_RAY_SCRATCH", str(scratch))
     log = start(out)
+    assert not killed.exists()
     record(out, log, 1, 2)
     log.flush()
     assert steps(out) == []  # 30 s have not passed
@@ -98,7 +102,7 @@ def test_on_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     record(out, log, 4)
     log.close()
     assert steps(out) == [1, 2, 3, 4]
-    assert not os.path.exists(log._folder)
+    assert list(scratch.iterdir()) == []
 
     log = start(out, resume_step=2)
     record(out, log, 3, loss=10)
