@@ -7,6 +7,7 @@ interrupted, the same command goes on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from lesa_ray.config import ExpandConfig, load_settings
 from lesa_ray.ending import INTERRUPTED, ending
 from lesa_ray.errors import UserError, WithReport
 from lesa_ray.evaluation.settings import EvaluateConfig
-from lesa_ray.interrupt import sigterm_interrupts
+from lesa_ray.interrupt import signals_interrupt
 from lesa_ray.job_folder import check_kept
 from lesa_ray.sizes import size
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -334,7 +335,7 @@ def _open_streams() -> None:
 def _run() -> int:
     try:
         _check_names()
-        with sigterm_interrupts():
+        with signals_interrupt():
             code = app(standalone_mode=False)
         if code == INTERRUPTED:  # Typer makes an exit code of an interrupt, and returns it
             raise KeyboardInterrupt
@@ -345,7 +346,8 @@ def _run() -> int:
         if end is None:
             raise
         said, code = end
-        sys.stderr.write(f"lesa-ray: {said}\n")
+        with contextlib.suppress(OSError):  # of a terminal that has gone
+            sys.stderr.write(f"lesa-ray: {said}\n")
         return code
     return 0
 

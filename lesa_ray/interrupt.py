@@ -1,5 +1,5 @@
-"""SIGTERM as an interrupt: `ray job stop`, Kubernetes and batch systems end a process with it, and what Ctrl-C does,
-one line and leases let go, is wanted then too.
+"""SIGTERM and SIGHUP as interrupts: `ray job stop`, Kubernetes and batch systems end a process with the one, a terminal
+that goes away with the other, and what Ctrl-C does, one line and leases let go, is wanted then too.
 
 Ray makes SIGTERM its own wherever it starts: its core prints a stack and, three seconds later, aborts what has not
 ended by then. `as_before` gives the signal back."""
@@ -13,17 +13,28 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt in the block. Nothing in other threads than the main one, which cannot be
-    told what a signal does."""
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the block, and so does SIGHUP, but for who ignores it, as `nohup` does.
+    Nothing in other threads than the main one, which cannot be told what a signal does."""
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
+        if number == signal.SIGHUP:  # the kernel and the shell send one each
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    with as_before():
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, interrupt)
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    hangs_up = signal.getsignal(signal.SIGHUP)
+    with as_before():
+        signal.signal(signal.SIGTERM, interrupt)
+        if hangs_up is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, interrupt)
+        try:
+            yield
+        finally:
+            if hangs_up is signal.SIG_DFL:
+                signal.signal(signal.SIGHUP, hangs_up)
 
 
 @contextmanager

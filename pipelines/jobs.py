@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import typer
 
 from lesa_ray.ending import ending
-from lesa_ray.interrupt import sigterm_interrupts
+from lesa_ray.interrupt import signals_interrupt
 
 
 @contextmanager
 def exits(name: str) -> Iterator[None]:
     """Around a job's work: what stops it becomes one line and `typer.Exit` (`lesa_ray.ending`); a defect passes."""
     try:
-        with sigterm_interrupts():
+        with signals_interrupt():
             yield
     except (Exception, KeyboardInterrupt) as error:
         if (end := ending(error)) is None:

@@ -34,7 +34,7 @@ from lesa_ray.fleet.schedule import choose, demand, total_of
 from lesa_ray.fleet.settings import Amount, GraphConfig
 from lesa_ray.fleet.stages import Stage
 from lesa_ray.fleet.state import THREADS, Outcome, Standing, leave_plan, look
-from lesa_ray.interrupt import sigterm_interrupts
+from lesa_ray.interrupt import signals_interrupt
 from lesa_ray.store.catalog import Store, begun_file
 from lesa_ray.store.lease import Lease
 from lesa_ray.store.record import make_record
@@ -80,7 +80,7 @@ def run_fleet(config: GraphConfig, stages: Sequence[Stage], say: Say, settled: S
         leave_plan(store, config, stages)
     fleet = _Fleet(config, store, stages, say, settled)
     try:
-        with sigterm_interrupts():  # leases are let go
+        with signals_interrupt():  # leases are let go
             fleet.run()
     except RayError as error:
         raise MachineError(f"the Ray cluster was lost ({explain(error)[:200]}); the same command goes on") from error

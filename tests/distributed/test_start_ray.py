@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -136,8 +137,12 @@ def test_a_ray_embedded_in_another_process_is_left_alone(apart: str, tmp_path: P
 
 
 @pytest.mark.timeout(360)
-def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str], tmp_path: Path) -> None:
-    """Ray would print a stack, and abort what takes longer than three seconds to end."""
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]], ids=["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_command_as_an_interrupt_does(
+    signals: list[int], bases: Callable[[str], str], tmp_path: Path
+) -> None:
+    """At SIGTERM Ray would print a stack, and abort what takes longer than three seconds to end. Of SIGHUP a terminal
+    that goes away brings two."""
     command = [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(tmp_path / "out"), "--factor", "1.5"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(command, env={**clean, "RAY_ADDRESS": "local"}, stderr=subprocess.PIPE, text=True) as running:
@@ -147,7 +152,8 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(bases: Callable[[str], str]
             line = running.stderr.readline()
             assert line, said
             said += line
-        running.terminate()
+        for number in signals:
+            running.send_signal(number)
         _, rest = running.communicate(timeout=180)
     assert running.returncode == 130, rest
     assert rest.strip().splitlines()[-1] == "lesa-ray: interrupted; the same command goes on from here"
