@@ -13,6 +13,7 @@ import typer
 
 from lesa_ray.cli_options import AsJson, print_json, results_apart
 from lesa_ray.errors import UserError
+from lesa_ray.faults import reaching
 from lesa_ray.job_folder import check_kept
 
 
@@ -69,7 +70,8 @@ def _status(config: Any, as_json: bool) -> None:
     from lesa_ray.report.terminal import console
     from lesa_ray.store.catalog import open_store
 
-    standings, facts = status(open_store(config.store), config)
+    with reaching(f"STORE {config.store}"):
+        standings, facts = status(open_store(config.store), config)
     show_standings(standings, as_json)
     if not as_json:
         changed = "; the file has changed since, `--dry-run` shows what that means" if facts["file_changed"] else ""
@@ -94,7 +96,8 @@ def runs(
     """List the finished stages of an artifact store."""
     from lesa_ray.store.catalog import open_store
 
-    found = open_store(store).finished()
+    with reaching(f"STORE {store}"):
+        found = open_store(store).finished()
     if as_json:
         print_json([{"place": place, **record} for place, record in found])
         return

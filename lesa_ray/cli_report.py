@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
@@ -26,6 +27,7 @@ def report(
 
     It takes `pip install 'lesa-ray[report]'`."""
     check_kept("--out", out)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it cannot keep its fonts in a home folder
     from lesa_ray.report.page.build import write_report
 
     written = write_report(runs, out)

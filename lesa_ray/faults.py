@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ _LOST = frozenset(
 """What botocore and aiohttp call a connection that is refused, lost, or cut off in the middle of an answer."""
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
 """What S3 and STS call credentials of a session that is over."""
+_LOCKED = re.compile("object ?lock", re.IGNORECASE)
+"""In what S3, or a server like it, answers where a bucket keeps its objects for some time: uploads want checksums."""
+_PLACES = ("BASE ", "DATA ", "OUT ")
+_GOES_ON = "; the same command goes on from here"
 _SKEW_SECONDS = 14 * 60
 """S3 refuses what was signed by a clock that is a quarter of an hour off."""
 
@@ -55,9 +60,7 @@ def unanswered(where: str, error: BaseException) -> MachineError | None:
     if said := _clock_is_off(error):
         return MachineError(f"{where}: {said}")
     if _code(error) in _EXPIRED:
-        return MachineError(
-            f"{where}: the credentials have run out; renew them, and the same command goes on from here"
-        )
+        return MachineError(f"{where}: the credentials have run out; renew them{_GOES_ON}")
     return MachineError(f"{where}: the store does not answer ({explain(error)[:200]})") if is_outage(error) else None
 
 
@@ -134,11 +137,22 @@ def reaching(where: str, refused: str = "cannot be read", hint: str | None = Non
             raise fault from error
         said = explain(error)[:200]
         if is_disk(error):
-            raise MachineError(f"{where}: {said}; the same command goes on from here") from error
+            raise MachineError(f"{where}: {said}{_GOES_ON}") from error
+        if _LOCKED.search(explain(error)):  # AWS' own words, and a server's
+            hint = "the bucket keeps what is put there (object lock), by default; give one that does not"
         if hint is None:
             here = isinstance(error, OSError) and error.filename  # which stores' errors have not
             hint = "check the path and its permissions" if here else "check the address and the credentials"
         raise UserError(f"{where}: {refused} ({said}){hint and f'; {hint}'}") from error
+
+
+def going_on(where: str, error: BaseException) -> MachineError:
+    """The fault that ends work which the same command takes up again. where: the place that is named, if `error` is not
+    one that names its own."""
+    said = explain(error)
+    if not (isinstance(error, MachineError) and said.startswith(_PLACES)):
+        said = f"{where}: {said}"
+    return MachineError(f"{said.removesuffix(_GOES_ON)}{_GOES_ON}")
 
 
 def explain(error: BaseException) -> str:

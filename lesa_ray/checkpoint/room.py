@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError
+from lesa_ray.sizes import size
 
 MARGIN = 64 * 2**20
 """Bytes to ask for beside: small files, and what the file system itself takes."""
@@ -15,5 +16,4 @@ def check_free(out: str, needed: int, *, held: int = 0, use: str = "", hint: str
     held: bytes there that count as free. use, hint: said after the bytes, and at the end."""
     free = Storage(out).free_bytes()
     if free is not None and free + held < needed:
-        has = (free + held) / 1e9
-        raise MachineError(f"OUT {out}: needs {needed / 1e9:.2f} GB{use}, the disk has {has:.2f} GB free{hint}")
+        raise MachineError(f"OUT {out}: needs {size(needed)}{use}, the disk has {size(free + held)} free{hint}")

@@ -184,7 +184,9 @@ class Storage:
                     local_file.flush()
                     os.fsync(local_file.fileno())
                 os.replace(temporary, target)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, OSError) and error.filename is None:  # of a disk that is full or broken
+                    error.filename = target
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
                 raise

@@ -29,7 +29,7 @@ from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
 from lesa_ray.errors import KeptError, MachineError, RoomError, UserError
 from lesa_ray.expansion.out import check_out
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.faults import explain, is_fault
+from lesa_ray.faults import explain, going_on, is_fault
 from lesa_ray.gpu import full_gpu_is_a_fault, keep_float32
 from lesa_ray.places import shown
 from lesa_ray.report.page.commands import command
@@ -137,7 +137,7 @@ def _writing(storage: Storage) -> Iterator[None]:
     except Exception as error:
         if is_fault(error) and not isinstance(error, MachineError):
             where = f"--out {shown(storage.url)}"
-            raise MachineError(f"{where}: {explain(error)}; the same command goes on from here") from error
+            raise going_on(where, error) from error
         raise
 
 

@@ -20,7 +20,7 @@ from lesa_ray.checkpoint.storage import WORK_DIR, Storage
 from lesa_ray.config import ExpandConfig
 from lesa_ray.distributed.address import check_address, named_ray
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
-from lesa_ray.errors import MachineError, RoomError, UnsharedError, UserError
+from lesa_ray.errors import RoomError, UnsharedError, UserError
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.out import (
     abandon,
@@ -37,7 +37,7 @@ from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.rehearsal import check_function
 from lesa_ray.expansion.runner import InlineRunner, Listener, Runner, Silent, weight_of
 from lesa_ray.expansion.workbench import finished_record
-from lesa_ray.faults import explain, is_fault, reaching
+from lesa_ray.faults import going_on, is_fault, reaching
 from lesa_ray.report.model_card import model_card
 
 
@@ -130,7 +130,7 @@ def _work(
         raise
     except Exception as error:
         if is_fault(error):
-            raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
+            raise going_on(f"OUT {config.out}", error) from error
         raise
     return _expanded(expansion, manifest, begin, runner, resumed=resumed)
 

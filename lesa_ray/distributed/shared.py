@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from lesa_ray.checkpoint.storage import Storage, split_place
 from lesa_ray.errors import UnsharedError
+from lesa_ray.faults import reaching
 from lesa_ray.training.sources import Source
 
 _COMPARED = 2**16
@@ -45,12 +46,14 @@ class Landmark:
 
 
 def landmarks(places: Iterable[tuple[str, Storage, str]]) -> tuple[Landmark, ...]:
-    """Of those places, each a folder and a file in it, that are local."""
+    """Of those places, each a folder and a file in it, that are local. Raises: as `reaching`."""
     found = []
     for what, storage, file in places:
         if storage.is_local:
-            small = (storage.size(file) or 0) <= _COMPARED
-            found.append(Landmark(what, storage.path(file), storage.read(file) if small else None))
+            with reaching(what):
+                small = (storage.size(file) or 0) <= _COMPARED
+                content = storage.read(file) if small else None
+            found.append(Landmark(what, storage.path(file), content))
     return tuple(found)
 
 

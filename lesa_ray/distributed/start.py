@@ -20,7 +20,7 @@ import ray
 
 from lesa_ray.distributed.address import await_head, check_address, named_ray, session_root
 from lesa_ray.distributed.cluster import EMBEDDED
-from lesa_ray.distributed.hindrance import few_processes, hindrance
+from lesa_ray.distributed.hindrance import few_processes, hindrance, little_memory
 from lesa_ray.errors import MachineError
 from lesa_ray.faults import explain
 from lesa_ray.gpu import unseeing
@@ -69,8 +69,8 @@ def start_ray() -> bool:
         raise MachineError(f"Ray cluster {address}: cannot be reached ({explain(error)[:200]}){hint}") from error
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: a thread that waits must not spin
     _own_token()
-    if few := few_processes():
-        log.warning("%s", few)
+    for doubt in filter(None, (few_processes(), little_memory())):
+        log.warning("%s", doubt)
     own = {**quiet, **_no_unseen_gpus()}
     for again in (True, False):
         try:

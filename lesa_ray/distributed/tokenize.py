@@ -38,7 +38,7 @@ from lesa_ray.distributed.start import start_ray
 from lesa_ray.distributed.tenancy import Tenant, remove_if_mine, tenancy
 from lesa_ray.errors import KeptError, MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.faults import explain, is_fault, reaching
+from lesa_ray.faults import explain, going_on, is_fault, reaching
 from lesa_ray.training import layout, pieces, sources, tokens
 from lesa_ray.training.block_folder import BEGUN, STOP, Run, abandon, claim, finish, finished_pieces, out_state, prepare
 from lesa_ray.training.data_settings import TokenizeConfig
@@ -119,7 +119,7 @@ def _work(config: TokenizeConfig, run: Run, listener: Listener, tenant: Tenant, 
         raise
     except Exception as error:
         if is_fault(error):
-            raise MachineError(f"OUT {config.out}: {explain(error)}; the same command goes on from here") from error
+            raise going_on(f"OUT {config.out}", error) from error
         raise
     return Tokenized(open_blocks(config.out), time.monotonic() - begin, reused=False, resumed=state == "resume")
 

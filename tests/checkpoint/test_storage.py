@@ -150,9 +150,9 @@ class Answered(OSError):
         self.response = SimpleNamespace(status_code=status)
 
 
-def of_the_server(code: str, status: int) -> OSError:
+def of_the_server(code: str, status: int, says: str = "no") -> OSError:
     """What s3fs makes of an answer that it does not know."""
-    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    answer = {"Error": {"Code": code, "Message": says}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return translate_boto_error(ClientError(answer, "GetObject"))
 
 
@@ -183,6 +183,11 @@ def because_of(error: Exception) -> FileNotFoundError:
         (of_the_server("Unheard", 400), UserError, r"is shut \(OSError: (?!.*run out)"),
         (of_the_server("400", 400), UserError, r"is shut \(.* without a reason; have the credentials run out\?\)"),
         (of_the_server("ExpiredToken", 400), MachineError, "^OUT x: the credentials have run out; renew them"),
+        (
+            of_the_server("InvalidRequest", 400, "Content-MD5 is required with Object Lock parameters"),
+            UserError,
+            "is shut .*; the bucket keeps what is put there",
+        ),
         (of_the_server("RequestExpired", 403), MachineError, "the credentials have run out"),
         (of_the_server("InvalidAccessKeyId", 403), UserError, "is shut"),
         (of_the_server("Unheard", 502), MachineError, "the store does not answer"),

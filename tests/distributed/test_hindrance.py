@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lesa_ray.distributed.hindrance import few_processes, hindrance
+from lesa_ray.distributed.hindrance import few_processes, hindrance, little_memory
 
 TIMED_OUT = RuntimeError("Timed out waiting for file gcs_server_port")
 
@@ -34,6 +34,19 @@ def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     said = hindrance(OSError(30, "Read-only file system"), str(tmp_path))
     assert said == f"; {tmp_path}: Ray's session cannot be written there; set RAY_TMPDIR to another folder"
+
+
+@pytest.mark.usefixtures("unlimited")
+def test_shared_memory_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/shm")
+    assert hindrance(TIMED_OUT, str(tmp_path)).startswith("; /dev/shm cannot be written")
+
+
+def test_a_container_too_small_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert little_memory() == ""
+    monkeypatch.setattr("lesa_ray.distributed.hindrance.free_memory", lambda: 7 * 10**8)
+    monkeypatch.setattr("lesa_ray.distributed.hindrance.all_memory", lambda: 10**9)
+    assert little_memory().startswith("700.00 MB of memory are free here, of 1.00 GB that the machine")
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,9 @@ from lesa_ray.distributed.ray_runner import RayRunner
 from lesa_ray.distributed.shared import Landmark, check_landmarks, data_files, landmarks
 from lesa_ray.distributed.tokenize import _do
 from lesa_ray.distributed.train import pretrain
-from lesa_ray.errors import UnsharedError, UserError
+from lesa_ray.errors import MachineError, UnsharedError, UserError
 from lesa_ray.expansion.runner import InlineRunner
+from lesa_ray.faults import going_on
 from lesa_ray.fleet.graph import build
 from lesa_ray.fleet.settings import FleetConfig
 from lesa_ray.store.catalog import Store
@@ -52,6 +54,18 @@ def test_a_machine_knows_a_folder_by_a_file_of_it(tmp_path: Path, monkeypatch: p
     large.unlink()
     with pytest.raises(UnsharedError, match=r"^DATA d: "):
         check_landmarks(found)
+
+
+def test_a_folder_that_is_away_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+
+    def read(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Storage, "read", read)
+    with pytest.raises(MachineError, match=r"^DATA d: .*Stale file handle; the same command") as caught:
+        landmarks([("DATA d", Storage(str(tmp_path)), "a.jsonl")])
+    assert str(going_on("OUT o", caught.value)) == str(caught.value)
 
 
 def test_urls_are_the_same_from_everywhere() -> None:

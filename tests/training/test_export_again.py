@@ -141,6 +141,6 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = families.make("llama_tied", tmp_path / "base")
     state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(MachineError, match=r"the disk has 0\.00 GB free"):
+    with pytest.raises(MachineError, match=r"the disk has 0\.0 kB free"):
         run(base, state, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
