@@ -69,7 +69,9 @@ class TrainedState:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One trained parameter, in the dtype it was trained in. Raises: UserError if it is damaged; MachineError."""
+        """One trained parameter, in the dtype it was trained in. Several threads may read at once.
+
+        Raises: UserError if it is damaged; MachineError."""
         key = PREFIX + name
         entry = self._metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata)
@@ -78,9 +80,10 @@ class TrainedState:
         with self._answering():
             planner = DefaultLoadPlanner()
             planner.set_up_planner({key: tensor}, self._metadata, is_coordinator=True)
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-            plan = self._reader.prepare_local_plan(planner.create_local_plan())
-            self._reader.read_data(plan, planner).wait()
+            reader = StateReader(self.storage)  # one serves one thread
+            reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            plan = reader.prepare_local_plan(planner.create_local_plan())
+            reader.read_data(plan, planner).wait()
         return tensor
 
     def digest(self) -> str:
@@ -99,15 +102,11 @@ class TrainedState:
         return sha.hexdigest()
 
     @cached_property
-    def _reader(self) -> StateReader:
-        return StateReader(self.storage)
-
-    @cached_property
     def _metadata(self) -> Metadata:
         if self._part is not None:
             return self._part
         with self._answering():
-            metadata: Metadata = self._reader.read_metadata()
+            metadata = StateReader(self.storage).read_metadata()
         # the optimizer's are two thirds
         entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.startswith(PREFIX)}
         places = {index: place for index, place in metadata.storage_data.items() if index.fqn in entries}

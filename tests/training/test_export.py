@@ -7,8 +7,10 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +331,17 @@ def test_files_can_be_written_elsewhere(family: str, tmp_path: Path, monkeypatch
     for name, tensor in before.items():
         factor = 2 if re.search(r"layers\.[13]\.", name) else 1
         assert torch.equal(after[name], tensor * factor), name
+
+
+def test_files_written_side_by_side_read_the_state_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = {f"w{number}": torch.full((8,), float(number)) for number in range(2)}
+    state = TrainedState(save_state(str(tmp_path / "state"), trained))
+    take, both = StateReader._slice_file, threading.Barrier(2)
+
+    def together(self: StateReader, *of_what: object) -> object:
+        both.wait(timeout=60)
+        return take(self, *of_what)
+
+    monkeypatch.setattr(StateReader, "_slice_file", together)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(map(torch.equal, pool.map(state.read, trained), trained.values()))
