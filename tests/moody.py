@@ -40,6 +40,7 @@ class Moody:
 
     def stop(self) -> None:
         """Go away: nothing listens, and what was connected is closed."""
+        self._away = True  # to requests that come while the server shuts down
         self.leaves = lambda request: False
         self.server.shutdown()
         self.server.server_close()
@@ -53,7 +54,7 @@ class Moody:
         self.server = self._serve(self.server.server_port)
 
     def _serve(self, port: int) -> ThreadingHTTPServer:
-        moody = self
+        moody, self._away = self, False
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -67,8 +68,11 @@ class Moody:
                 super().finish()
 
             def handle_any(self) -> None:
-                if moody.leaves(f"{self.command} {self.path}"):
+                if moody._away:
                     self.close_connection = True
+                    return
+                if moody.leaves(f"{self.command} {self.path}"):
+                    moody._away = self.close_connection = True
                     threading.Thread(target=moody.stop).start()
                     return
                 length = int(self.headers.get("Content-Length") or 0)
