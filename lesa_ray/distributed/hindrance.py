@@ -32,7 +32,10 @@ def few_processes() -> str:
 
 def little_memory() -> str:
     """What to say before Ray starts where its processes may be killed, one after another, for want of memory."""
-    free = free_memory()
+    try:
+        free = free_memory()
+    except (OSError, StopIteration):  # a system that does not say
+        return ""
     if free >= _MEMORY:
         return ""
     return (

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,8 @@ def test_a_container_too_small_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lesa_ray.distributed.hindrance.free_memory", lambda: 7 * 10**8)
     monkeypatch.setattr("lesa_ray.distributed.hindrance.all_memory", lambda: 10**9)
     assert little_memory().startswith("700.00 MB of memory are free here, of 1.00 GB that the machine")
+    monkeypatch.setattr("lesa_ray.distributed.hindrance.free_memory", partial(open, os.devnull + "/meminfo"))
+    assert little_memory() == ""
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
