@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import pytest
 
+from lesa_ray import limits
 from lesa_ray.limits import all_cpus, all_memory, free_memory
 
 V2 = ("memory.max", "memory.current", "memory.stat", "")
@@ -25,11 +27,25 @@ def test_pages_of_files_are_free_in_a_container(version: tuple[str, str, str, st
     (tmp_path / stat).write_text("".join(f"{name} {count * MIB}\n" for name, count in lines.items()))
     assert free_memory(str(tmp_path)) == 75 * MIB
     assert all_memory(str(tmp_path)) == 90 * MIB
+    (tmp_path / used).write_text(f"{60 * MIB}\n")  # read a moment before the figures
+    assert free_memory(str(tmp_path)) <= 90 * MIB
     (tmp_path / used).write_text(f"{165 * MIB}\n")
     assert free_memory(str(tmp_path)) == 0
     (tmp_path / limit).write_text("max\n")
     assert free_memory(str(tmp_path)) > 90 * MIB  # the machine's
     assert all_memory(str(tmp_path)) > 90 * MIB
+
+
+def test_outside_of_a_container_it_is_what_the_machine_has_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its memory, not what nobody has touched yet."""
+    told = "MemTotal: 800 kB\nMemFree: 100 kB\nMemAvailable: 500 kB\nBuffers: 7 kB\n"
+    monkeypatch.setattr(limits, "open", lambda *_, **__: io.StringIO(told), raising=False)
+    assert free_memory(str(tmp_path), str(tmp_path / "none")) == 500 * 1024
+    (tmp_path / "memory.max").write_text(f"{100 * MIB}\n")
+    (tmp_path / "memory.current").write_text("0\n")
+    assert free_memory(str(tmp_path), str(tmp_path / "none")) == 500 * 1024  # a limit above it gives no more
 
 
 @pytest.mark.parametrize(("version", "line"), [(V2, "0::"), (V1, "4:cpu,memory:")], ids=["v2", "v1"])

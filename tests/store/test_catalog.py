@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lesa_ray import UserError, cli
+from lesa_ray import MachineError, UserError, cli
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.fleet.state import look
 from lesa_ray.store import catalog, garbage
@@ -144,6 +145,25 @@ def test_what_was_finished_is_no_garbage_though_it_is_noted_as_begun(tmp_path: P
     assert store.record(made) is not None
 
 
+def test_what_could_not_be_finished_stays_noted_as_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is left of it is nobody's."""
+    store = Store(str(tmp_path))
+    place = begin(store, STAGE, "x", {"config.json": b"{}"})
+    files = describe_files(store.folder(place))
+    record = make_record(STAGE, "x", given={}, started="2026-01-01", seconds=1, metrics={}, files=files)
+
+    def away(*_: object) -> None:
+        raise MachineError("the store does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", away)
+        with pytest.raises(MachineError):
+            store.finish(place, record)
+    assert [one.place for one in store.unfinished()] == [place]
+    store.finish(place, record)
+    assert store.unfinished() == []
+
+
 @pytest.mark.timeout(270)
 def test_garbage_is_what_no_one_works_on(place: str) -> None:
     store = Store(place, term=30)
@@ -190,6 +210,19 @@ def test_a_stage_is_as_old_as_the_last_that_was_done_with_it(place: str, monkeyp
     assert {one.name for one in find_garbage(store)} == {empty, trained}
 
 
+def test_a_stage_is_as_old_as_the_newest_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first checkpoint lies there for as long as it is trained."""
+    store, before = Store(str(tmp_path)), datetime.now(UTC) - timedelta(days=10)
+    monkeypatch.setattr(catalog, "utc_now", before.isoformat)
+    trained = begin(store, STAGE, "x", {f"training/checkpoints/step-{number}": b"1" for number in range(3)})
+    files = [tmp_path / trained / f"training/checkpoints/step-{number}" for number in range(3)]
+    for file in (files[0], files[2]):
+        os.utime(file, (before.timestamp(), before.timestamp()))
+    assert find_garbage(store) == []
+    os.utime(files[1], (before.timestamp(), before.timestamp()))
+    assert [one.name for one in find_garbage(store)] == [trained]
+
+
 @pytest.mark.timeout(180)
 def test_uploads_that_were_never_completed(conditional: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(conditional, term=30)
@@ -212,6 +245,38 @@ def test_uploads_that_were_never_completed(conditional: str, monkeypatch: pytest
     assert lease is not None
     lease.release()
     assert [one.name for one in find_garbage(store)] == [keys[1]]
+
+
+@pytest.mark.timeout(180)
+def test_uploads_are_found_whatever_a_page_of_them_holds(conditional: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server lists a thousand at a time, and as many parts of one. Moto lists all uploads at once, so the pages of
+    these are made here."""
+    store = Store(conditional)
+    fs = store.storage.fs
+    keys = [f"{STAGE.place('x')}/a", f"{STAGE.place('x')}/b", "something/else"]
+    for key in keys:
+        bucket, full, _ = fs.split_path(store.storage.path(key))
+        upload = fs.call_s3("create_multipart_upload", Bucket=bucket, Key=full)
+        for number in (1, 2, 3):
+            part = {"Bucket": bucket, "Key": full, "UploadId": upload["UploadId"], "PartNumber": number}
+            fs.call_s3("upload_part", **part, Body=bytes(5 * 2**20 if number < 3 else 7))
+    real = type(fs).call_s3
+
+    def paged(self: object, method: str, **given: Any) -> Any:
+        if method == "list_parts":
+            return real(fs, method, **given, MaxParts=1)
+        if method != "list_multipart_uploads":
+            return real(fs, method, **given)
+        after = (given.pop("KeyMarker", ""), given.pop("UploadIdMarker", ""))
+        page = real(fs, method, **given)
+        rest = sorted((one for one in page["Uploads"] if (one["Key"], one["UploadId"]) > after), key=lambda u: u["Key"])
+        last = {"NextKeyMarker": rest[0]["Key"], "NextUploadIdMarker": rest[0]["UploadId"]}
+        return {**page, "Uploads": rest[:1], "IsTruncated": len(rest) > 1, **last}
+
+    monkeypatch.setattr(type(fs), "call_s3", paged)
+    found = find_garbage(store)
+    assert [(one.name, one.nbytes) for one in found] == [(key, 10 * 2**20 + 7) for key in keys]
+    assert all(remove(store, one, "gc") for one in found)
 
 
 @pytest.mark.timeout(180)
@@ -298,6 +363,23 @@ def test_what_may_not_be_removed_is_told_and_not_counted(
     monkeypatch.undo()
     _, out, _ = run("gc", store.url, "--older-than", "0", "--yes", "--json")
     assert sorted(json.loads(out)["removed"]) == sorted([theirs, made])
+
+
+def test_a_stage_that_may_not_be_removed_stays_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who may remove it finds it."""
+    store = Store(str(tmp_path))
+    theirs = begin(store, STAGE, "x", {"a/b": b"1"})
+    (found,) = find_garbage(store, days=0)
+
+    def refused(*_: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(Storage, "remove_tree", refused)
+    with pytest.raises(garbage.NotRemoved, match=f"{theirs}: could not be removed whole"):
+        remove(store, found, "gc")
+    monkeypatch.undo()
+    assert find_garbage(store, days=0) == [found]
+    assert remove(store, found, "gc")
 
 
 def test_an_interrupt_is_told_by_the_exit_code(

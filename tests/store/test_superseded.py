@@ -99,6 +99,41 @@ def test_young_ones_stay(tmp_path: Any) -> None:
     assert names(store, days=0) == {old}
 
 
+def test_a_stage_that_ran_for_long_is_as_young_as_its_end(tmp_path: Any) -> None:
+    store, days = Store(str(tmp_path)), 10
+    place, started = OLD.place("x"), datetime.now(UTC) - timedelta(days=days)
+    store.folder(place).write("config.json", b"{}")
+    files = describe_files(store.folder(place))
+    record = make_record(
+        OLD, "x", given={}, started=started.isoformat(), seconds=(days - 1) * 86400, metrics={}, files=files
+    )
+    store.finish(place, record)
+    plan(store, "weekly", ("x", STAGE))
+    assert names(store) == set()
+    assert names(store, days=0.5) == {place}
+
+
+def test_what_a_fleet_needs_that_starts_meanwhile_is_not_removed(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours may go by while a store is cleared."""
+    store = Store(str(tmp_path), term=30)
+    first, second = make(store, OLD), make(store, dataclasses.replace(OLD, code="0.0.1"))
+    plan(store, "weekly", ("x", STAGE))
+    found = find_superseded(store)
+    assert {one.name for one in found} == {first, second}
+    release = Lease.release
+
+    def released(self: Lease) -> None:
+        release(self)
+        plan(store, "once", *(("x", Identity.from_content(record["identity"])) for _, record in store.finished()))
+
+    monkeypatch.setattr(Lease, "release", released)
+    removed = remove_superseded(store, found, "gc", pytest.fail)
+    assert removed == found[:1]
+    assert store.record(found[1].name) is not None
+
+
 def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
     store = Store(str(tmp_path), term=30)
     old = make(store, OLD)

@@ -54,6 +54,8 @@ def test_unfinished_work_goes_on_with_the_revision_it_began_with(name: str, newe
     run = prepare(config)
     assert [source.mark for source in run.sources] == ["second"]
     assert out_state(storage, run) == "resume"
+    claim(storage, run)
+    assert not storage.exists(STOP)  # with it every task would do nothing
 
 
 def test_out_may_lie_beside_the_data_but_not_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.caching import ReadAheadCache
+from fsspec.exceptions import FSTimeoutError
 from s3fs import S3FileSystem
 from s3fs.core import S3File
 
@@ -347,6 +348,25 @@ def test_too_little_memory_for_a_row_group_is_no_damage(tmp_path: Path, monkeypa
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(full, None))
     with pytest.raises(MemoryError, match="malloc of size 64 failed"):
         read(tmp_path / "a.parquet")
+
+
+def test_an_answer_that_comes_too_late_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OSError without a number, as pyarrow's own are, but of a class of its own."""
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+
+    def late(*_: Any, **__: Any) -> Any:
+        raise FSTimeoutError
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(late, None))
+    with pytest.raises(MachineError, match=r"^DATA .*a\.parquet: cannot be read"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "parquet"])
+def test_a_file_that_is_gone_when_it_is_read_is_told_as_that(ending: str, tmp_path: Path) -> None:
+    part = Part(Source(str(tmp_path / f"a.{ending}"), 100, ""))
+    with pytest.raises(UserError, match=rf"^DATA .*a\.{ending}: there is no such file \(any more\)$"):
+        list(read_fragments(part, "text", NO_DATASET))
 
 
 def test_the_share_held_out_is_about_what_was_asked() -> None:

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.training.export import Exported, OutFile, begin_export, export, plan_export, write_file
+from lesa_ray.training.trained_state import TrainedState
 from tests import families
 from tests.training.exporting import FACTS, assert_exported, changed, in_new_layers, run, save_state
 
@@ -82,6 +85,29 @@ def test_an_export_of_another_base_or_configuration_is_another(tmp_path: Path) -
     assert not missing(other)
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     assert missing(other)
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_state_that_differs_anywhere_it_is_looked_at_is_another(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Of a local file 16 samples are, from its first to its last bytes; of an object all."""
+    url = str(tmp_path / "state") if kind == "folder" else f"{request.getfixturevalue('s3')}/digests"
+    save_state(url, {"w": torch.zeros(2**18)})
+    storage = Storage(url)
+    (file,) = [name for name in storage.list() if name.endswith(".distcp")]
+    whole = storage.read(file)
+    found = {TrainedState(url).digest()}
+    assert {TrainedState(url).digest()} == found
+    for at in (0, (len(whole) - 4096) * 8 // 15 + 9, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        storage.write(file, bytes(changed))
+        found.add(TrainedState(url).digest())
+    storage.write(file, whole)
+    storage.write(".metadata", storage.read(".metadata") + b" ")
+    found.add(TrainedState(url).digest())
+    assert len(found) == 5
 
 
 def test_an_unfinished_export_that_names_other_files_removes_none(tmp_path: Path) -> None:

@@ -73,6 +73,20 @@ def test_a_damaged_state(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.*"))
 
 
+def test_a_part_of_a_tensor_that_no_worker_wrote_is_no_weight(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    name = "model.layers.1.mlp.up_proj.weight"
+    trained = changed(base, lambda one: one == name)
+    half = {name: trained[name][: len(trained[name]) // 2].clone()}
+    state = save_state(str(tmp_path / "state"), half)
+    file = tmp_path / "state/.metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata[f"model.{name}"].size = trained[name].shape
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=rf"{name} holds NaN"):
+        run(base, state, str(tmp_path / "out"))
+
+
 class Runs:
     """A pickle of it makes a folder where it is loaded."""
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from lesa_ray.errors import UserError
 from lesa_ray.evaluation.texts import find_files
 from lesa_ray.training.documents import cut
-from lesa_ray.training.sources import ROWS, Source, count_endings, deal, find_sources
+from lesa_ray.training.sources import ROWS, Part, Piece, Source, count_endings, deal, find_sources
 from tests.training.data_sources import NO_DATASET, find, read
 
 pytestmark = pytest.mark.timeout(180)
@@ -117,6 +117,12 @@ def test_pieces_hold_small_files_together_and_part_large_ones() -> None:
     assert [a.key == b.key for a, b in zip(pieces, changed, strict=False)] == [*[True] * 2, *[False] * 3, *[True] * 3]
 
 
+def test_a_piece_of_which_less_is_taken_is_another() -> None:
+    """How much is taken under a limit hangs on the files before it, which may change while work is unfinished."""
+    keys = {Piece((Part(Source("a.jsonl", 9, ""), take=take),)).key for take in (None, 1, 2)}
+    assert len(keys) == 3
+
+
 def test_pieces_of_a_text_end_where_lines_do() -> None:
     text = "one two\n  three\nfour\n" * 30
     pieces = list(cut(text, 50))
@@ -124,6 +130,7 @@ def test_pieces_of_a_text_end_where_lines_do() -> None:
     assert all(50 < len(piece) <= 100 for piece in pieces[:-1])
     assert all(piece.endswith("\n") and not piece.startswith(" ") for piece in pieces[:-1])
     assert [len(piece) for piece in cut("x" * 301, 50)] == [100, 100, 100, 1]
+    assert [len(piece) for piece in cut("x" * 220 + " y" * 30 + "\nz", 50)][:2] == [100, 100]  # no further is looked
 
 
 def test_a_hub_dataset_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
