@@ -145,7 +145,12 @@ def test_a_signal_ends_a_command_as_an_interrupt_does(
     that goes away brings two."""
     command = [sys.executable, "-m", "lesa_ray.cli", "expand", bases("llama"), str(tmp_path / "out"), "--factor", "1.5"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with subprocess.Popen(command, env={**clean, "RAY_ADDRESS": "local"}, stderr=subprocess.PIPE, text=True) as running:
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a command would rightly go on
+    try:
+        running = subprocess.Popen(command, env={**clean, "RAY_ADDRESS": "local"}, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, outside)
+    with running:
         assert running.stderr is not None
         said = ""
         while "starting Ray" not in said:
