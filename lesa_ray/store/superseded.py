@@ -40,20 +40,23 @@ def remove_superseded(
 
     problem: is told of each that could not.
 
-    What is needed is looked at again before each; the records are read again only where a plan has changed."""
+    What is needed is looked at again before each, when nobody can begin it any more; the records are read again only
+    where a plan has changed."""
     removed: list[Garbage] = []
     plans, needed = None, set[str]()
     for one in garbage:
-        if plans != (now := store.plans()) or not now:
-            plans, needed = now, _needed(store, store.finished())
         record = store.record(one.name)
-        if record is None or one.name in needed:
+        if record is None:
             continue
         identity = Identity.from_content(record["identity"])
         lease = store.lease(identity, holder)
         if lease is None:
             continue
         try:
+            if plans != (now := store.plans()) or not now:
+                plans, needed = now, _needed(store, store.finished())
+            if one.name in needed:
+                continue
             # Noted as unfinished first, so that what an interruption leaves is abandoned, not half a finished stage.
             store.begin(one.name, identity, holder, "was superseded, its removal was interrupted")
             folder = store.folder(one.name)

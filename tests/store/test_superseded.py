@@ -134,6 +134,27 @@ def test_what_a_fleet_needs_that_starts_meanwhile_is_not_removed(
     assert store.record(found[1].name) is not None
 
 
+def test_what_a_fleet_plans_while_its_lease_is_taken_is_not_removed(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path), term=30)
+    old = make(store, OLD)
+    plan(store, "weekly", ("x", STAGE))
+    [found] = find_superseded(store)
+    take = Store.lease
+
+    def taken(self: Store, identity: Identity, holder: str) -> Lease | None:
+        lease = take(self, identity, holder)
+        plan(store, "once", ("x", OLD))
+        return lease
+
+    monkeypatch.setattr(Store, "lease", taken)
+    assert remove_superseded(store, [found], "gc", pytest.fail) == []
+    assert store.record(old) is not None
+    monkeypatch.undo()
+    assert store.lease(OLD, "a fleet") is not None
+
+
 def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
     store = Store(str(tmp_path), term=30)
     old = make(store, OLD)
