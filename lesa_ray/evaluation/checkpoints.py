@@ -34,6 +34,7 @@ from lesa_ray.faults import explain, reaching
 from lesa_ray.gpu import is_full
 from lesa_ray.layerwise.register import register
 from lesa_ray.scratch import SCRATCH_VARIABLE, held_folder
+from lesa_ray.sizes import size
 
 _COPIED_KINDS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 """What a tokenizer and the settings are made of; weights are copied by the checkpoint's own list."""
@@ -141,15 +142,15 @@ def _copy(name: str, checkpoint: Checkpoint, scratch: Storage) -> None:
     needed, free = sum(checkpoint.files[file] for file in files), scratch.free_bytes() or 0
     if needed > free:
         raise MachineError(
-            f"checkpoint {name}: a copy needs {needed / 1e9:.2f} GB, {scratch.root} has {free / 1e9:.2f} GB free; "
+            f"checkpoint {name}: a copy needs {size(needed)}, {scratch.root} has {size(free)} free; "
             f"set {SCRATCH_VARIABLE} to a folder on a larger disk"
         )
 
     def copy(file: str) -> None:
-        size = checkpoint.files[file]
+        nbytes = checkpoint.files[file]
         with scratch.create(file) as target:
-            for start in range(0, size, _PART):
-                target.write(checkpoint.storage.read(file, start, min(start + _PART, size)))
+            for start in range(0, nbytes, _PART):
+                target.write(checkpoint.storage.read(file, start, min(start + _PART, nbytes)))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(copy, sorted(files)))

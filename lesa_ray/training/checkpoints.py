@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.faults import explain
+from lesa_ray.sizes import size
 from lesa_ray.training.state_files import StateReader, StateWriter
 
 FOLDER = "training/checkpoints"
@@ -93,7 +94,7 @@ def _read(storage: Storage) -> Record | None:
         return None
     record = Record(**content)
     here = storage.list()
-    whole = all(here.get(name) == size for name, size in record.files.items())
+    whole = all(here.get(name) == nbytes for name, nbytes in record.files.items())
     return record if whole else None
 
 
@@ -215,7 +216,7 @@ class Saver:
                 storage.write(COMPLETE_FILE, (json.dumps(asdict(record)) + "\n").encode())
         except (CheckpointException, OSError) as error:
             free = storage.free_bytes()  # of a full disk PyTorch's writer only says that a position is unexpected
-            room = "" if free is None else f"; the disk has {free / 1e9:.2f} GB free"
+            room = "" if free is None else f"; the disk has {size(free)} free"
             raise MachineError(f"{storage.url}: cannot be written ({_first_cause(error)}){room}") from error
         self.completed = step
         if dist.get_rank() == 0:

@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(free_again: bool, small_disk:
     out = str(small_disk / "out")
     for message in run_workers(fill_the_disk, 2, out, free_again):
         assert "step-00000002: cannot be written (no space left on the device" in message
-        assert re.search(r"; the disk has \d+\.\d\d GB free", message)
+        assert re.search(r"; the disk has \d+\.\d+ [kMGT]B free", message)
     assert steps(out) == ([2] if free_again else [1])
     (small_disk / "filler").unlink(missing_ok=True)
     assert not list(small_disk.rglob("*.tmp"))
