@@ -233,9 +233,10 @@ def export(
 ) -> None:
     """Write a checkpoint of a training run as a Hugging Face folder."""
     check_kept("OUT", out)
-    from lesa_ray.training.finish import export_checkpoint
+    from lesa_ray.distributed.export import export_checkpoint
 
-    result = export_checkpoint(run, out, checkpoint, base, data)
+    with working("export", out) as listener:
+        result = export_checkpoint(run, out, checkpoint, base, data, listener)
     if as_json:
         print_json(asdict(result))
         return

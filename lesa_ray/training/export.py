@@ -155,26 +155,26 @@ def plan_export(
     return ExportPlan(out, None, trained, files, sources, content, tokenizer, stop)
 
 
+def is_exported(plan: ExportPlan) -> bool:
+    """Whether OUT is this export, complete. Writes nothing.
+
+    Raises: UserError if OUT holds a checkpoint of something else."""
+    here, _ = _found(plan, Storage(plan.out))
+    whole = here is not None and all(here.get(file.name) == file.nbytes for file in plan.files)
+    return whole and "config.json" in (here or {})
+
+
 def begin_export(plan: ExportPlan) -> list[OutFile]:
     """Claim OUT and return the files of weights that are not there yet; all of them, unless this export was begun
     before. Raises: UserError if OUT holds a checkpoint of something else; MachineError if the disk has no room."""
     storage = Storage(plan.out)
-    record = _read_record(storage)
-    own = record is not None and record.get("identity") == plan.identity
-    if storage.exists("config.json") and not own:
-        what = "an export of another training checkpoint" if record else "a checkpoint"
-        raise UserError(f"OUT {plan.out}: holds {what}; give a new place, or remove it")
-    here = storage.list()
-    if not own:
-        for name in record["files"] if record else ():
-            storage.remove(name)  # of an export that was not finished and is no longer wanted
-        if foreign := [name for name in storage.list() if name.endswith((".safetensors", ".bin"))]:
-            raise UserError(f"OUT {plan.out}: holds weights that are not its own ({foreign[0]}); give a new place")
-        here = {}
-    missing = [file for file in plan.files if here.get(file.name) != file.nbytes]
+    here, unwanted = _found(plan, storage)
+    for name in unwanted:
+        storage.remove(name)
+    missing = [file for file in plan.files if (here or {}).get(file.name) != file.nbytes]
     if missing:
         check_free(plan.out, sum(file.nbytes for file in missing) + MARGIN)
-    if not own:
+    if here is None:
         content = {"format": FORMAT, "identity": plan.identity, "files": [file.name for file in plan.files]}
         storage.write(RECORD_FILE, (json.dumps(content) + "\n").encode())
     return missing
@@ -321,6 +321,21 @@ def _trained_config(base: Checkpoint) -> dict[str, Any]:
                 sizes[entry.dtype] += entry.nbytes
         config["dtype"] = TORCH_NAMES[sizes.most_common(1)[0][0]]
     return config
+
+
+def _found(plan: ExportPlan, storage: Storage) -> tuple[dict[str, int] | None, list[str]]:
+    """What lies at OUT: sizes of files by name if this export was begun there, else None; the weights of another that
+    was not finished and is no longer wanted. Raises: UserError if OUT holds a checkpoint of something else."""
+    record, here = _read_record(storage), storage.list()
+    if record is not None and record.get("identity") == plan.identity:
+        return here, []
+    if "config.json" in here:
+        what = "an export of another training checkpoint" if record else "a checkpoint"
+        raise UserError(f"OUT {plan.out}: holds {what}; give a new place, or remove it")
+    unwanted = [name for name in record["files"] if name in here] if record else []
+    if foreign := [name for name in here if name.endswith((".safetensors", ".bin")) and name not in unwanted]:
+        raise UserError(f"OUT {plan.out}: holds weights that are not its own ({foreign[0]}); give a new place")
+    return None, unwanted
 
 
 def _read_record(storage: Storage) -> dict[str, Any] | None:

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.config import validated
-from lesa_ray.errors import MachineError, UserError
+from lesa_ray.errors import MachineError
 from lesa_ray.expansion.runner import Listener
-from lesa_ray.faults import reaching
 from lesa_ray.training.chat import ChatEncoder
-from lesa_ray.training.checkpoints import FOLDER, Record, best_of, find_complete, folder_name
-from lesa_ray.training.export import Exported, ExportPlan, OutFile, export, plan_export
-from lesa_ray.training.identity import CONTENTS, in_words
+from lesa_ray.training.checkpoints import FOLDER, Record, find_complete, folder_name
+from lesa_ray.training.export import ExportPlan, OutFile, export, plan_export
 from lesa_ray.training.metrics import metrics_rows
-from lesa_ray.training.run import RESULT_FILE, RUN_FILE, Run, prepare, read_json
+from lesa_ray.training.run import RESULT_FILE, Run, read_json
 from lesa_ray.training.tokenizer import load_tokenizer
 from lesa_ray.training.tokens import TOKENIZER_DIR
-from lesa_ray.training.train_settings import TrainConfig
 
 ExportWork = Callable[[ExportPlan, Sequence[OutFile]], None]
 
@@ -82,84 +78,6 @@ def export_plan(run: Run, record: Record, out: str) -> ExportPlan:
         dtype=run.config.dtype or "bfloat16",
         stop=stop,
     )
-
-
-def export_checkpoint(url: str, out: str, which: str, base: str | None = None, data: str | None = None) -> Exported:
-    """Write a checkpoint of the run at `url` as a Hugging Face folder at `out`.
-
-    which: `last`, `best` (the least held-out loss) or a step. base, data: where the checkpoint that the training began
-    from and its token blocks lie now, if not where they were.
-    Raises: UserError if there is no such run or checkpoint, or OUT cannot be written; MachineError."""
-    with reaching(f"RUN {url}"):
-        content = read_json(Storage(url), RUN_FILE)
-        if content is None:
-            raise UserError(f"RUN {url}: holds no training run (no {RUN_FILE})")
-        records = find_complete(url, content["identity"])
-    with reaching(f"OUT {out}", "cannot be written"):
-        Storage(out).try_writing()
-    record = chosen(records, which, url)
-    run = _run_of(content, url, base, data)
-    rows = {row["step"]: row for row in metrics_rows(url, ("heldout_loss",)) if row.get("heldout_loss") is not None}
-    told = {
-        "steps": record.step,
-        "tokens": record.tokens,
-        "heldout_before": rows.get(0, {}).get("heldout_loss"),
-        "heldout_after": record.heldout_loss,
-    }
-    if run.insertion is not None and record.step < run.insertion.steps:
-        inserted = run.insertion.share(record.step)
-        raise UserError(
-            f"RUN {url}: at step {record.step} new layers were {100 * inserted:.0f} % inserted; an exported checkpoint "
-            f"has no gates, so it would be another model; export one of step {run.insertion.steps} or later"
-        )
-    return export(export_plan(run, record, out), facts(run, told))
-
-
-def _run_of(record: dict[str, Any], url: str, base: str | None, data: str | None) -> Run:
-    """The run of a record. Raises: UserError if what an export reads is not there, or has changed since; MachineError.
-
-    Settings do not count, which this version may know others of, nor do the data where only their name is told."""
-    given = {name: value for name, value in record["config"].items() if name in TrainConfig.model_fields}
-    moved = {"checkpoint": base, "data": data or _in_new_place(given["data"], given["out"], url)}
-    given |= {"out": url, **{name: place for name, place in moved.items() if place is not None}}
-    before = record.get("counted", {})
-    if "steps" in before:
-        given |= {"steps": before["steps"], "tokens": None, "epochs": None}
-    try:
-        run = prepare(validated(TrainConfig, given, "its settings"), gpus=False)
-    except UserError as error:
-        hint = "; if they were moved, say where they are: --base, --data" if base is None or data is None else ""
-        raise UserError(f"RUN {url}: what it was made of cannot be read ({error}){hint}") from error
-    copied = run.checkpoint is not None and run.blocks.kind != "chat"
-    read = ["config", "weights", "trained", *([] if copied else ["data"])]
-    if changed := [name for name in read if before.get(name) != run.counted[name]]:
-        why = in_words(record, [CONTENTS[name] for name in changed])
-        raise UserError(f"RUN {url}: what it was made of has changed since ({why})")
-    return run
-
-
-def _in_new_place(data: str, before: str, now: str) -> str:
-    """Token blocks that lie in a run's own folder, which may have been moved."""
-    inside = data.removeprefix(f"{before}/")
-    return data if inside == data else f"{now.rstrip('/')}/{inside}"
-
-
-def chosen(records: list[Record], which: str, url: str) -> Record:
-    """The checkpoint that `which` names. Raises: UserError."""
-    if not records:
-        raise UserError(f"RUN {url}: has no complete checkpoint yet")
-    if which == "last":
-        return records[-1]
-    if which == "best":
-        best = best_of(records)
-        if best is None:
-            raise UserError(f"RUN {url}: none of its checkpoints has a held-out loss; give last or a step")
-        return best
-    found = [record for record in records if str(record.step) == which]
-    if not found:
-        steps = ", ".join(str(record.step) for record in records)
-        raise UserError(f"RUN {url}: has no checkpoint {which}; there are {steps}, last and best")
-    return found[0]
 
 
 def facts(run: Run, content: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import read_yaml
+from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.distributed.finetune import finetune
 from lesa_ray.distributed.report_file import try_place
 from lesa_ray.evaluation.texts import find_files
@@ -22,7 +23,6 @@ from lesa_ray.expansion.prepare import prepare
 from lesa_ray.expansion.runner import InlineRunner
 from lesa_ray.layerwise.folder import write_folder
 from lesa_ray.report.page.build import write_report
-from lesa_ray.training.finish import export_checkpoint
 from lesa_ray.training.run import read_architecture, use_bf16
 from lesa_ray.training.sources import find_sources
 from lesa_ray.training.train_settings import FinetuneConfig, TrainConfig

@@ -17,10 +17,11 @@ from s3fs import S3FileSystem
 
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.distributed.train import pretrain
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.training import checkpoints, worker
-from lesa_ray.training.finish import export_checkpoint, finish_run
+from lesa_ray.training.finish import finish_run
 from lesa_ray.training.run import Run, claim, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from tests.moody import Moody

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 from lesa_ray.checkpoint.manifest import read_manifest
 from lesa_ray.checkpoint.reader import open_checkpoint
 from lesa_ray.checkpoint.storage import Storage
+from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import Silent
 from lesa_ray.training import checkpoints
 from lesa_ray.training.conversion import plan_conversions
-from lesa_ray.training.finish import export_checkpoint, finish_run, trained_result
+from lesa_ray.training.finish import finish_run, trained_result
 from lesa_ray.training.freeze import freeze, trained_names
 from lesa_ray.training.gates import Gates
 from lesa_ray.training.insertion import Insertion, plan_insertion, ramp_steps

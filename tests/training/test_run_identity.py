@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
-from lesa_ray.training.finish import export_checkpoint
+from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.training.run import RUN_FILE, Run, claim, out_state, prepare
 from lesa_ray.training.train_settings import TrainConfig
 from lesa_ray.training.worker import train
