@@ -235,6 +235,12 @@ class Storage:
             with self._answering():
                 self.fs.rm(self.path(name), recursive=True)
 
+    def remove_if_empty(self) -> None:
+        """Remove this folder if nothing at all lies in it; a store has none that are empty."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.root)
+
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half-written in this folder."""
         if self.is_local:

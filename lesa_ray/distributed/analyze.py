@@ -120,9 +120,8 @@ class _Shelf:
         for name in work.folders():
             if name.startswith(_SHELF):
                 work.remove_tree(name)
-        for folder in (work, self._storage):
-            if folder.is_local and folder.exists() and folder.is_empty():
-                folder.remove_tree()
+        work.remove_if_empty()
+        self._storage.remove_if_empty()
 
     def _name(self, piece: str) -> str:
         plain = re.sub(r"[^\w.-]", "_", piece)

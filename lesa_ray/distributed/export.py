@@ -38,8 +38,9 @@ def export_checkpoint(
         if content is None:
             raise UserError(f"RUN {url}: holds no training run (no {RUN_FILE})")
         records = find_complete(url, content["identity"])
+    storage = Storage(out)
     with reaching(f"OUT {out}", "cannot be written"):
-        Storage(out).try_writing()
+        storage.try_writing()
     record = _chosen(records, which, url)
     run = _run_of(content, url, base, data)
     rows = {row["step"]: row for row in metrics_rows(url, ("heldout_loss",)) if row.get("heldout_loss") is not None}
@@ -64,20 +65,12 @@ def export_checkpoint(
         try:
             exported = export(plan, facts(run, told))
         except UserError:
-            _tidy(out)
+            storage.remove_tree(LEASE_DIR)
+            storage.within("training").remove_if_empty()
+            storage.remove_if_empty()
             raise
-        _tidy(out)
+        storage.remove_tree(LEASE_DIR)
         return exported
-
-
-def _tidy(out: str) -> None:
-    """Remove the lease's folder, and those that are empty without it."""
-    storage = Storage(out)
-    storage.remove_tree(LEASE_DIR)
-    if storage.is_local:
-        for folder in (storage.within("training"), storage):
-            if folder.exists() and folder.is_empty():
-                folder.remove_tree()
 
 
 def _chosen(records: list[Record], which: str, url: str) -> Record:

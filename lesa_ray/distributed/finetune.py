@@ -76,8 +76,8 @@ def finetune(config: FinetuneConfig, listener: Listener | None = None, *, tenant
         if made and storage.exists(RUN_FILE) == claimed:  # what was found wrong is not of the training itself
             storage.remove_tree(DATA_DIR)
             storage.remove_tree(LEASE_DIR)
-            _remove_if_empty(storage.within("training"))
-            _remove_if_empty(storage)
+            storage.within("training").remove_if_empty()
+            storage.remove_if_empty()
         raise
 
 
@@ -149,8 +149,3 @@ def _check_blocks(config: FinetuneConfig) -> None:
                 f"{name} {getattr(config, name)}: data {config.data} are token blocks already, made with {made}; leave "
                 "it out, or give the conversations themselves"
             )
-
-
-def _remove_if_empty(storage: Storage) -> None:
-    if storage.is_local and storage.exists() and storage.is_empty():
-        storage.remove_tree()

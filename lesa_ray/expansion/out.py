@@ -127,8 +127,7 @@ def abandon(expansion: Expansion) -> None:
     for shard in expansion.shards:
         storage.remove(shard.file)
     storage.remove_leftovers()
-    if storage.is_local and storage.exists() and storage.is_empty():
-        storage.remove_tree()
+    storage.remove_if_empty()
 
 
 def make_manifest(expansion: Expansion, reports: dict[str, Any]) -> Manifest:

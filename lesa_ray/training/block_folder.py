@@ -196,8 +196,7 @@ def abandon(storage: Storage) -> None:
         storage.remove_tree(name)
     storage.remove(_SOURCES)
     storage.remove_leftovers()
-    if storage.is_local and storage.exists() and storage.is_empty():
-        storage.remove_tree()
+    storage.remove_if_empty()
 
 
 def finish(
