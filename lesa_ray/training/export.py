@@ -160,8 +160,7 @@ def is_exported(plan: ExportPlan) -> bool:
 
     Raises: UserError if OUT holds a checkpoint of something else."""
     here, _ = _found(plan, Storage(plan.out))
-    whole = here is not None and all(here.get(file.name) == file.nbytes for file in plan.files)
-    return whole and "config.json" in (here or {})
+    return here is not None and "config.json" in here and not _missing(plan, here)
 
 
 def begin_export(plan: ExportPlan) -> list[OutFile]:
@@ -171,7 +170,7 @@ def begin_export(plan: ExportPlan) -> list[OutFile]:
     here, unwanted = _found(plan, storage)
     for name in unwanted:
         storage.remove(name)
-    missing = [file for file in plan.files if (here or {}).get(file.name) != file.nbytes]
+    missing = _missing(plan, here or {})
     if missing:
         check_free(plan.out, sum(file.nbytes for file in missing) + MARGIN)
     if here is None:
@@ -336,6 +335,10 @@ def _found(plan: ExportPlan, storage: Storage) -> tuple[dict[str, int] | None, l
     if foreign := [name for name in here if name.endswith((".safetensors", ".bin")) and name not in unwanted]:
         raise UserError(f"OUT {plan.out}: holds weights that are not its own ({foreign[0]}); give a new place")
     return None, unwanted
+
+
+def _missing(plan: ExportPlan, here: Mapping[str, int]) -> list[OutFile]:
+    return [file for file in plan.files if here.get(file.name) != file.nbytes]
 
 
 def _read_record(storage: Storage) -> dict[str, Any] | None:
