@@ -13,21 +13,13 @@ from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Silent
-from lesa_ray.training.run import LEASE_DIR, claim, prepare
-from lesa_ray.training.train_settings import TrainConfig
-from lesa_ray.training.worker import train
+from lesa_ray.training.run import LEASE_DIR
 from tests import families
 from tests.training.blocks import make_blocks
-from tests.training.workers import run_workers
+from tests.training.workers import run_all, run_workers
 
 Bases = Callable[[str], str]
 pytestmark = pytest.mark.timeout(240)
-
-
-def run_all(settings: dict[str, object]) -> None:
-    run = prepare(TrainConfig.model_validate(settings), gpus=False)
-    claim(run)
-    train(run, torch.device("cpu"), lambda progress: None)
 
 
 @pytest.fixture

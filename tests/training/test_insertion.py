@@ -30,14 +30,13 @@ from lesa_ray.training.gates import Gates
 from lesa_ray.training.insertion import Insertion, plan_insertion, ramp_steps
 from lesa_ray.training.loop import Place, Trainer, make_optimizer
 from lesa_ray.training.model import build, layers_of, load, shard, stored_types, trained_parameters
-from lesa_ray.training.run import claim, prepare
+from lesa_ray.training.run import prepare
 from lesa_ray.training.train_settings import TrainConfig
-from lesa_ray.training.worker import train
 from tests import families
 from tests.training.blocks import make_blocks
 from tests.training.metric_rows import read_metrics
 from tests.training.test_model import BATCH, LENGTH, STEPS, config_for, rows
-from tests.training.workers import run_workers
+from tests.training.workers import run_all, run_workers
 
 Grow = Callable[..., Any]
 Bases = Callable[[str], str]
@@ -245,12 +244,6 @@ def test_loss_and_gradient_norm_equal_a_plain_loops(bases: Bases, grow: Grow) ->
         assert min(norm for _, norm in expected) > 0
         for rank in range(2):
             assert np.allclose(found[rank][number], expected, rtol=1e-5, atol=0), (case, found[rank][number], expected)
-
-
-def run_all(settings: dict[str, Any]) -> None:
-    run = prepare(TrainConfig.model_validate(settings), gpus=False)
-    claim(run)
-    train(run, CPU, lambda progress: None)
 
 
 @pytest.mark.timeout(450)

@@ -17,13 +17,11 @@ from lesa_ray import UserError
 from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.training.run import RUN_FILE, Run, claim, out_state, prepare
 from lesa_ray.training.train_settings import TrainConfig
-from lesa_ray.training.worker import train
 from tests import families
 from tests.training.blocks import make_blocks
-from tests.training.workers import run_workers
+from tests.training.workers import run_all, run_workers
 
 Bases = Callable[[str], str]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -84,12 +82,6 @@ def test_what_differs_is_named_and_places_are_not(given: dict[str, Any], tmp_pat
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"\(other weights of the checkpoint\);"):
         out_state(prepared(moved))
-
-
-def run_all(settings: dict[str, Any]) -> None:
-    run = prepare(TrainConfig.model_validate(settings), gpus=False)
-    claim(run)
-    train(run, CPU, lambda progress: None)
 
 
 @pytest.mark.timeout(240)

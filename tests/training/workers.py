@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lesa_ray.training.run import claim, prepare
+from lesa_ray.training.train_settings import TrainConfig
+from lesa_ray.training.worker import train
+
 HEAVY = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.modeling_utils", "s3fs",
          "lesa_ray.training.worker", "lesa_ray.training.finish"]  # fmt: skip
 
@@ -56,3 +60,10 @@ def _enter(
         pickle.dump(result, file)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_all(settings: dict[str, Any]) -> None:
+    """A worker's whole training with these settings, on the CPU; OUT is not exported."""
+    run = prepare(TrainConfig.model_validate(settings), gpus=False)
+    claim(run)
+    train(run, torch.device("cpu"), lambda progress: None)
