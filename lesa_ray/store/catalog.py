@@ -24,6 +24,7 @@ from lesa_ray.errors import UserError
 from lesa_ray.faults import reaching
 from lesa_ray.store.identity import KINDS, Identity, difference, parse_place
 from lesa_ray.store.lease import TERM_SECONDS, Lease, Leases
+from lesa_ray.store.process import this_process
 from lesa_ray.store.record import RECORD_FILE, Record, read_record, write_record
 
 PLANNED = ("fleet", "comparison")
@@ -105,7 +106,7 @@ class Store:
 
     def lease(self, identity: Identity, holder: str) -> Lease | None:
         """The right to work on a stage, or None if someone has it."""
-        return self.leases.acquire(lease_name(identity.kind, identity.digest), holder)
+        return self.leases.acquire(lease_name(identity.kind, identity.digest), holder, this_process())
 
     def worker(self, identity: Identity) -> str | None:
         """Who is working on a stage now."""

@@ -64,7 +64,7 @@ def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
     """A fleet is killed; it and another, with one setting of one family changed, take up the work together; then again:
     each stage was made once, but those that the setting changes, which are two."""
     store, names = Store(f"{s3}/store"), ("llama", "qwen2")
-    file = put("tiny", content(store.url, models, names))
+    file = put("tiny", content(store.url, models, names, lease=600))  # what a killed one had is free all the same
     everything = {f"expand/{name}-{method}-x1.4" for name in names for method in METHODS}
 
     killed = ray_cluster.start("fleet", file)
@@ -79,7 +79,7 @@ def test_nothing_is_made_twice_and_only_what_changed_is_made_again(
     before = {f"{record['identity']['kind']}/{record['label']}": record for _, record in store.finished()}
     assert before
 
-    changed = content(store.url, models, names, name="changed")
+    changed = content(store.url, models, names, name="changed", lease=600)
     changed["families"][1]["stages"] = {"expand": {"shard_size": "300KB"}}
     files = [file, put("changed", changed)]
     two = [ray_cluster.start("fleet", one, "--json") for one in files]
