@@ -144,29 +144,31 @@ class Leases:
             lease = self.acquire(name, holder, process)
             if lease is not None:
                 return lease
-            held = self._held(name)
-            if held is not None:
-                if holder_is_alive(held) or before not in (None, held["nonce"]):
+            found = self._held(name)
+            if found is not None:
+                held, version = found
+                if holder_is_alive(held) or before not in (None, version):
                     return str(held["holder"])
                 if before is None:
                     waiting(str(held["holder"]))
-                before = held["nonce"]
+                before = version
             time.sleep(min(2.0, self._term / 20))
 
     def holder(self, name: str) -> str | None:
         """Who has a lease now; None if no one."""
-        held = self._held(name)
-        return None if held is None else str(held["holder"])
+        found = self._held(name)
+        return None if found is None else str(found[0]["holder"])
 
-    def _held(self, name: str) -> dict[str, Any] | None:
-        """What the holder of a lease says of itself; None if no one has it. Nothing is written: who only looks may have
-        no right to."""
+    def _held(self, name: str) -> tuple[dict[str, Any], str] | None:
+        """What the holder of a lease says of itself, and what changes with each renewal; None if no one has it. Nothing
+        is written: who only looks may have no right to."""
         if not self._knows and self._storage.is_s3 and noted_conditions(self._control) is None:
             return None
         if self._register is None:
-            return self._claims(name).held()
+            held = self._claims(name).held()
+            return None if held is None else (held, held["nonce"])
         seen = self._register.read(f"{name}.json")
-        return json.loads(seen.data) if seen is not None and self._is_live(name, seen) else None
+        return (json.loads(seen.data), seen.version) if seen is not None and self._is_live(name, seen) else None
 
     def _claims(self, name: str) -> Claims:
         return Claims(self._storage.within(name), _SLACK_SECONDS, self._unchanged, self._clock)
@@ -215,29 +217,30 @@ class Leases:
         seen = register.read(file)
         if seen is not None and self._is_live(name, seen):
             return None
-        version = register.swap(file, seen.version if seen else None, content(released=False))
-        if version is None:
+        got = register.swap(file, seen.version if seen else None, content(released=False))
+        if got is None:
             return None
+        version = got
 
-        def change(*, released: bool) -> bool:
+        def change(by: Callable[[str, str, bytes], str | None], *, released: bool) -> bool:
             nonlocal version
-            after = register.swap(file, version, content(released=released))
+            after = by(file, version, content(released=released))
             if after is None:  # taken over; or a renewal whose answer never came was made after all
                 seen = register.read(file)
                 if seen is not None and json.loads(seen.data)["owner"] == owner:
-                    after = register.swap(file, seen.version, content(released=released))
+                    after = by(file, seen.version, content(released=released))
             version = after or version
             return after is not None
 
         def let_go() -> None:
             try:
-                change(released=True)
+                change(register.swap, released=True)
             except OSError:
                 if not isinstance(register, LocalRegister):
                     raise
                 register.remove(file, version)
 
         def renew(late: bool) -> bool:
-            return change(released=False)
+            return change(register.renew, released=False)
 
         return Lease(name, owner, self._term, begin, renew, let_go, lasting=told["process"] is not None)

@@ -14,6 +14,7 @@ How old a file is, is told by one clock, that of the storage: a process whose ow
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -35,6 +36,7 @@ _REFUSED = frozenset({404, 409, 412})
 """Gone; another write is under way; not what it was."""
 _UNKNOWN = frozenset({400, 405, 501})
 """As servers answer that know of conditional writes but make none."""
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _LOCK_SECONDS = 20.0
 """One lock is of all leases of a folder, held for a write: a process that is suspended within must not stop the others
 without a word."""
@@ -74,6 +76,9 @@ class Register(Protocol):
 
         Returns the new version; None if it was not as expected, and then nothing is written."""
 
+    def renew(self, name: str, expected: str, data: bytes) -> str | None:
+        """Make a file new, by other data or, where there is no room for any, by its time alone; else as `swap`."""
+
 
 class LocalRegister:
     """On a local or shared folder."""
@@ -85,10 +90,11 @@ class LocalRegister:
         path = self._storage.path(name)
         try:
             with open(path, "rb") as file:
-                data, written = file.read(), os.fstat(file.fileno()).st_mtime
+                data, written = file.read(), os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return None
-        return Seen(data, _digest(data), max(0.0, self._now() - written - self._leapt()))
+        version = _digest(data + written.to_bytes(16, signed=True))
+        return Seen(data, version, max(0.0, self._now() - written / 1e9 - self._leapt()))
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
         if expected is None:
@@ -96,18 +102,32 @@ class LocalRegister:
         elif not os.path.isdir(self._storage.root):  # removed with all that lay there; it is not to come back
             return None
         with self._locked():
-            seen = self.read(name)
-            if (seen.version if seen else None) != expected:
+            if self._version(name) != expected:
                 return None
             self._storage.write(name, data)
-        return _digest(data)
+            return self._version(name)
+
+    def renew(self, name: str, expected: str, data: bytes) -> str | None:
+        try:
+            return self.swap(name, expected, data)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+        with self._locked():
+            if self._version(name) != expected:
+                return None
+            os.utime(self._storage.path(name))
+            return self._version(name)
 
     def remove(self, name: str, expected: str) -> None:
         """Remove the file if its version is `expected`: that works on a full disk too."""
         with self._locked():
-            seen = self.read(name)
-            if seen is not None and seen.version == expected:
+            if self._version(name) == expected:
                 self._storage.remove(name)
+
+    def _version(self, name: str) -> str | None:
+        seen = self.read(name)
+        return None if seen is None else seen.version
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -163,6 +183,9 @@ class S3Register:
         # A write whose answer was lost is sent again, and refused for its own sake.
         seen = self.read(name)
         return seen.version if seen is not None and seen.data == data else None
+
+    def renew(self, name: str, expected: str, data: bytes) -> str | None:
+        return self.swap(name, expected, data)
 
 
 def register_of(storage: Storage, control: Storage) -> Register | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -265,6 +266,31 @@ def test_a_process_takes_up_what_ran_out_while_its_store_was_away(
     assert not lease.renew()
     until(lambda: second.held)
     second.release()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_takes_no_lease_away(full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(storage: Storage, name: str, data: bytes) -> None:
+        raise OSError(full, os.strerror(full), name)
+
+    term, begin = 1.0, time.monotonic()
+    lease = Leases(Storage(str(tmp_path)), term).acquire("thing", "the first")
+    assert lease is not None
+    there = Leases(Storage(str(tmp_path)), term)
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "write", refused)
+        assert there.outlive("thing", "the second", print) == "the first"  # it was seen to renew
+        until(lambda: time.monotonic() > begin + term + 2.5 or not lease.held)
+        assert lease.held
+        assert there.holder("thing") == "the first"
+        held = tmp_path / "leases" / "thing.json"
+        stolen = held.read_bytes().replace(b"the first", b"a thief  ").replace(b'"owner": "', b'"owner": "x')
+        held.write_bytes(stolen)
+        until(lambda: not lease.held)
+    assert not lease.renew()
+    assert held.read_bytes() == stolen
+    lease.release()
 
 
 @pytest.mark.timeout(180)
