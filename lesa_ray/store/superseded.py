@@ -40,8 +40,8 @@ def remove_superseded(
 
     problem: is told of each that could not.
 
-    What is needed is looked at again before each, when nobody can begin it any more; the records are read again only
-    where a plan has changed."""
+    What is needed is looked at again before each, when nobody can begin it any more, and once more when nobody finds it
+    finished any more; the records are read again only where a plan has changed."""
     removed: list[Garbage] = []
     plans, needed = None, set[str]()
     for one in garbage:
@@ -55,13 +55,22 @@ def remove_superseded(
         try:
             if plans != (now := store.plans()) or not now:
                 plans, needed = now, _needed(store, store.finished())
-            if one.name in needed:
+            if one.name in needed or store.record(one.name) != record:
                 continue
             # Noted as unfinished first, so that what an interruption leaves is abandoned, not half a finished stage.
             store.begin(one.name, identity, holder, "was superseded, its removal was interrupted")
             folder = store.folder(one.name)
             with contextlib.suppress(PermissionError):  # as everything else in it: `clear` says so
                 folder.remove(RECORD_FILE)
+            # Who has found it finished had left a plan before; who comes later does not find it finished.
+            stays = True
+            try:
+                stays = store.plans() != plans and one.name in _needed(store, [*store.finished(), (one.name, record)])
+            finally:
+                if stays:
+                    store.finish(one.name, record)
+            if stays:
+                continue
             clear(folder)
             store.forget(one.name)
         except NotRemoved as error:

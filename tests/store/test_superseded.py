@@ -155,6 +155,50 @@ def test_what_a_fleet_plans_while_its_lease_is_taken_is_not_removed(
     assert store.lease(OLD, "a fleet") is not None
 
 
+def test_what_a_fleet_has_found_finished_just_now_comes_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It plans and looks between the last look at what is planned and the removal."""
+    store = Store(str(tmp_path), term=30)
+    base = make(store, OLD)
+    second = dataclasses.replace(OLD, inputs={"base": "1"})
+    made = make(store, second, "b", base=f"{store.url}/{base}")
+    plan(store, "weekly", ("x", STAGE))
+    found = sorted(find_superseded(store), key=lambda one: one.name != base)
+    before = {one.name: store.folder(one.name).read(RECORD_FILE) for one in found}
+    begin, left = Store.begin, list[str]()
+
+    def begun(self: Store, place: str, *given: Any) -> None:
+        begin(self, place, *given)
+        plan(store, "once", ("b", second))
+        left.append(place)
+
+    monkeypatch.setattr(Store, "begin", begun)
+    assert remove_superseded(store, found, "gc", pytest.fail) == []
+    assert left == [base]
+    assert {place: store.folder(place).read(RECORD_FILE) for place in (base, made)} == before
+    assert store.unfinished() == []
+    assert store.begun(base) is None
+
+
+def test_two_who_clear_a_store_do_not_bring_back_what_the_other_removed(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path), term=30)
+    old = make(store, OLD)
+    plan(store, "weekly", ("x", STAGE))
+    [found] = find_superseded(store)
+    take = Store.lease
+
+    def taken(self: Store, identity: Identity, holder: str) -> Lease | None:
+        monkeypatch.undo()
+        assert remove_superseded(store, [found], "another gc", pytest.fail) == [found]
+        return take(self, identity, holder)
+
+    monkeypatch.setattr(Store, "lease", taken)
+    assert remove_superseded(store, [found], "gc", pytest.fail) == []
+    assert store.folder(old).is_empty()
+    assert store.begun(old) is None
+
+
 def test_what_is_needed_again_or_in_use_is_not_removed(tmp_path: Any) -> None:
     store = Store(str(tmp_path), term=30)
     old = make(store, OLD)
