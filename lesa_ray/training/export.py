@@ -174,7 +174,8 @@ def begin_export(plan: ExportPlan) -> list[OutFile]:
     if missing:
         check_free(plan.out, sum(file.nbytes for file in missing) + MARGIN)
     if here is None:
-        content = {"format": FORMAT, "identity": plan.identity, "files": [file.name for file in plan.files]}
+        files = [file.name for file in plan.files]
+        content = {"format": FORMAT, "lesa_ray": __version__, "identity": plan.identity, "files": files}
         storage.write(RECORD_FILE, (json.dumps(content) + "\n").encode())
     return missing
 
@@ -329,7 +330,9 @@ def _found(plan: ExportPlan, storage: Storage) -> tuple[dict[str, int] | None, l
     if record is not None and record.get("identity") == plan.identity:
         return here, []
     if "config.json" in here:
-        what = "an export of another training checkpoint" if record else "a checkpoint"
+        what = "a checkpoint" if record is None else "an export of another training checkpoint"
+        if record is not None and record.get("lesa_ray") not in (None, __version__):
+            what = f"an export by lesa-ray {record['lesa_ray']}, this is {__version__}"
         raise UserError(f"OUT {plan.out}: holds {what}; give a new place, or remove it")
     unwanted = [name for name in record["files"] if name in here] if record else []
     if foreign := [name for name in here if name.endswith((".safetensors", ".bin")) and name not in unwanted]:

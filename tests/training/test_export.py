@@ -153,6 +153,29 @@ def test_generation_stops_where_an_answer_ends_too(given: Any, of_config: Any, e
     assert (json.loads(out.read("generation_config.json")) if out.list() else None) == expected
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_the_dtype_is_named_that_most_of_the_files_have(key: str | None, tmp_path: Path) -> None:
+    """Of its numbers, not of its tensors, and not where the base names one. transformers reads float32 without it."""
+    base = families.make("llama_tied", tmp_path / "base", dtype=torch.float16)
+    tensors = {name: t.float() if t.ndim == 1 else t for name, t in families.tensors(base).items()}
+    assert sum(tensor.dtype == torch.float32 for tensor in tensors.values())
+    positions = {"model.position_ids": torch.zeros(10**6, dtype=torch.int64)}
+    save_file({**tensors, **positions}, tmp_path / "base/model.safetensors")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (tmp_path / "base/config.json").write_text(json.dumps(config | ({key: "float64"} if key else {})))
+    exported = plan_export(open_checkpoint(base), save_state(str(tmp_path / "state"), tensors), "").config
+    assert exported[key or "dtype"] == ("float64" if key else "float16")
+    assert ("dtype" in exported) == (key != "torch_dtype")
+
+
+def test_generation_may_stop_at_the_first_token(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    run(base, save_state(str(tmp_path / "state"), changed(base, in_new_layers)), str(tmp_path / "out"), stop=0)
+    stops = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert (stops if isinstance(stops, list) else [stops])[0] == 0
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
 @pytest.mark.parametrize(("dtype", "shard_size"), [("bfloat16", "100KB"), ("float32", "5GB")])
 def test_from_scratch(family: str, dtype: Any, shard_size: str, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from lesa_ray.checkpoint.reader import open_checkpoint
+from lesa_ray.checkpoint.room import MARGIN
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
-from lesa_ray.training.export import Exported, OutFile, begin_export, export, plan_export, write_file
+from lesa_ray.training import export as export_module
+from lesa_ray.training.export import Exported, OutFile, begin_export, export, is_exported, plan_export, write_file
 from lesa_ray.training.trained_state import TrainedState
 from tests import families
 from tests.training.exporting import FACTS, assert_exported, changed, in_new_layers, run, save_state
@@ -161,6 +163,59 @@ def test_what_is_not_its_own_is_left_alone(tmp_path: Path) -> None:
     second = save_state(str(tmp_path / "second"), changed(base, lambda name: ".0." in name))
     with pytest.raises(UserError, match="holds an export of another training checkpoint"):
         run(base, second, str(tmp_path / "out"))
+
+
+def test_an_export_by_another_version_is_named_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state, out = save_state(str(tmp_path / "state"), changed(base, in_new_layers)), str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "__version__", "0.0.9")
+        run(base, state, out)
+    with pytest.raises(UserError, match=r"holds an export by lesa-ray 0\.0\.9, this is .*; give a new place"):
+        run(base, state, out)
+
+
+@pytest.mark.parametrize("record", [b"{", b"[]", b'{"identity": "another", "files": "model.safetensors"}'])
+def test_weights_that_no_record_names_are_not_its_own(record: bytes, tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state, out = save_state(str(tmp_path / "state"), changed(base, in_new_layers)), Storage(str(tmp_path / "out"))
+    out.write("training/export.json", record)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        out.write(name, b"the user's")
+        with pytest.raises(UserError, match=rf"holds weights that are not its own \({name}\)"):
+            run(base, state, out.url)
+        assert out.read(name) == b"the user's"
+        out.remove(name)
+    run(base, state, out.url)
+
+
+def test_it_is_done_when_config_json_is_there_and_nothing_half_written(tmp_path: Path) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state, out = save_state(str(tmp_path / "state"), changed(base, in_new_layers)), tmp_path / "out"
+    run(base, state, str(out))
+    plan = plan_export(open_checkpoint(base), state, str(out))
+    assert is_exported(plan)
+    config = (out / "config.json").read_bytes()
+    (out / "config.json").unlink()
+    (out / ".model.safetensors.0123abcd.tmp").write_bytes(b"of a process that was killed")
+    assert not is_exported(plan)
+    assert run(base, state, str(out)) == Exported(str(out), plan.nbytes, 0, False)
+    assert (out / "config.json").read_bytes() == config
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_room_is_wanted_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = families.make("llama", tmp_path / "base")
+    state, out = save_state(str(tmp_path / "state"), changed(base, in_new_layers)), tmp_path / "out"
+    run(base, state, str(out))
+    last = sorted(out.glob("model-*"))[-1]
+    free = MARGIN + last.stat().st_size
+    last.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free - 1))
+    with pytest.raises(MachineError, match=r"the disk has"):
+        run(base, state, str(out))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
+    assert run(base, state, str(out)).written == 1
 
 
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

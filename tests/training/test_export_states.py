@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from lesa_ray.errors import UserError
+from lesa_ray.errors import MachineError, UserError
+from lesa_ray.training.state_files import StateReader
 from tests import families
 from tests.training.exporting import changed, in_new_layers, run, save_state
 
@@ -71,6 +72,21 @@ def test_a_damaged_state(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         run(base, str(state), str(tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.*"))
+
+
+@pytest.mark.parametrize("fault", [PermissionError("not yours"), OSError("input/output error"), TypeError("of s3fs")])
+def test_what_may_be_better_next_time_is_no_damage(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
+
+    def failing(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(StateReader, "read_data", failing)
+    with pytest.raises(MachineError, match=r"training checkpoint .*state: cannot be read"):
+        run(base, state, str(tmp_path / "out"))
 
 
 def test_a_part_of_a_tensor_that_no_worker_wrote_is_no_weight(tmp_path: Path) -> None:
