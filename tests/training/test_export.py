@@ -157,8 +157,9 @@ def test_generation_stops_where_an_answer_ends_too(given: Any, of_config: Any, e
 def test_the_dtype_is_named_that_most_of_the_files_have(key: str | None, tmp_path: Path) -> None:
     """Of its numbers, not of its tensors, and not where the base names one. transformers reads float32 without it."""
     base = families.make("llama_tied", tmp_path / "base", dtype=torch.float16)
-    tensors = {name: t.float() if t.ndim == 1 else t for name, t in families.tensors(base).items()}
-    assert sum(tensor.dtype == torch.float32 for tensor in tensors.values())
+    halves = families.tensors(base)
+    small = sorted(halves, key=lambda name: halves[name].numel())[: len(halves) // 2 + 1]
+    tensors = {name: tensor.float() if name in small else tensor for name, tensor in halves.items()}
     positions = {"model.position_ids": torch.zeros(10**6, dtype=torch.int64)}
     save_file({**tensors, **positions}, tmp_path / "base/model.safetensors")
     config = json.loads((tmp_path / "base/config.json").read_text())
