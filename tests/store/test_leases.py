@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lesa_ray import MachineError
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.store import process, register
-from lesa_ray.store.claims import Claims
+from lesa_ray.store.claims import Claims, StoreClock
 from lesa_ray.store.lease import Lease, Leases
 from lesa_ray.store.process import Process, is_alive, this_process
 from tests.waiting import until
@@ -472,6 +473,110 @@ def test_a_renewal_counts_from_when_it_was_asked_for_and_not_if_it_comes_too_lat
     assert not lease.renew()
     assert asked == [False, False]
     lease.release()
+
+
+def test_a_lease_that_was_taken_over_is_lost_at_once(tmp_path: Path) -> None:
+    """A thief's stays as it is, whatever its former holder does."""
+    lease, file = Leases(Storage(str(tmp_path)), 600).acquire("thing", "the first"), tmp_path / "leases/thing.json"
+    assert lease is not None
+    assert lease.held
+    stolen = file.read_bytes().replace(b'"owner": "', b'"owner": "x')
+    file.write_bytes(stolen)
+    assert not lease.renew()
+    assert not lease.held
+    assert not lease.renew()
+    lease.release()
+    assert file.read_bytes() == stolen
+
+
+def test_a_claim_that_others_removed_does_not_come_back(tmp_path: Path) -> None:
+    leases = Leases(Storage(str(tmp_path)), 600)
+    leases._knows = True
+    lease = leases.acquire("thing", "the first")
+    assert lease is not None
+    [claim] = (tmp_path / "leases/thing").glob("*.json")
+    claim.unlink()
+    assert not lease.renew()
+    assert not lease.held
+    assert not claim.exists()
+    lease.release()
+
+
+def test_what_took_too_long_to_get_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time the claim is there its term may be over."""
+    leases, write = Leases(Storage(str(tmp_path)), 1.0), Claims.write
+    leases._knows = True
+
+    def slow(*given: Any, held: bool) -> None:
+        write(*given, held=held)
+        time.sleep(0.8 if held else 0)
+
+    monkeypatch.setattr(Claims, "write", slow)
+    assert leases.acquire("thing", "the first") is None
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_lease_is_let_go_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leases = Leases(Storage(str(tmp_path)), 600)
+    lease = leases.acquire("thing", "the first")
+    assert lease is not None
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", full)
+        lease.release()
+    second = leases.acquire("thing", "the second")
+    assert second is not None
+    second.release()
+
+
+def test_a_lease_is_as_long_as_its_holder_says(tmp_path: Path) -> None:
+    first, there = Leases(Storage(str(tmp_path)), 600), Leases(Storage(str(tmp_path)), 0.1)
+    lease, file = first.acquire("thing", "the first"), tmp_path / "leases/thing.json"
+    assert lease is not None
+    now = time.time()
+    os.utime(file, (now - 590, now - 590))
+    assert there.holder("thing") == "the first"
+    assert there.acquire("thing", "the second") is None
+    os.utime(file, (now - 610, now - 610))
+    assert there.holder("thing") is None
+    second = there.acquire("thing", "the second")
+    assert second is not None
+    assert not lease.renew()
+    second.release()
+    lease.release()
+
+
+def test_of_two_who_claim_a_thing_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That with the smaller name, which waits until the other has withdrawn; nobody waits where it is held."""
+
+    def claims(name: str) -> Claims:
+        made = Claims(Storage(str(tmp_path)), 1.0, register.Unchanged(), StoreClock(Storage(str(tmp_path))))
+        made.id = name
+        return made
+
+    told = {"holder": "one of us", "process": None, "owner": "o"}
+    first, second = claims("a"), claims("b")
+    first.write(told, 600, held=False)
+    begin = time.monotonic()
+    assert not second.take(told, 600)
+    assert time.monotonic() - begin < 5  # of ten that it would look on
+    assert [file.name for file in tmp_path.glob("*.json")] == ["a.json"]
+    second.write(told, 600, held=False)
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(first.take, told, 600)
+        time.sleep(1)
+        assert not taken.done()
+        second.withdraw()
+        assert taken.result(timeout=60)
+    assert second.held() is not None
+    late, begin = claims("0"), time.monotonic()
+    monkeypatch.setattr(late, "held", lambda: None)  # it is got between the first look and the claim
+    assert not late.take(told, 600)
+    assert time.monotonic() - begin < 5
+    assert [file.name for file in tmp_path.glob("*.json")] == ["a.json"]
 
 
 def test_a_lease_outlives_faults_of_the_disk() -> None:
