@@ -62,6 +62,39 @@ def test_a_run_of_a_version_without_a_setting_goes_on(given: dict[str, Any]) -> 
         out_state(other)
 
 
+def test_a_record_says_what_is_no_setting_any_more(given: dict[str, Any]) -> None:
+    """Also one that has nothing to compare by."""
+    claim(prepared(given))
+
+    def with_more(record: dict[str, Any]) -> None:
+        record["identity"], record["counted"]["settings"]["warp"] = "as-of-old", 9
+
+    def with_less(record: dict[str, Any]) -> None:
+        del record["counted"]
+
+    for change, says in (
+        (with_more, "settings (warp: 9 there, no setting now); give"),
+        (with_less, "settings (it was begun by a version that did not say of what); give"),
+    ):
+        rewrite(given["out"], change)
+        run = prepared(given)
+        assert run.identity != "as-of-old"
+        with pytest.raises(UserError, match=re.escape(says)):
+            out_state(run)
+
+
+def test_another_configuration_makes_another_run(given: dict[str, Any]) -> None:
+    """The same weights under another epsilon are another model."""
+    claim(prepared(given))
+    file = Path(given["checkpoint"]) / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rms_norm_eps": 0.125}))
+    with pytest.raises(UserError, match=r"\(another config\.json\);"):
+        out_state(prepared(given))
+    file.write_text(json.dumps(dict(reversed(config.items()))))
+    assert out_state(prepared(given)) == "resume"
+
+
 def test_what_differs_is_named_and_places_are_not(given: dict[str, Any], tmp_path: Path) -> None:
     claim(prepared(given))
     moved = {**given, "checkpoint": str(tmp_path / "elsewhere"), "data": str(tmp_path / "rows")}
