@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from lesa_ray import Expanded
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.report.page import packages
 from lesa_ray.report.page.build import analysis_page, write_report
@@ -27,6 +28,19 @@ from tests.report.page_reading import Page, sections_of
 from tests.test_cli import run
 
 pytest.importorskip("matplotlib")
+
+
+def killing(call: Callable[..., None]) -> Callable[..., None]:
+    """The call, and after each new one of its kind the end of the process."""
+    seen: set[str] = set()
+
+    def called(storage: Storage, name: str, *given: object) -> None:
+        call(storage, name, *given)
+        if name not in seen:
+            seen.add(name)
+            raise KeyboardInterrupt
+
+    return called
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +269,15 @@ def test_a_new_report_takes_the_place_of_an_old_one(
     (tmp_path / "out/figures/mine.png").write_bytes(b"")
     small["residual"] = None
     samples.write(tmp_path / "toy", "analysis.json", small)
+    with monkeypatch.context() as patch:  # killed at each of its writes and removals, it leaves nothing for good
+        for name in ("write", "remove"):
+            patch.setattr(Storage, name, killing(getattr(Storage, name)))
+        while True:
+            try:
+                write_report([good], str(tmp_path / "out"))
+            except KeyboardInterrupt:
+                continue
+            break
     code, out, _ = run(capsys, monkeypatch, "report", good, "--out", tmp_path / "out", "--json")
     assert code == 0
     told = json.loads(out)

@@ -61,9 +61,9 @@ def write_report(runs: Sequence[str], out: str) -> Written:
     with reaching(where, "cannot be written"):
         for name, content in images.items():
             storage.write(name, content)
-        storage.write(PAGE_FILE, page)
-        for name in sorted(earlier - images.keys()):
+        for name in sorted(earlier - images.keys()):  # before the page goes that names them
             storage.remove(name)
+        storage.write(PAGE_FILE, page)
     return Written(f"{storage.url}/{PAGE_FILE}", tuple(images), tuple(missing), len(page))
 
 
