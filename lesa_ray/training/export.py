@@ -170,6 +170,8 @@ def begin_export(plan: ExportPlan) -> list[OutFile]:
     here, unwanted = _found(plan, storage)
     for name in unwanted:
         storage.remove(name)
+    for folder in (storage, storage.within(RECORD_FILE.rpartition("/")[0])):
+        folder.remove_leftovers()  # first, as they take room
     missing = _missing(plan, here or {})
     if missing:
         check_free(plan.out, sum(file.nbytes for file in missing) + MARGIN)
@@ -237,9 +239,9 @@ def finish_export(plan: ExportPlan, facts: Mapping[str, object]) -> None:
             storage.write(INDEX_FILE, plan.base.storage.read(INDEX_FILE))
         else:
             storage.write(INDEX_FILE, index_bytes([file.shard for file in plan.files if file.shard]))
+    storage.remove_leftovers()
     config = naming_our_code(plan.config)
     storage.write("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    storage.remove_leftovers()
 
 
 def export(

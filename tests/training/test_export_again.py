@@ -218,6 +218,23 @@ def test_room_is_wanted_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     assert run(base, state, str(out)).written == 1
 
 
+def test_what_a_killed_one_left_half_written_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = families.make("llama_tied", tmp_path / "base")
+    state, out = save_state(str(tmp_path / "state"), changed(base, in_new_layers)), tmp_path / "out"
+    left = [out / ".model.safetensors.0123abcd.tmp", out / "training/.export.json.0123abcd.tmp"]
+    (out / "training").mkdir(parents=True)
+    for file in left:
+        file.write_bytes(bytes(1000))
+    room = MARGIN + plan_export(open_checkpoint(base), state, str(out)).nbytes
+
+    def usage(path: object) -> object:
+        return shutil._ntuple_diskusage(room, 0, room - sum(file.exists() for file in left))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert run(base, state, str(out)).written == 1
+    assert not list(out.rglob("*.tmp"))
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = families.make("llama_tied", tmp_path / "base")
     state = save_state(str(tmp_path / "state"), changed(base, in_new_layers))
