@@ -155,6 +155,18 @@ def going_on(where: str, error: BaseException) -> MachineError:
     return MachineError(f"{said.removesuffix(_GOES_ON)}{_GOES_ON}")
 
 
+@contextlib.contextmanager
+def taken_up_again(where: str) -> Iterator[None]:
+    """Around work that the same command takes up again, where what a fault of it says does not name the command's own
+    place yet. Raises: MachineError for a fault; all else passes."""
+    try:
+        yield
+    except Exception as error:
+        if is_fault(error) and not isinstance(error, MachineError):
+            raise going_on(where, error) from error
+        raise
+
+
 def explain(error: BaseException) -> str:
     """One line that says what the machine or the storage refused."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

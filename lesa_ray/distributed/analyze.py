@@ -10,12 +10,11 @@ fault.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from lesa_ray.distributed.shared import Landmark, check_landmarks, landmarks
 from lesa_ray.errors import KeptError, MachineError, RoomError, UserError
 from lesa_ray.expansion.out import check_out
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.faults import explain, going_on, is_fault
+from lesa_ray.faults import explain, is_fault, taken_up_again
 from lesa_ray.gpu import full_gpu_is_a_fault, keep_float32
 from lesa_ray.places import shown
 from lesa_ray.report.page.commands import command
@@ -109,7 +108,7 @@ class _Shelf:
 
     def put(self, piece: str, result: Any) -> None:
         if self._storage is not None and piece != _RESIDUAL:
-            with _writing(self._storage):
+            with taken_up_again(f"--out {shown(self._storage.url)}"):
                 self._storage.write(self._name(piece), json.dumps(result, allow_nan=False).encode())
 
     def clear(self) -> None:
@@ -126,18 +125,6 @@ class _Shelf:
     def _name(self, piece: str) -> str:
         plain = re.sub(r"[^\w.-]", "_", piece)
         return f"{self._folder}/{plain}.json"
-
-
-@contextlib.contextmanager
-def _writing(storage: Storage) -> Iterator[None]:
-    """Around what is written at OUT beside the report. Raises: MachineError for a fault, which is not BASE's."""
-    try:
-        yield
-    except Exception as error:
-        if is_fault(error) and not isinstance(error, MachineError):
-            where = f"--out {shown(storage.url)}"
-            raise going_on(where, error) from error
-        raise
 
 
 def analyze(config: AnalyzeConfig, listener: Listener | None = None, *, use_ray: bool | None = None) -> dict[str, Any]:
@@ -201,7 +188,7 @@ def _write_page(report: dict[str, Any], config: AnalyzeConfig, storage: Storage,
 
     listener.phase("drawing the page", 0)
     page = analysis_page(report, _command(config)).encode()
-    with _writing(storage):
+    with taken_up_again(f"--out {shown(storage.url)}"):
         storage.write(PAGE_FILE, page)
 
 

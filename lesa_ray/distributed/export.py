@@ -7,10 +7,10 @@ from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import validated
-from lesa_ray.distributed.tenancy import tenancy
+from lesa_ray.distributed.tenancy import clear_lease, tenancy
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.faults import reaching
+from lesa_ray.faults import reaching, taken_up_again
 from lesa_ray.training.checkpoints import Record, best_of, find_complete
 from lesa_ray.training.export import Exported, export, is_exported
 from lesa_ray.training.finish import export_plan, facts
@@ -58,12 +58,15 @@ def export_checkpoint(
         )
     plan = export_plan(run, record, out)
     if is_exported(plan):
+        if storage.url != Storage(url).url:
+            clear_lease(out, LEASE_DIR)
         return Exported(out, plan.nbytes, 0, reused=True)
     listener = listener or Silent()
     with tenancy(out, LEASE_DIR, listener):
         listener.phase("writing the checkpoint", 0)
         try:
-            exported = export(plan, facts(run, told))
+            with taken_up_again(f"OUT {out}"):
+                exported = export(plan, facts(run, told))
         except UserError:
             storage.remove_tree(LEASE_DIR)
             storage.within("training").remove_if_empty()

@@ -20,7 +20,7 @@ from lesa_ray.distributed.tasks import Tasks
 from lesa_ray.distributed.tenancy import Tenant, tenancy
 from lesa_ray.expansion.memory import INTERPRETER_BYTES
 from lesa_ray.expansion.runner import Listener, Silent
-from lesa_ray.faults import reaching
+from lesa_ray.faults import reaching, taken_up_again
 from lesa_ray.machines import SHARE_OF_MEMORY
 from lesa_ray.training.disk import check_disk
 from lesa_ray.training.export import ExportPlan, OutFile, export_memory, state_of, write_file
@@ -69,7 +69,8 @@ def pretrain(config: TrainConfig, listener: Listener | None = None, *, tenant: T
                 claim(run, resources.gpus)
             train_in_rounds(run, resources, listener)
         tenant.confirm()
-        finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
+        with taken_up_again(f"OUT {config.out}"):
+            finish_run(run, listener, _export_by_tasks if _is_shared(run) else None)
     return trained_result(run, resumed=state == "resume")
 
 

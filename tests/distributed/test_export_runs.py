@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Silent
+from lesa_ray.store.process import this_process
+from lesa_ray.training import export as export_module
 from lesa_ray.training.run import LEASE_DIR
 from tests import families
 from tests.training.blocks import make_blocks
@@ -58,6 +62,31 @@ def test_of_two_the_second_is_told_of_the_first(run: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=rf"^OUT {out}: holds an export of another training checkpoint"):
         export_checkpoint(run, out, "2")
     assert os.listdir(Path(out) / "training") == ["export.json"]
+
+
+def test_the_lease_of_who_was_killed_at_the_end_goes(run: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_checkpoint(run, str(out), "1")
+    lease = out / LEASE_DIR / "leases/run.json"
+    with tenancy(str(out), LEASE_DIR, Silent()):
+        killed = {**json.loads(lease.read_bytes()), "process": {**(this_process() or {}), "began": 1}}
+        assert export_checkpoint(run, str(out), "1").reused  # while somebody is at work there
+        assert lease.exists()
+    lease.write_text(json.dumps({**killed, "released": False}))
+    assert export_checkpoint(run, str(out), "1").reused
+    assert os.listdir(out / "training") == ["export.json"]
+
+
+def test_a_disk_that_is_full_is_told_with_what_to_do(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "shard")
+
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "write_file", full)
+        with pytest.raises(MachineError, match=rf"^OUT {out}: no space left .*shard\); the same command goes on from"):
+            export_checkpoint(run, out, "1")
+    assert not export_checkpoint(run, out, "1").reused
 
 
 def test_a_run_that_is_at_work_is_left_alone(run: str) -> None:
