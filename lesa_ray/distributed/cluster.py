@@ -49,6 +49,18 @@ def machines() -> Machines:
     return Machines.of(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
+def check_here(then: str) -> None:
+    """To be asked when something was lost. Raises: MachineError, which says what to do `then`, if Ray counts this very
+    machine among the lost, without whose raylet Ray ends this process at some next call, without a word."""
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        is_there = any(node["NodeID"] == here and node["Alive"] for node in ray.nodes())
+    except Exception:  # then it is another part of Ray that is away
+        return
+    if not is_there:
+        raise MachineError(f"Ray's own process on this machine (raylet) was killed, or does not answer; {then}")
+
+
 def free() -> Machines:
     """What nobody uses of those machines now."""
     return Machines.of(available_resources_per_node().values())

@@ -16,6 +16,7 @@ from lesa_ray.expansion.runner import Listener
 from lesa_ray.machines import Machines, told
 from lesa_ray.training.train_settings import TrainConfig
 
+GOES_ON = "the same command goes on from the last checkpoint"
 _JOIN_SECONDS = 60.0
 """Where machines are joining one after another: how long the next may take."""
 
@@ -50,11 +51,12 @@ def resources_of(config: TrainConfig, there: Machines) -> tuple[Resources, int]:
     return Resources(fewest, most, cpus, gpus), room[cpus]
 
 
-def wait_for_room(config: TrainConfig, listener: Listener) -> Resources:
+def wait_for_room(config: TrainConfig, listener: Listener, *, again: bool = False) -> Resources:
     """What a worker gets, as soon as the cluster's machines, busy or not, can give the fewest workers. Until then it is
     asked for the most, and as long as more machines keep joining they are waited for.
 
-    Raises: UserError if they cannot and it cannot grow; MachineError if it has not grown so far in `config.wait`."""
+    again: whether there was room for them before. Raises: UserError if they cannot and it cannot grow; MachineError if
+    it has not grown so far in `config.wait`, or machines were lost."""
     grows = may_grow()
     least, before = resources_of(config, machines())
 
@@ -74,6 +76,8 @@ def wait_for_room(config: TrainConfig, listener: Listener) -> Resources:
         ask = "ask for fewer, or for less of each (cpus_per_worker, gpus_per_worker)"
         if grows:
             raise MachineError(f"{can} after {config.wait:g} s of waiting; let it grow further, or {ask}")
+        if again:
+            raise MachineError(f"{can} by now; {GOES_ON}, also with fewer workers")
         raise UserError(f"{can}; {ask}")
     while before < room < resources.most:
         before = room

@@ -31,11 +31,11 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from lesa_ray.checkpoint.storage import Storage
-from lesa_ray.distributed.cluster import OTHERS_HAVE_IT, free, machines, on_this_machine
+from lesa_ray.distributed.cluster import OTHERS_HAVE_IT, check_here, free, machines, on_this_machine
 from lesa_ray.distributed.health import Health
 from lesa_ray.distributed.orphans import give_back_room
 from lesa_ray.distributed.other_code import other_code
-from lesa_ray.distributed.room_for_workers import Resources, wait_for_room, workers_now
+from lesa_ray.distributed.room_for_workers import GOES_ON, Resources, wait_for_room, workers_now
 from lesa_ray.distributed.shared import Landmark, landmarks
 from lesa_ray.distributed.tasks import POLL_SECONDS
 from lesa_ray.distributed.train_worker import Board, work
@@ -159,6 +159,8 @@ def train_in_rounds(run: Run, resources: Resources, listener: Listener) -> None:
             watch.begin(resources.per_worker if workers < resources.most else None)
             error = _round(run, resources, workers, board, watch)
             watch.end()
+            if error is not None:
+                check_here(GOES_ON)
             _raise_failure(board)
             if error is None:
                 return
@@ -174,12 +176,12 @@ def train_in_rounds(run: Run, resources: Resources, listener: Listener) -> None:
             else:
                 cause, pause = _cause(error), faults.pause(watch.saved)
                 if pause is None:
-                    again = "the same command goes on from the last checkpoint"
-                    raise MachineError(f"training stopped: {cause}; {again}") from error
+                    raise MachineError(f"training stopped: {cause}; {GOES_ON}") from error
                 listener.phase(f"fault {faults}: {cause}; again{f' in {pause:g} s' if pause else ''}", 0)
                 time.sleep(pause)
             # As until now: machines with GPUs that are lost are waited for, and not replaced by others without.
-            resources = wait_for_room(run.config.model_copy(update={"gpus_per_worker": resources.gpus}), listener)
+            as_before = run.config.model_copy(update={"gpus_per_worker": resources.gpus})
+            resources = wait_for_room(as_before, listener, again=True)
     finally:
         watch.end()
         ray.kill(board)

@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from lesa_ray.distributed.cluster import CROWDED_SECONDS, LOOK_SECONDS, OTHERS_HAVE_IT, free, machines
+from lesa_ray.distributed.cluster import CROWDED_SECONDS, LOOK_SECONDS, OTHERS_HAVE_IT, check_here, free, machines
 from lesa_ray.distributed.other_code import other_code
 from lesa_ray.errors import FullError, MachineError, UserError
 from lesa_ray.faults import explain
@@ -173,6 +173,7 @@ def result_of(reference: Any, what: str) -> Any:
             raise lack from error
         raise error.cause if error.cause is not None else error from None
     except RayError as error:
+        check_here("the same command goes on from what was finished")
         raise MachineError(f"{what}: lost after {_RETRIES} retries ({explain(error)[:200]})") from error
     if isinstance(result, FullError):
         raise result

@@ -16,8 +16,10 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lesa_ray.distributed import rounds
-from lesa_ray.distributed.room_for_workers import Resources
+from lesa_ray.distributed.cluster import check_here
+from lesa_ray.distributed.room_for_workers import Resources, wait_for_room
 from lesa_ray.distributed.rounds import _cause, train_in_rounds
+from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.training.run import Run, gpus_before
 from lesa_ray.training.train_settings import TrainConfig
@@ -32,7 +34,8 @@ def test_workers_get_again_what_they_had(
     ends, asked = iter([RuntimeError("a machine was lost"), None]), list[float | None]()
     had = Resources(1, 1, 1, gpus)
 
-    def wait(config: TrainConfig, listener: Listener) -> Resources:
+    def wait(config: TrainConfig, listener: Listener, *, again: bool) -> Resources:
+        assert again
         asked.append(config.gpus_per_worker)
         return had
 
@@ -42,6 +45,37 @@ def test_workers_get_again_what_they_had(
     run = cast(Run, SimpleNamespace(config=config, steps=3))
     train_in_rounds(run, had, Silent())
     assert asked == [gpus]
+
+
+@pytest.mark.timeout(120)
+def test_where_the_machine_itself_is_lost_nothing_more_is_asked_of_ray(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Some calls would end the process without a word."""
+    nodes = ray.nodes()
+    check_here("go on")
+    monkeypatch.setattr(ray, "nodes", lambda: [{**node, "Alive": False} for node in nodes])
+    with pytest.raises(MachineError, match=r"\(raylet\) was killed, or does not answer; go on$"):
+        check_here("go on")
+
+    def called(*_: object, **__: object) -> None:
+        pytest.fail("asked")
+
+    monkeypatch.setattr(rounds, "_round", lambda *_: RuntimeError("all workers were lost"))
+    monkeypatch.setattr(rounds, "_raise_failure", called)
+    monkeypatch.setattr(rounds, "wait_for_room", called)
+    run = cast(Run, SimpleNamespace(config=TrainConfig(checkpoint="c", data="d", out=str(tmp_path)), steps=3))
+    with pytest.raises(MachineError, match=r"\(raylet\).*; the same command goes on from the last checkpoint$"):
+        train_in_rounds(run, Resources(1, 1, 1, 0), Silent())
+
+
+@pytest.mark.timeout(120)
+def test_room_that_was_there_and_is_no_more_is_a_fault(local_ray: None, tmp_path: Path) -> None:
+    config = TrainConfig(checkpoint="c", data="d", out=str(tmp_path), workers=64, cpus_per_worker=1)
+    with pytest.raises(UserError, match=r"^workers 64 of 1 CPU each: the cluster can give 4; ask for fewer"):
+        wait_for_room(config, Silent())
+    with pytest.raises(MachineError, match=r"can give 4 by now; the same command goes on from the last checkpoint, al"):
+        wait_for_room(config, Silent(), again=True)
 
 
 @pytest.mark.parametrize(
