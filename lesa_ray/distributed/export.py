@@ -7,7 +7,7 @@ from typing import Any
 
 from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.config import validated
-from lesa_ray.distributed.tenancy import clear_lease, tenancy
+from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.errors import UserError
 from lesa_ray.expansion.runner import Listener, Silent
 from lesa_ray.faults import reaching, taken_up_again
@@ -59,7 +59,7 @@ def export_checkpoint(
     plan = export_plan(run, record, out)
     if is_exported(plan):
         if storage.url != Storage(url).url:
-            clear_lease(out, LEASE_DIR)
+            storage.remove_tree(LEASE_DIR)  # of one that was killed with its work done
         return Exported(out, plan.nbytes, 0, reused=True)
     listener = listener or Silent()
     with tenancy(out, LEASE_DIR, listener):

@@ -73,13 +73,6 @@ class Tenancy:
         return lease
 
 
-def clear_lease(out: str, folder: str) -> None:
-    """Remove the lease that a process left at an OUT which was killed with its work done; not that of one at work."""
-    storage = Storage(out).within(folder)
-    if not storage.is_empty() and Leases(storage).holder(_NAME) is None:
-        storage.remove_tree()
-
-
 def remove_if_mine(tenant: Tenant, remove: Callable[[], None]) -> None:
     """Remove what is at an OUT, unless that is someone else's to go on with by now."""
     with contextlib.suppress(MachineError):

@@ -114,10 +114,10 @@ def finish(expansion: Expansion, manifest: Manifest, card: str) -> None:
     if len(expansion.shards) > 1:
         storage.write(INDEX_FILE, index_bytes(list(expansion.shards)))
     storage.write(MANIFEST_FILE, manifest_bytes(manifest))
+    storage.remove_leftovers()
     config = naming_our_code(expansion.config)
     storage.write("config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     storage.remove_tree(WORK_DIR)
-    storage.remove_leftovers()
 
 
 def abandon(expansion: Expansion) -> None:

@@ -246,10 +246,10 @@ def finish(
         "unread_files": run.unread,
     }
     storage.write(_SOURCES, b"".join(_written(file) for file in files))
+    for folder in ("", TOKENIZER_DIR, *SPLITS):
+        storage.within(folder).remove_leftovers()
     storage.write(MANIFEST, _written(manifest, indent=1))
     storage.remove_tree(WORK_DIR)
-    for folder in ("", TOKENIZER_DIR, *SPLITS):
-        Storage(f"{storage.url}/{folder}").remove_leftovers()
 
 
 def _written(value: object, indent: int | None = None) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from lesa_ray.distributed.export import export_checkpoint
 from lesa_ray.distributed.tenancy import tenancy
 from lesa_ray.errors import MachineError, UserError
 from lesa_ray.expansion.runner import Silent
-from lesa_ray.store.process import this_process
 from lesa_ray.training import export as export_module
 from lesa_ray.training.run import LEASE_DIR
 from tests import families
@@ -67,14 +65,13 @@ def test_of_two_the_second_is_told_of_the_first(run: str, tmp_path: Path) -> Non
 def test_the_lease_of_who_was_killed_at_the_end_goes(run: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_checkpoint(run, str(out), "1")
-    lease = out / LEASE_DIR / "leases/run.json"
     with tenancy(str(out), LEASE_DIR, Silent()):
-        killed = {**json.loads(lease.read_bytes()), "process": {**(this_process() or {}), "began": 1}}
-        assert export_checkpoint(run, str(out), "1").reused  # while somebody is at work there
-        assert lease.exists()
-    lease.write_text(json.dumps({**killed, "released": False}))
-    assert export_checkpoint(run, str(out), "1").reused
+        assert export_checkpoint(run, str(out), "1").reused
     assert os.listdir(out / "training") == ["export.json"]
+    assert not export_checkpoint(run, run, "1").reused
+    with tenancy(run, LEASE_DIR, Silent()):
+        assert export_checkpoint(run, run, "1").reused
+        assert (Path(run) / LEASE_DIR).exists()  # of who trains there
 
 
 def test_a_disk_that_is_full_is_told_with_what_to_do(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

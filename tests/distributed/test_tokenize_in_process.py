@@ -27,6 +27,7 @@ from lesa_ray.distributed import finetune as tune
 from lesa_ray.distributed import tokenize as module
 from lesa_ray.distributed.tokenize import Tokenized, tokenize
 from lesa_ray.errors import KeptError, UserError
+from lesa_ray.expansion.runner import Silent
 from lesa_ray.report.data import describe_tokens, token_lines
 from lesa_ray.training import layout, sources, tokens
 from lesa_ray.training.block_folder import BEGUN, made_with
@@ -91,6 +92,34 @@ def lines_of(folder: Path, **wrong: str) -> None:
         path = folder / f"{name}.jsonl"
         if not path.exists() or path.read_text() != "\n".join(lines):
             path.write_text("\n".join(lines))
+
+
+def test_nothing_half_written_lies_in_what_is_done(
+    gpt2: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    lines_of(data)
+    left = [out / ".sources.jsonl.0123abcd.tmp", out / "train/.0.arrow.0123abcd.tmp"]
+    remove = Storage.remove_tree
+
+    def killed(storage: Storage, name: str = "") -> None:
+        if (out / "manifest.json").exists():
+            raise KeyboardInterrupt
+        remove(storage, name)
+
+    class Meanwhile(Silent):
+        def progress(self, done: float, detail: str) -> None:
+            if (out / "train").exists():
+                for file in left:
+                    file.touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, gpt2, Meanwhile())
+    assert (out / ".lesa-ray").exists()
+    assert run(data, gpt2).reused
+    assert not list(out.rglob(".*"))
 
 
 @pytest.mark.parametrize(

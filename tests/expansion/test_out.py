@@ -11,6 +11,7 @@ import pytest
 
 from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.checkpoint.shards import Shard
+from lesa_ray.checkpoint.storage import Storage
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.out import check_out, check_room
 from lesa_ray.expansion.prepare import prepare
@@ -45,6 +46,34 @@ def test_room_is_needed_for_what_is_missing_and_nothing_else(
     assert is_just_enough(needed - made)
     (out / shard.file).write_bytes(bytes(shard.nbytes))
     assert is_just_enough(needed - made - shard.nbytes)
+
+
+def test_nothing_half_written_lies_in_what_is_done(
+    bases: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is killed when it has just become that leaves its folder of work alone, which the next removes."""
+    out = tmp_path / "out"
+    config = ExpandConfig(base=bases("llama"), out=str(out), method="llama-pro")
+
+    class Meanwhile(InlineRunner):
+        def write_shards(self, expansion: Expansion, shards: list[Shard], listener: Listener) -> None:
+            super().write_shards(expansion, shards, listener)
+            (out / ".model.safetensors.0123abcd.tmp").write_bytes(b"of a worker that was killed")
+
+    remove = Storage.remove_tree
+
+    def killed(storage: Storage, name: str = "") -> None:
+        if (out / "config.json").exists():
+            raise KeyboardInterrupt
+        remove(storage, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            expand(config, runner=Meanwhile())
+    assert (out / ".lesa-ray").exists()
+    assert expand(config).reused
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("change", ["other weights", "touched", "shorter afterwards", "gone"])
