@@ -327,6 +327,8 @@ def test_what_counts_of_a_tokenizer_is_which_of_its_ids_the_data_hold(run: Run, 
     assert blocks.vocab_size == size + 3
     assert blocks.largest_id == largest < size
     check_data(blocks, {}, LlamaConfig(vocab_size=largest + 1), "checkpoint a")
+    just = LlamaConfig(vocab_size=largest + 1, max_position_embeddings=blocks.seq_len)
+    check_data(blocks, {}, just, "checkpoint a")
     with pytest.raises(UserError, match=f"its tokens go up to {largest}, the vocabulary of checkpoint a has {largest}"):
         check_data(blocks, {}, LlamaConfig(vocab_size=largest), "checkpoint a")
     if kind == "chat":  # rows are filled with what is surely in the vocabulary

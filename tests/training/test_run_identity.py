@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lesa_ray import UserError
 from lesa_ray.distributed.export import export_checkpoint
-from lesa_ray.training.run import RUN_FILE, Run, claim, out_state, prepare
+from lesa_ray.training.run import RUN_FILE, Run, claim, out_state, prepare, use_bf16
 from lesa_ray.training.train_settings import TrainConfig
 from tests import families
 from tests.training.blocks import make_blocks
@@ -83,6 +83,17 @@ def test_a_record_says_what_is_no_setting_any_more(given: dict[str, Any]) -> Non
             out_state(run)
 
 
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_run_keeps_the_precision_that_was_decided_for_it(decided: bool, given: dict[str, Any]) -> None:
+    """Whatever machine it goes on on."""
+    claim(prepared(given))
+    rewrite(given["out"], lambda record: record.update(bf16=decided))
+    config = TrainConfig.model_validate(given)
+    assert [use_bf16(config, gpus) for gpus in (True, False)] == [decided, decided]
+    asked = config.model_copy(update={"precision": "fp32"})
+    assert not use_bf16(asked, gpus=True)
+
+
 def test_another_configuration_makes_another_run(given: dict[str, Any]) -> None:
     """The same weights under another epsilon are another model."""
     claim(prepared(given))
@@ -106,6 +117,7 @@ def test_what_differs_is_named_and_places_are_not(given: dict[str, Any], tmp_pat
         ({"steps": 3}, "(steps: 2 there, 3 now);"),
         ({"train": "norms"}, "(other parameters that are trained);"),
         ({"data": make_blocks(str(tmp_path / "other"), rows=20)}, "(other token blocks);"),
+        ({"seed": 1, "batch": 4, "steps": 3}, "(batch: 2 there, 4 now, seed: 0 there, 1 now, steps: 2 there, 3 now);"),
         ({"seed": 1, "batch": 4, "steps": 3, "train": "norms"}, "and 1 more);"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
