@@ -94,6 +94,17 @@ def lines_of(folder: Path, **wrong: str) -> None:
             path.write_text("\n".join(lines))
 
 
+def test_another_tokenizer_at_the_same_place_is_another(gpt2: str, tmp_path: Path, run: Run) -> None:
+    data, tokenizer = tmp_path / "data", Path(shutil.copytree(gpt2, tmp_path / "tokenizer"))
+    lines_of(data)
+    run(data, str(tokenizer))
+    assert run(data, str(tokenizer)).reused
+    file = tokenizer / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "clean_up_tokenization_spaces": True}, indent=7))
+    with pytest.raises(UserError, match=r"holds token blocks of other data or settings"):
+        run(data, str(tokenizer))
+
+
 def test_nothing_half_written_lies_in_what_is_done(
     gpt2: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,7 @@ def test_nothing_half_written_lies_in_what_is_done(
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("change", ["other weights", "touched", "shorter afterwards", "gone"])
+@pytest.mark.parametrize("change", ["other weights", "touched", "shorter", "longer", "gone"])
 def test_weights_that_change_during_the_run_leave_no_mixture(
     change: str, bases: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -92,8 +92,11 @@ def test_weights_that_change_during_the_run_leave_no_mixture(
                 file.unlink()
             else:
                 bytes_now = file.read_bytes()
-                changed = {"other weights": bytes_now[:-2000] + bytes(2000), "touched": bytes_now}
-                file.write_bytes(changed.get(change, bytes_now[:-8]))
+                changed = {
+                    "other weights": bytes_now[:-2000] + bytes(2000), "touched": bytes_now, "shorter": bytes_now[:-8],
+                    "longer": bytes_now + bytes(8),
+                }  # fmt: skip
+                file.write_bytes(changed[change])
 
     config = ExpandConfig(base=str(base), out=str(out), method="llama-pro")
     if change == "touched":

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lesa_ray import ExpandConfig, MachineError, expand
+from lesa_ray import ExpandConfig, MachineError, UserError, expand
 from lesa_ray.config import LesaSettings
 from lesa_ray.expansion.layout import Expansion
 from lesa_ray.expansion.method import Unit
@@ -70,6 +71,24 @@ def test_experts_held_out_are_not_known_from_the_variants(
         if "experts" in name:
             assert found["trained"]["predictor"]["r2"] > 0.1
             assert found["held_out"]["predictor"]["r2"] < 0
+
+
+def test_a_variant_is_a_model_of_the_same_make(bases: Bases, tmp_path: Path) -> None:
+    deeper = families.make("llama", tmp_path / "deeper", layers=families.LAYERS + 1)
+    renamed = Path(shutil.copytree(bases("llama"), tmp_path / "renamed"))
+    tensors = families.tensors(renamed)
+    for file in renamed.glob("model*"):
+        file.unlink()
+    names = {name: name.replace("model.layers.", "decoder.layers.") for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, renamed / "model.safetensors")
+    for variant, words in (
+        (deeper, f"has {families.LAYERS + 1} layers, BASE .* has {families.LAYERS}$"),
+        (str(renamed), r"names its layers decoder\.layers\.\*, BASE .* model\.layers\.\*$"),
+    ):
+        config = ExpandConfig(base=bases("llama"), out=str(tmp_path / "out"), variants=(variant,))
+        with pytest.raises(UserError, match=rf"^--variants {variant}: {words}"):
+            expand(config, InlineRunner())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_variant_that_cannot_be_reached_any_more_loses_nothing(bases: Bases, tmp_path: Path) -> None:
